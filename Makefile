@@ -1,0 +1,62 @@
+# Every target sets up what it needs; a second call installs nothing again.
+# An active environment (venv or conda) is used, otherwise .venv is made here.
+PYTHON ?= python3
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+ENV    := $(or $(ACTIVE),$(CURDIR)/.venv)
+BIN    := $(ENV)/bin
+STAMP  := $(ENV)/.m3bind-setup
+NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
+CONSTRAIN := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+OUT    ?= runs/demo
+
+.PHONY: setup demo test test-all bench lint format ablation clean help
+
+help:
+	@echo "make demo      the whole path on a simulated cohort: $(OUT)/report.html"
+	@echo "make test      the tests (make test-all: the slow ones too)"
+	@echo "make bench     the benchmarks against the peers"
+	@echo "make lint      ruff, clang-format, mypy, import layers"
+	@echo "make ablation  the demo with three seeds, tabulated"
+	@echo "make setup     only install (into $(ENV))"
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "m3bind needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(ENV)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
+	$(CONSTRAIN) $(BIN)/python -m pip install -q --upgrade pip
+	$(CONSTRAIN) $(BIN)/python -m pip install -q torch torchvision
+	$(CONSTRAIN) $(BIN)/python -m pip install -q -e '.[train,bench,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/m3bind demo --output $(OUT)
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+test-all: setup
+	$(BIN)/python -m pytest -q tests
+
+bench: setup
+	$(BIN)/python -m pytest --benchmark-only benchmarks
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+ablation: setup
+	$(BIN)/python benchmarks/ablation.py
+
+clean:
+	rm -rf build dist *.egg-info m3bind/*.so runs
