@@ -1,0 +1,320 @@
+"""Settings: dataclasses, merged from a YAML file and ``a.b=c`` overrides.
+
+Every key has a type and a default; a key that no dataclass knows, or a value of the wrong
+type, is one error that names the file, the key, the value and the nearest key that exists.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m3bind.errors import M3BindError
+
+AGREEMENTS = ("mse", "cosine", "infonce")
+
+Problem = tuple[str, Any, str]  # key, value, what it should be
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters; ``targets`` None discovers query and value projections."""
+
+    r: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.1
+    targets: list[str] | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _below(self, r=1)
+        if not 0 <= self.dropout < 1:
+            yield "dropout", self.dropout, "must be at least 0 and below 1"
+
+
+@dataclass(kw_only=True, slots=True)
+class ImageTowerConfig:
+    """An image tower: ``small``, ``timm:<name>``, ``open_clip:<name>`` or ``hf:<folder>``.
+
+    ``size`` is [H, W], [D, H, W] or [T]; None takes the tower's or the modality's own.
+    ``freeze`` keeps the trunk as it is; the head into the shared width is always trained.
+    """
+
+    source: str = "small"
+    weights: str | None = None
+    size: list[int] | None = None
+    freeze: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def problems(self) -> Iterator[Problem]:
+        if self.size is not None and (not 1 <= len(self.size) <= 3 or min(self.size) < 1):
+            yield "size", self.size, "must be [H, W], [D, H, W] or [T], all positive"
+
+
+@dataclass(kw_only=True, slots=True)
+class TextTowerConfig:
+    """A text tower: ``minilm``, ``open_clip:<name>`` or ``hf:<folder>``.
+
+    ``train_layers`` counts the last layers that train; ``cache`` keeps the hidden states that
+    the frozen layers below them give for each text.
+    """
+
+    source: str = "minilm"
+    weights: str | None = None
+    max_tokens: int = 64
+    train_layers: int = 1
+    cache: bool = False
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _below(self, max_tokens=2, train_layers=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class ExpertConfig:
+    """One modality's image tower and text tower; ``seed`` None derives one from the name."""
+
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    lora: LoraConfig | None = None
+    seed: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """One training run. ``clip`` is the largest gradient norm (0: no clipping).
+
+    ``num_threads`` are the threads of each modality's loader.
+    """
+
+    steps: int = 300
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    warmup: int = 20
+    clip: float = 1.0
+    bf16: bool = False
+    validate_every: int = 50
+    log_every: int = 10
+    checkpoint_every: int = 50
+    num_threads: int = 1
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _below(
+            self, steps=1, batch_size=1, weight_decay=0, warmup=0, clip=0, validate_every=1,
+            log_every=1, checkpoint_every=1, num_threads=1,
+        )  # fmt: skip
+        if not self.lr > 0:
+            yield "lr", self.lr, "must be above 0"
+
+
+@dataclass(kw_only=True, slots=True)
+class AlignConfig(TrainConfig):
+    """Stage 1: every expert's own loss, plus agreement of the experts on centre texts.
+
+    ``preserve_weight`` weighs the KL divergence to the frozen original experts (0: off).
+    """
+
+    agreement: str = "mse"
+    agreement_weight: float = 1.0
+    centre_batch: int = 64
+    preserve_weight: float = 0.0
+
+    def problems(self) -> Iterator[Problem]:
+        yield from TrainConfig.problems(self)
+        yield from _below(self, agreement_weight=0, centre_batch=1, preserve_weight=0)
+        if self.agreement not in AGREEMENTS:
+            yield "agreement", self.agreement, f"must be one of {', '.join(AGREEMENTS)}"
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillConfig(TrainConfig):
+    """Stage 2: the weights of the three terms that make one text encoder out of many."""
+
+    cosine_weight: float = 1.0
+    contrast_weight: float = 1.0
+    similarity_weight: float = 1.0
+
+    def problems(self) -> Iterator[Problem]:
+        yield from TrainConfig.problems(self)
+        yield from _below(self, cosine_weight=0, contrast_weight=0, similarity_weight=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Examples a class of the few-shot probe, its seeds, and permutations for chance."""
+
+    shots: list[int] = field(default_factory=lambda: [1, 4, 16])
+    seeds: int = 5
+    permutations: int = 200
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _below(self, seeds=1, permutations=1)
+        if not self.shots or min(self.shots) < 1:
+            yield "shots", self.shots, "must be a list of positive numbers"
+
+
+@dataclass(kw_only=True, slots=True)
+class PhantomConfig:
+    """Patients a modality of the simulated cohort; ``workers`` None takes every core."""
+
+    train: int = 1500
+    val: int = 300
+    test: int = 500
+    workers: int | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _below(self, train=1, val=1, test=1, workers=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Everything that one run needs; ``experts`` maps the name of a modality to its expert."""
+
+    data: str = "data/phantom"
+    output: str = "runs/demo"
+    seed: int = 0
+    width: int = 256
+    threads: int | None = None
+    experts: dict[str, ExpertConfig] = field(default_factory=dict)
+    pretrain: TrainConfig = field(default_factory=TrainConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _below(self, seed=0, width=1, threads=1)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file into a `Config`; ``overrides`` such as ``"align.steps=50"`` win over it.
+
+    Raises M3BindError, in one line, for a missing or malformed file, an unknown key, and a
+    value of the wrong type or out of range.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(path)
+    if not path.is_file():
+        raise M3BindError(f"no configuration file at {path}: give the path of a YAML file")
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        where = getattr(error, "problem_mark", None)
+        place = f" line {where.line + 1}" if where is not None else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise M3BindError(f"{path}{place}: not valid YAML: {reason}") from None
+    if not isinstance(loaded, DictConfig):
+        raise M3BindError(f"{path}: expected keys and values such as 'seed: 0', found a list")
+    _check_keys(_plain(loaded, str(path)), Config, str(path))
+    merged = _merge(OmegaConf.structured(Config), loaded, str(path))
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override, merged), f"override {override!r}")
+    config = typing.cast(Config, OmegaConf.to_object(merged))
+    source = f"{path}" + (" with overrides" if overrides else "")
+    for key, value, remedy in find_problems(config):
+        raise M3BindError(f"{source}: {key} = {value!r}: {remedy}")
+    return config
+
+
+def find_problems(config: Any, prefix: str = "") -> Iterator[Problem]:
+    """Yield every value out of range in a tree of settings, by its full key."""
+    if isinstance(config, dict):
+        for name, part in config.items():
+            yield from find_problems(part, f"{prefix}{name}.")
+    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+        if hasattr(config, "problems"):
+            for key, value, remedy in config.problems():
+                yield f"{prefix}{key}", value, remedy
+        for part in dataclasses.fields(config):
+            yield from find_problems(getattr(config, part.name), f"{prefix}{part.name}.")
+
+
+def _below(config: Any, **least: float) -> Iterator[Problem]:
+    for key, bound in least.items():
+        value = getattr(config, key)
+        if value is not None and not value >= bound:  # so written, NaN is caught too
+            yield key, value, f"must be at least {bound}"
+
+
+def _plain(node: Any, source: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    except OmegaConfBaseException as error:
+        raise M3BindError(f"{source}: {str(error).splitlines()[0]}") from None
+
+
+def _parse_override(override: str, merged: Any) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise M3BindError(f"override {override!r}: expected key=value, such as align.steps=50")
+    try:
+        parsed = OmegaConf.from_dotlist([override])
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise M3BindError(f"override {override!r}: {str(error).splitlines()[0]}") from None
+    plain = _plain(parsed, f"override {override!r}")
+    _check_keys(plain, Config, f"override {override!r}")
+    # A file may name any modality; an override that names a new one is a slip of the pen.
+    for name in plain.get("experts") or {}:
+        if name not in merged.experts:
+            known = sorted(str(expert) for expert in merged.experts)
+            raise _unknown_key(f"override {override!r}", f"experts.{name}", name, known)
+    return parsed
+
+
+def _merge(base: Any, more: Any, source: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.merge(base, more)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
+        raise M3BindError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
+
+
+def _check_keys(given: Any, expected: Any, source: str, prefix: str = "") -> None:
+    """Raise for the first key that the dataclass ``expected`` does not know."""
+    if not isinstance(given, dict):
+        return
+    if dataclasses.is_dataclass(expected):
+        hints = typing.get_type_hints(expected)
+        for key, value in given.items():
+            if key not in hints:
+                raise _unknown_key(source, f"{prefix}{key}", str(key), sorted(hints))
+            _check_value(value, hints[key], source, f"{prefix}{key}")
+    elif typing.get_origin(expected) is dict:
+        for key, value in given.items():
+            _check_value(value, typing.get_args(expected)[1], source, f"{prefix}{key}")
+
+
+def _check_value(value: Any, hint: Any, source: str, key: str) -> None:
+    options = _options(hint)
+    section = any(dataclasses.is_dataclass(o) or typing.get_origin(o) is dict for o in options)
+    if section and not isinstance(value, dict) and not (value is None and type(None) in options):
+        raise M3BindError(f"{source}: {key}: expected keys and values (or {{}}), found {value!r}")
+    for option in options:
+        _check_keys(value, option, source, f"{key}.")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _unknown_key(source: str, full: str, key: str, known: list[str]) -> M3BindError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known) or 'none'}"
+    return M3BindError(f"{source}: unknown key {full!r}: {hint}")
