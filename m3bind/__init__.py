@@ -1,0 +1,9 @@
+"""Binds medical image modalities through text, and makes the contrastive mathematics behind it fit."""
+
+from m3bind import losses, ops
+from m3bind.backends import use_backend
+from m3bind.losses import ClipLoss
+from m3bind.ops import clip_loss
+
+__version__ = "0.1.0"
+__all__ = ["ClipLoss", "clip_loss", "losses", "ops", "use_backend"]

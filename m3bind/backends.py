@@ -1,0 +1,144 @@
+"""THE table: which operator runs in which backend, on which device, in which dtypes.
+
+The only module that names `m3bind._C` or `m3bind_kernels`, and it imports them when first asked.
+An explicit choice (`backend=`, `use_backend`, `M3BIND_BACKEND`) that cannot be met raises and says
+why; the automatic one takes the first backend that can run.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from m3bind import chunked, reference
+
+BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
+# The reference is never automatic: it materialises the similarity matrix.
+AUTOMATIC = ("cuda", "triton", "cpp", "chunked")
+
+ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class BackendUnavailable(ValueError):
+    """An explicitly chosen backend cannot run here; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One cell of the table. `load` returns the module that holds `<op>_fwd` and `<op>_bwd`."""
+
+    load: Callable[[], Any]
+    devices: tuple[str, ...] | None = None  # None: any
+    dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
+    note: str = ""
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run at all, or None
+
+
+@cache
+def native() -> ModuleType | str:
+    """The module m3bind._C, or the reason why it is not there."""
+    try:
+        from m3bind import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        if "cannot import name" in str(error):
+            return "m3bind was installed without its native extension (M3BIND_NATIVE=0)"
+        return f"m3bind._C does not load: {error}"
+    return _C
+
+
+def _native_missing() -> str | None:
+    found = native()
+    return found if isinstance(found, str) else None
+
+
+def _native_ops() -> Any:
+    native()
+    return torch.ops.m3bind_native
+
+
+def _no_kernels() -> str:
+    return "no kernel of this kind yet; none has yet run on a GPU"
+
+
+_UNWRITTEN = Entry(load=_no_kernels, devices=("cuda",), missing=_no_kernels)
+
+TABLE: dict[str, dict[str, Entry]] = {
+    "similarity_lse": {
+        "reference": Entry(load=lambda: reference, note="materialises; differentiable twice"),
+        "chunked": Entry(load=lambda: chunked, note="panels in plain PyTorch"),
+        "cpp": Entry(
+            load=_native_ops,
+            devices=("cpu",),
+            dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            note="16-bit inputs are widened to float32",
+            missing=_native_missing,
+        ),
+        "triton": _UNWRITTEN,
+        "cuda": _UNWRITTEN,
+    },
+}
+# Public operators that are a primitive of the table plus terms of O((N + M) * D).
+BUILT_ON = {"clip_loss": "similarity_lse", "similarity_lse": "similarity_lse"}
+
+_override: str | None = os.environ.get("M3BIND_BACKEND") or None
+
+
+# The answer does not change within a process, and torch.compile cannot trace an import.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run `op` on such tensors; None where it can."""
+    entry = TABLE[BUILT_ON[op]][backend]
+    reason = entry.missing()
+    if reason is not None:
+        return reason
+    if entry.devices is not None and device_type not in entry.devices:
+        return f"it runs on {', '.join(entry.devices)} tensors, not on {device_type}"
+    if dtype not in entry.dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in entry.dtypes)
+        return f"it takes {known}, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str | None = None) -> str:
+    """The name of the backend that runs `op`; `backend` is the caller's explicit choice."""
+    chosen = backend if backend is not None else _override
+    if chosen is not None and chosen != "auto":
+        if chosen not in BACKENDS:
+            raise BackendUnavailable(
+                f"unknown backend {chosen!r}: choose one of {', '.join(BACKENDS)} or auto"
+            )
+        reason = why_not(op, chosen, device_type, dtype)
+        if reason is not None:
+            raise BackendUnavailable(
+                f"backend {chosen!r} cannot run {op}: {reason}; choose another backend or none"
+            )
+        return chosen
+    for candidate in AUTOMATIC:
+        if why_not(op, candidate, device_type, dtype) is None:
+            return candidate
+    raise BackendUnavailable(f"no backend runs {op} on {device_type} tensors of {dtype}")
+
+
+def implementation(op: str, backend: str) -> Any:
+    """The module with `<op>_fwd` and `<op>_bwd` of a primitive; `backend` comes from `resolve`."""
+    return TABLE[op][backend].load()
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Chooses the backend of every operator in the process; None or "auto" is the automatic one."""
+    global _override
+    if backend is not None and backend not in (*BACKENDS, "auto"):
+        raise BackendUnavailable(
+            f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)} or auto"
+        )
+    before, _override = _override, backend
+    try:
+        yield
+    finally:
+        _override = before
