@@ -1,0 +1,292 @@
+"""DALI pipelines: from shards to tensors, one for each kind of data.
+
+Only `m3bind.data.loader` imports this module, when its first batch is asked for. The same graph
+runs on a CPU (``device_id=None``) and on a GPU, where images are decoded by "mixed" operators
+and everything after the decoder or the reader stays on the device. The GPU side follows DALI's
+documentation and has not been run on a GPU yet.
+
+Augmentations never change what a physician would read differently: no mirror for radiographs,
+CT and fundi (laterality), none of time or polarity for ECGs. Only tissue has no up, left or right.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, math, types
+from nvidia.dali.pipeline import Pipeline
+
+from m3bind.data.preprocess import SIGNAL_HZ, Preprocess
+
+EXTENSIONS = {"image2d": "png;jpg;jpeg", "volume": "hu", "signal": "uv"}
+READER = "shards"
+_RESIZE_MODE = {"stretch": "stretch", "pad": "not_larger", "crop": "not_smaller"}
+_SHUFFLE_BUFFER = 4096  # samples; they are memory-mapped, so the buffer holds addresses
+
+Node = Any  # DALI's DataNode, which carries no useful static type
+
+
+def build_pipeline(
+    paths: Sequence[Path],
+    index_paths: Sequence[Path],
+    modality: str,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    num_samples: int,
+    train: bool,
+    device_id: int | None,
+    shard_id: int,
+    num_shards: int,
+    seed: int,
+    num_threads: int,
+    checkpoint: bytes | None,
+) -> Pipeline:
+    """Return a built pipeline whose outputs are (images, payload, report, metadata).
+
+    ``images`` is float32 of the preprocess' shape; the others are uint8 (int16 for volumes and
+    signals) vectors of each sample's own length, always on the CPU.
+    """
+    kind = preprocess.kind
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        seed=seed,
+        prefetch_queue_depth=2,
+        enable_checkpointing=True,
+        checkpoint=checkpoint,
+    )
+    with pipeline:
+        components = [EXTENSIONS[kind], "txt", "json"]
+        dtypes = [types.UINT8 if kind == "image2d" else types.INT16, types.UINT8, types.UINT8]
+        if kind != "image2d":
+            components.append("shape")
+            dtypes.append(types.INT64)
+        payload, report, metadata, *shape = fn.readers.webdataset(
+            paths=[str(path) for path in paths],
+            index_paths=[str(path) for path in index_paths],
+            ext=components,
+            dtypes=dtypes,
+            missing_component_behavior="error",
+            random_shuffle=train,
+            initial_fill=max(1, min(num_samples, _SHUFFLE_BUFFER)),
+            shard_id=shard_id,
+            num_shards=num_shards,
+            stick_to_shard=True,
+            # One pass without shuffling ends with whole batches; the loader cuts what was padded.
+            pad_last_batch=not train,
+            seed=seed,
+            name=READER,
+        )
+        gpu = device_id is not None
+        if kind == "image2d":
+            images = _image2d(payload, preprocess, modality, train, gpu)
+        elif kind == "volume":
+            images = _volume(payload, shape[0], preprocess, train, gpu)
+        else:
+            images = _signal(payload, shape[0], preprocess, train, gpu)
+        pipeline.set_outputs(images, payload, report, metadata)
+    pipeline.build()
+    return pipeline
+
+
+def _image2d(payload: Node, p: Preprocess, modality: str, train: bool, gpu: bool) -> Node:
+    # As FLOAT the decoder scales by the file's own depth: 8 and 16 bit both become [0, 1].
+    images = fn.decoders.image(
+        payload,
+        device="mixed" if gpu else "cpu",
+        output_type=types.RGB if p.channels == 3 else types.GRAY,
+        dtype=types.FLOAT,
+    )
+    if p.minmax:
+        images = _minmax(images)
+    images = _resize(images, p)
+    if train:
+        images = _IMAGE_AUGMENT.get(modality, _augment_film)(images, p)
+    return fn.crop_mirror_normalize(
+        images,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[*p.mean],
+        std=[*p.std],
+    )
+
+
+def _resize(images: Node, p: Preprocess, fill: float = 0.0) -> Node:
+    size: dict[str, Any] = {"size": [*p.size], "mode": _RESIZE_MODE[p.fit]}
+    if p.resize is not None:
+        size = {"resize_shorter": p.resize}
+    cubic = p.interpolation == "bicubic"
+    images = fn.resize(
+        images,
+        interp_type=types.INTERP_CUBIC if cubic else types.INTERP_LINEAR,
+        antialias=True,
+        dtype=types.FLOAT,
+        **size,
+    )
+    if cubic:  # a cubic kernel overshoots at edges
+        images = math.clamp(images, -1.0 if p.kind == "volume" and not p.minmax else 0.0, 1.0)
+    if p.fit == "stretch":
+        return images
+    crop = dict(zip(("crop_d", "crop_h", "crop_w")[-len(p.size) :], p.size, strict=True))
+    return fn.crop(images, out_of_bounds_policy="pad", fill_values=fill, **crop)
+
+
+def _between(low: float, high: float, **kwargs: Any) -> Node:
+    return fn.random.uniform(range=[low, high], dtype=types.FLOAT, **kwargs)
+
+
+def _warp(images: Node, p: Preprocess, angle: Node, zoom: float, shift: float, fill: float) -> Node:
+    """Rotate by ``angle`` (degrees), zoom by 1 +- zoom and shift by a share of the size."""
+    height, width = p.size[-2:]
+    centre = [width / 2.0, height / 2.0]
+    scale = _between(1 - zoom, 1 + zoom)
+    matrix = fn.transforms.rotation(angle=angle, center=centre)
+    matrix = fn.transforms.scale(matrix, scale=fn.stack(scale, scale), center=centre)
+    if shift > 0:
+        offset = [_between(-shift * length, shift * length) for length in (width, height)]
+        matrix = fn.transforms.translation(matrix, offset=fn.stack(*offset))
+    return fn.warp_affine(
+        images, matrix=matrix, interp_type=types.INTERP_LINEAR, fill_value=fill, inverse_map=False
+    )
+
+
+def _augment_film(images: Node, p: Preprocess) -> Node:
+    """Small rotation, zoom, shift, exposure: a patient who stands a little differently."""
+    images = _warp(images, p, _between(-7.0, 7.0), zoom=0.08, shift=0.04, fill=0.0)
+    images = fn.brightness_contrast(
+        images, brightness=_between(0.9, 1.1), contrast=_between(0.85, 1.15), contrast_center=0.5
+    )
+    return math.clamp(images, 0.0, 1.0)
+
+
+def _augment_fundus(images: Node, p: Preprocess) -> Node:
+    """As a film, with the small differences of colour between cameras."""
+    images = _warp(images, p, _between(-10.0, 10.0), zoom=0.08, shift=0.03, fill=0.0)
+    return _colour(images, p, hue=4.0, saturation=0.15)
+
+
+def _augment_tissue(images: Node, p: Preprocess) -> Node:
+    """Quarter turns, mirrors, magnification, and the colour twist of another stain or scanner."""
+    images = fn.flip(
+        images,
+        horizontal=fn.random.coin_flip(probability=0.5),
+        vertical=fn.random.coin_flip(probability=0.5),
+    )
+    if p.size[0] == p.size[1]:
+        quarter = fn.random.uniform(values=[0.0, 90.0], dtype=types.FLOAT)
+        # The border that a zoom uncovers is filled with the slide's empty, bright background.
+        images = _warp(images, p, quarter, zoom=0.08, shift=0.0, fill=0.9)
+    return _colour(images, p, hue=8.0, saturation=0.2)
+
+
+def _colour(images: Node, p: Preprocess, hue: float, saturation: float) -> Node:
+    exposure = {"brightness": _between(0.9, 1.1), "contrast": _between(0.85, 1.15)}
+    if p.channels == 1:
+        images = fn.brightness_contrast(images, contrast_center=0.5, **exposure)
+    else:
+        images = fn.color_twist(
+            images,
+            hue=_between(-hue, hue),
+            saturation=_between(1 - saturation, 1 + saturation),
+            **exposure,
+        )
+    return math.clamp(images, 0.0, 1.0)
+
+
+_IMAGE_AUGMENT: dict[str, Callable[[Node, Preprocess], Node]] = {
+    "xray": _augment_film,
+    "retina": _augment_fundus,
+    "pathology": _augment_tissue,
+}
+
+
+def _volume(payload: Node, shape: Node, p: Preprocess, train: bool, gpu: bool) -> Node:
+    # DALI resizes and warps volumes only with a channel axis: [D, H, W, 1].
+    shape = fn.cat(fn.cast(shape, dtype=types.INT32), types.Constant([1], dtype=types.INT32))
+    voxels = fn.reshape(payload.gpu() if gpu else payload, shape=shape, layout="DHWC")
+    low, high = p.hu_window
+    hu = math.clamp(fn.cast(voxels, dtype=types.FLOAT), low, high)
+    volumes = _minmax(hu) if p.minmax else (hu - low) * (2.0 / (high - low)) - 1.0
+    air = 0.0 if p.minmax else -1.0
+    volumes = _resize(volumes, p, fill=air)
+    if train:
+        volumes = _augment_volume(volumes, p, air)
+    if any(p.mean) or set(p.std) != {1.0}:
+        volumes = (volumes - p.mean[0]) / p.std[0]
+    return fn.reshape(volumes, shape=[1, *p.size], layout="CDHW")
+
+
+def _augment_volume(volumes: Node, p: Preprocess, air: float) -> Node:
+    """Another position on the table, another scanner's calibration and noise."""
+    depth, height, width = p.size
+    centre = [width / 2.0, height / 2.0, depth / 2.0]
+    scale = _between(0.93, 1.07)
+    matrix = fn.transforms.rotation(angle=_between(-7.0, 7.0), axis=[0.0, 0.0, 1.0], center=centre)
+    matrix = fn.transforms.scale(matrix, scale=fn.stack(scale, scale, scale), center=centre)
+    shift = [_between(-0.04 * length, 0.04 * length) for length in (width, height, depth)]
+    matrix = fn.transforms.translation(matrix, offset=fn.stack(*shift))
+    volumes = fn.warp_affine(
+        volumes, matrix=matrix, interp_type=types.INTERP_LINEAR, fill_value=air, inverse_map=False
+    )
+    # In units of half the window: at +-1000 HU, 15 HU of offset and up to 20 HU of noise.
+    noise = fn.random.normal(volumes, stddev=_between(0.0, 0.02))
+    return math.clamp(volumes + noise + _between(-0.015, 0.015), air, 1.0)
+
+
+def _signal(payload: Node, shape: Node, p: Preprocess, train: bool, gpu: bool) -> Node:
+    (samples,) = p.size
+    shape = fn.cast(shape, dtype=types.INT32)
+    leads = fn.reshape(payload.gpu() if gpu else payload, shape=shape)
+    # audio_resample works along the first axis and filters below the new Nyquist rate.
+    signals = fn.transpose(fn.cast(leads, dtype=types.FLOAT) * 0.001, perm=[1, 0])
+    if p.rate_hz != SIGNAL_HZ:
+        signals = fn.audio_resample(
+            signals, in_rate=float(SIGNAL_HZ), out_rate=float(p.rate_hz), dtype=types.FLOAT
+        )
+    if p.minmax:
+        signals = _minmax(signals)
+    # Centred, or anywhere while training; a shorter record is filled with 0 mV at both ends.
+    signals = fn.crop(
+        fn.reshape(signals, shape=[-1, p.channels, 1], layout="HWC"),
+        crop_h=samples,
+        crop_w=p.channels,
+        crop_pos_y=_between(0.0, 1.0) if train else 0.5,
+        out_of_bounds_policy="pad",
+        fill_values=0.0,
+    )
+    signals = fn.reshape(signals, shape=[samples, p.channels], layout="")
+    if train:
+        signals = _augment_signal(signals, p, gpu)
+    if any(p.mean) or set(p.std) != {1.0}:
+        mean = types.Constant(np.float32(p.mean), device=_device(gpu))
+        std = types.Constant(np.float32(p.std), device=_device(gpu))
+        signals = (signals - mean) / std
+    return fn.transpose(signals, perm=[1, 0])
+
+
+def _augment_signal(signals: Node, p: Preprocess, gpu: bool) -> Node:
+    """Another amplifier's gain, muscle noise, breathing, and rarely an electrode that fell off."""
+    signals = signals * _between(0.9, 1.1)
+    signals = signals + fn.random.normal(signals, stddev=_between(0.0, 0.02))  # mV
+    (samples,) = p.size
+    seconds = types.Constant(
+        np.arange(samples, dtype=np.float32)[:, None] / p.rate_hz, device=_device(gpu)
+    )
+    breathing = 6.2831853 * _between(0.1, 0.4)  # rad/s, as 6 to 24 breaths a minute
+    wander = math.sin(seconds * breathing + _between(0.0, 6.2831853)) * _between(0.0, 0.08)
+    signals = signals + wander
+    loose = fn.random.coin_flip(probability=0.05)
+    off = fn.random.coin_flip(probability=1 / 6, shape=[p.channels])
+    return signals * fn.cast(1 - off * loose, dtype=types.FLOAT)
+
+
+def _device(gpu: bool) -> str:
+    return "gpu" if gpu else "cpu"
+
+
+def _minmax(values: Node) -> Node:
+    low, high = fn.reductions.min(values), fn.reductions.max(values)
+    return (values - low) / math.max(high - low, 1e-6)
