@@ -132,7 +132,9 @@ def _tie_bounds(
 
 def _average_precision(relevant: np.ndarray, last: np.ndarray) -> np.ndarray:
     """[Q]: the mean over the relevant of the precision at the end of their tie group."""
-    found = np.take_along_axis(np.cumsum(relevant, axis=1), last, axis=1)
+    found = np.cumsum(relevant, axis=1, dtype=np.int32)
+    if (last[:, :-1] >= last[:, 1:]).any():  # ties
+        found = np.take_along_axis(found, last, axis=1)
     return (relevant * found / (last + 1)).sum(axis=1) / relevant.sum(axis=1)
 
 
