@@ -176,8 +176,8 @@ class Loader:
         meta = [json.loads(bytes(metadata.at(i))) for i in range(keep)]
         for i, sample in enumerate(meta):
             if sample["id"] not in self._verified:
-                payload = np.ascontiguousarray(payloads.at(i))
-                if hashlib.sha256(payload.view(np.uint8)).hexdigest() != sample["sha256"]:
+                payload = np.asarray(payloads.at(i)).tobytes()
+                if hashlib.sha256(payload).hexdigest() != sample["sha256"]:
                     raise self._damaged(sample["id"], "its bytes do not match its checksum")
                 self._verified.add(sample["id"])
         self._batches += 1

@@ -261,8 +261,8 @@ def _signal(payload: Node, shape: Node, p: Preprocess, train: bool, gpu: bool) -
     if train:
         signals = _augment_signal(signals, p, gpu)
     if any(p.mean) or set(p.std) != {1.0}:
-        mean = types.Constant(np.float32(p.mean), device=_device(gpu))
-        std = types.Constant(np.float32(p.std), device=_device(gpu))
+        mean = types.Constant(np.asarray(p.mean, np.float32), device=_device(gpu))
+        std = types.Constant(np.asarray(p.std, np.float32), device=_device(gpu))
         signals = (signals - mean) / std
     return fn.transpose(signals, perm=[1, 0])
 

@@ -116,7 +116,10 @@ class Preprocess:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocess":
         """The inverse of `to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**plain)
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change whenever any of the values does."""

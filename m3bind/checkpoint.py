@@ -1,0 +1,160 @@
+"""Checkpoints: one safetensors file each, replaced in one move, read without running code.
+
+Tensors stand under a section's name (``model/...``, ``optimizer/...``, ``loader/...``,
+``random/...``), everything else as JSON in the file's header. No pickle is involved, so a
+checkpoint from a stranger can be opened. The new file is written beside the old one and then
+renamed over it: whatever happens, one whole checkpoint is there.
+"""
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3bind.errors import M3BindError
+
+FORMAT = "m3bind-checkpoint-1"
+
+
+def save_checkpoint(
+    path: Path, sections: Mapping[str, Mapping[str, Tensor]], data: Mapping[str, Any]
+) -> None:
+    """Write ``{section: {name: tensor}}`` and JSON-able ``data``, atomically."""
+    tensors = {
+        f"{section}/{name}": _bare(tensor)
+        for section, part in sections.items()
+        for name, tensor in part.items()
+    }
+    _write(path, tensors, {"format": FORMAT, "data": json.dumps(data)})
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote; raises M3BindError for any other file."""
+    tensors, metadata = _read(path)
+    if metadata.get("format") != FORMAT:
+        raise M3BindError(f"{path} is not a checkpoint of this version ({FORMAT})")
+    sections: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        section, _, name = full.partition("/")
+        sections.setdefault(section, {})[name] = tensor
+    return sections, json.loads(metadata["data"])
+
+
+def export_weights(path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Publish weights: plain safetensors, with ``m3bind_config.json`` in the same folder."""
+    _write(path, {name: _bare(tensor) for name, tensor in weights.items()}, {"format": "pt"})
+    target = path.parent / "m3bind_config.json"
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, target)
+
+
+def import_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `export_weights` wrote; the configuration is {} where its file is missing."""
+    tensors, _ = _read(path)
+    config = path.parent / "m3bind_config.json"
+    return tensors, json.loads(config.read_text()) if config.is_file() else {}
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimiser's state into tensors by ``<parameter>.<name>`` and plain values."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            (tensors if isinstance(value, Tensor) else plain)[f"{index}.{name}"] = value
+    return tensors, {"groups": state["param_groups"], "values": plain}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], data: Mapping[str, Any]
+) -> None:
+    """The inverse of `pack_optimizer`, into an optimiser over the same parameters."""
+    state: dict[int, dict[str, Any]] = {}
+    for full, value in [*tensors.items(), *data["values"].items()]:
+        index, _, name = full.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": data["groups"]})
+
+
+def pack_random(rng: random.Random) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of every generator: ``rng``, Python's, NumPy's, torch's and each GPU's."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"cuda.{index}"] = state
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    return tensors, {
+        "task": rng.getstate(),
+        "python": random.getstate(),
+        "numpy": [str(name), int(position), int(has_gauss), float(gauss)],
+    }
+
+
+def unpack_random(
+    rng: random.Random, tensors: Mapping[str, Tensor], data: Mapping[str, Any]
+) -> None:
+    """The inverse of `pack_random`."""
+    for generator, key in ((rng, "task"), (random, "python")):
+        version, keys, gauss = data[key]
+        generator.setstate((version, tuple(keys), gauss))
+    name, position, has_gauss, gauss = data["numpy"]
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((name, keys, position, has_gauss, gauss))
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"cuda.{index}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
+
+
+def pack_bytes(data: bytes) -> Tensor:
+    """Bytes as a uint8 tensor."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def unpack_bytes(tensor: Tensor) -> bytes:
+    """The inverse of `pack_bytes`."""
+    return tensor.numpy().tobytes()
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(dict(tensors), partial, metadata=metadata)
+        partial.chmod(0o644)  # safetensors makes files that nobody else may read
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # a power cut must not leave a name without its bytes
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise M3BindError(f"cannot write {path}: {error}") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise M3BindError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise M3BindError(f"{path} is not a whole safetensors file ({error})") from None

@@ -1,0 +1,80 @@
+"""What a run writes down: JSON lines always, TensorBoard beside them.
+
+``metrics.jsonl`` holds one object a line: ``{"step", "loss", "losses", "report", "lr",
+"grad_norm", "seconds"}`` for training, ``{"step", "validation": {...}}`` for validation.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Tracker:
+    """Append records to ``out/metrics.jsonl`` and to TensorBoard's ``out/tensorboard``.
+
+    ``step`` is the last step that is kept of an earlier run: lines and events after it are
+    dropped, so that a resumed log reads as if nothing had happened. 0 begins anew.
+    """
+
+    def __init__(self, out: Path, step: int = 0) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "metrics.jsonl"
+        kept = [line for line in read_history(self.path) if line["step"] <= step] if step else []
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, self.path)
+        self.history = kept
+        self._file = self.path.open("a")
+        folder = out / "tensorboard"
+        if not step and folder.is_dir():
+            for events in folder.glob("events.out.tfevents.*"):
+                events.unlink()
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line; numbers, also nested ones, become TensorBoard scalars."""
+        line = {"step": step, **values}
+        self.history.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in _scalars(values):
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush both; the tracker is not used afterwards."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_history(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; a last line that was cut by a crash is left out."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            found.append((f"{prefix}{name}", float(value)))
+    return found
