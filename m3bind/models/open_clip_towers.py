@@ -47,7 +47,8 @@ def load_model(name: str, weights: str | None, **options: Any) -> tuple[Any, boo
             **options,
         )
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"open_clip:{name} with weights {weights}: {error}") from error
+        reason = " ".join(str(error).split())  # torch lists keys on lines of their own
+        raise ValueError(f"open_clip:{name} does not load (weights {weights}): {reason}") from None
     return model, loaded
 
 
@@ -57,7 +58,8 @@ class OpenClipImage(ImageTower):
     def __init__(self, name: str, config: ImageTowerConfig, lora: LoraConfig | None) -> None:
         options = dict(config.options)
         if config.size is not None:
-            options["force_image_size"] = tuple(config.size)
+            square = len(set(config.size)) == 1  # a ResNet of open_clip takes no tuple
+            options["force_image_size"] = config.size[0] if square else tuple(config.size)
         model, loaded = load_model(name, config.weights, **options)
         cfg = dict(model.visual.preprocess_cfg)
         size = cfg["size"] if not isinstance(cfg["size"], int) else (cfg["size"],) * 2

@@ -1,0 +1,1 @@
+"""What is trained: `Pretrain` one expert, `Align` them all, `Distill` them into one encoder."""

@@ -1,0 +1,189 @@
+"""Stage 1: every expert's own loss, plus the agreement of all experts on centre texts."""
+
+import copy
+import itertools
+import logging
+import random
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from m3bind.config import AGREEMENTS, AlignConfig
+from m3bind.losses import ClipLoss
+from m3bind.models.expert import Expert
+from m3bind.ops import clip_loss
+from m3bind.tasks.common import (
+    Batches,
+    Losses,
+    Report,
+    Task,
+    draw_sections,
+    prefixed,
+    take,
+    without_prefix,
+)
+
+log = logging.getLogger(__name__)
+INFONCE_SCALE = 1 / 0.07
+RATIO_EVERY = 20  # steps between two measurements of the gradients
+WEAKEST_RATIO = 0.01
+
+
+def agreement_loss(a: Tensor, b: Tensor, kind: str) -> Tensor:  # a, b [N, D], unit norm
+    """How far two experts' embeddings of the same texts are apart.
+
+    Equivalent to::
+
+        mse:     ((a - b) ** 2).sum(1).mean()      # 2 - 2 cos: summed over features, since a
+                                                   # mean over them is D times too weak
+        cosine:  (1 - (a * b).sum(1)).mean()
+        infonce: clip_loss(a, b, 1 / 0.07)         # the same text is the only positive
+
+    Raises ValueError for another ``kind``.
+    """
+    if kind == "mse":
+        return (a - b).square().sum(1).mean()
+    if kind == "cosine":
+        return (1 - (a * b).sum(1)).mean()
+    if kind == "infonce":
+        loss = clip_loss(a, b, INFONCE_SCALE)
+        assert isinstance(loss, Tensor)
+        return loss
+    raise ValueError(f"agreement {kind!r} is not one of {', '.join(AGREEMENTS)}")
+
+
+def preservation_loss(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [N, D]
+    scale: Tensor,  # [1]
+    old_image: Tensor,  # [N, D']
+    old_text: Tensor,  # [N, D']
+    old_scale: Tensor,  # [1]
+) -> Tensor:
+    """Mean over both directions of KL(original || now) of the image-text distributions."""
+    now, old = scale * image @ text.T, old_scale * old_image @ old_text.T
+    terms = [
+        F.kl_div(n.log_softmax(1), o.log_softmax(1), log_target=True, reduction="batchmean")
+        for n, o in ((now, old), (now.T, old.T))
+    ]
+    return (terms[0] + terms[1]) / 2
+
+
+class Align(Task):
+    """Makes the experts' text spaces agree while each keeps its own image-text alignment.
+
+    Image trunks are frozen, or trained through their low-rank adapters; all heads train. In
+    each step ``centre_batch`` texts are drawn from ``centre_texts`` (raw strings, of all
+    modalities), every expert tokenises and embeds them itself, and the agreement is summed
+    over all pairs of experts. The report tells the norm of the agreement's gradient over that
+    of the experts' own losses, both at the text heads, every 20 steps.
+
+    Raises ValueError for fewer than two experts, two experts with one and the same head, or
+    no centre texts.
+    """
+
+    calls: Tensor
+
+    def __init__(
+        self, experts: dict[str, Expert], centre_texts: list[str], config: AlignConfig
+    ) -> None:
+        super().__init__()
+        if len(experts) < 2:
+            raise ValueError(f"stage 1 needs at least two experts, found {sorted(experts)}")
+        _check_heads(experts)
+        self.centre_texts = sorted({text.strip() for text in centre_texts} - {""})
+        if not self.centre_texts:
+            raise ValueError("stage 1 needs centre texts: every report given is empty")
+        self.config = config
+        for expert in experts.values():
+            expert.freeze_trunk()
+        self.originals = {}
+        if config.preserve_weight > 0:
+            self.originals = {m: copy.deepcopy(e).eval() for m, e in experts.items()}
+        self.experts = nn.ModuleDict(experts)
+        self.loss = ClipLoss()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, batches: Batches, rng: random.Random) -> tuple[Losses, Report]:
+        take(batches, self.experts)
+        count = min(self.config.centre_batch, len(self.centre_texts))
+        centre = rng.sample(self.centre_texts, count)
+        losses: Losses = {}
+        report: Report = {}
+        centres, preserved = {}, []
+        for modality, expert in self._experts():
+            batch = batches[modality]
+            texts = draw_sections(batch.reports, rng)
+            both = expert.encode_text(texts + centre)  # one pass through the tower
+            text, centres[modality] = both[: len(texts)], both[len(texts) :]
+            image = expert.encode_image(batch.images)
+            scale = expert.scale()
+            losses[f"clip/{modality}"] = self.loss(image, text, scale)
+            if self.originals:
+                with torch.no_grad():
+                    original = self.originals[modality].to(image.device)
+                    old = (
+                        original.encode_image(batch.images),
+                        original.encode_text(texts),
+                        original.scale(),
+                    )
+                preserved.append(preservation_loss(image, text, scale, *old))
+        pairs = list(itertools.combinations(centres.values(), 2))
+        agreement = torch.stack(
+            [agreement_loss(a, b, self.config.agreement) for a, b in pairs]
+        ).sum()
+        with torch.no_grad():
+            cosines = [(a * b).sum(1).mean() for a, b in pairs]
+            report["centre_cosine"] = float(torch.stack(cosines).mean())
+        clip = torch.stack(list(losses.values())).sum()
+        losses["agreement"] = self.config.agreement_weight * agreement
+        if preserved:
+            losses["preserve"] = self.config.preserve_weight * torch.stack(preserved).sum()
+        if torch.is_grad_enabled() and self.config.agreement_weight > 0:
+            if int(self.calls) % RATIO_EVERY == 0:
+                report["gradient_ratio"] = self._gradient_ratio(losses["agreement"], clip)
+            self.calls += 1
+        return losses, report
+
+    def _gradient_ratio(self, agreement: Tensor, clip: Tensor) -> float:
+        # At the heads, the last layers: the graph below them is not walked.
+        heads = [expert.text.head.weight for _, expert in self._experts()]
+        norms = []
+        for loss in (agreement, clip):
+            gradients = torch.autograd.grad(loss, heads, retain_graph=True)
+            norms.append(torch.stack([g.norm() for g in gradients]).norm())
+        ratio = float(norms[0] / norms[1].clamp_min(1e-12))
+        if ratio < WEAKEST_RATIO:
+            log.warning(
+                "step %d: the gradient of the agreement is %.2g of the experts' own: nothing "
+                "will be bound; raise align.agreement_weight (now %g) or centre_batch",
+                int(self.calls),
+                ratio,
+                self.config.agreement_weight,
+            )
+        return ratio
+
+    def _experts(self) -> list[tuple[str, Expert]]:
+        return [(m, e) for m, e in self.experts.items() if isinstance(e, Expert)]
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        state = {"calls": self.calls}
+        for modality, expert in self._experts():
+            state |= prefixed(modality, expert.trainable_state())
+        return state
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        for modality, expert in self._experts():
+            expert.load_trainable_state(without_prefix(modality, state))
+        self.calls.copy_(state["calls"])
+
+
+def _check_heads(experts: dict[str, Expert]) -> None:
+    for (a, x), (b, y) in itertools.combinations(experts.items(), 2):
+        v, w = x.text.head.weight, y.text.head.weight
+        if v.shape == w.shape and torch.equal(v, w):
+            raise ValueError(
+                f"the experts {a} and {b} have one and the same text head: they would be bound "
+                "by construction; give them different seeds"
+            )

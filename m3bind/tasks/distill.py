@@ -1,0 +1,93 @@
+"""Stage 2: one text encoder learns the text spaces of all experts."""
+
+import random
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from m3bind.config import DistillConfig
+from m3bind.losses import ClipLoss
+from m3bind.models.expert import Expert
+from m3bind.models.text import TextEncoder
+from m3bind.tasks.common import Batches, Losses, Report, Task, draw_sections, take
+
+
+def similarity_kl(
+    student: Tensor,  # [N, D]
+    teacher: Tensor,  # [N, D]
+    image: Tensor,  # [M, D]
+    scale: Tensor,  # [1]
+) -> Tensor:
+    """KL(teacher || student) of the distributions of each text over the images, mean over N."""
+    return F.kl_div(
+        (scale * student @ image.T).log_softmax(1),
+        (scale * teacher @ image.T).log_softmax(1),
+        log_target=True,
+        reduction="batchmean",
+    )
+
+
+class Distill(Task):
+    """Trains ``student`` alone; the experts, heads included, are frozen.
+
+    For the texts of each modality: the cosine to its expert's embedding of the same text, CLIP's
+    loss with its expert's images, and the divergence between student-to-image and
+    expert-to-image similarities, each a mean over the modalities. Experts that were not aligned
+    make the control "stage 2 without stage 1".
+    """
+
+    def __init__(
+        self, student: TextEncoder, experts: dict[str, Expert], config: DistillConfig
+    ) -> None:
+        super().__init__()
+        widths = {m: e.width for m, e in experts.items()}
+        if set(widths.values()) != {student.head.weight.shape[0]}:
+            raise ValueError(
+                f"the student is {student.head.weight.shape[0]} wide, the experts {widths}: "
+                "build all of them with the same width"
+            )
+        self.student, self.config = student, config
+        self.experts = nn.ModuleDict(experts).requires_grad_(False).eval()
+        self.loss = ClipLoss()
+
+    def train(self, mode: bool = True) -> "Distill":
+        super().train(mode)
+        self.experts.eval()
+        return self
+
+    def forward(self, batches: Batches, rng: random.Random) -> tuple[Losses, Report]:
+        take(batches, self.experts)
+        drawn = {m: draw_sections(batches[m].reports, rng) for m in self.experts}
+        # One pass for all: the student does not know which modality a text belongs to.
+        embedded = self.student.encode_text([t for texts in drawn.values() for t in texts])
+        parts = embedded.split([len(texts) for texts in drawn.values()])
+        terms: dict[str, list[Tensor]] = {"cosine": [], "contrast": [], "similarity": []}
+        report: Report = {}
+        for (modality, texts), student in zip(drawn.items(), parts, strict=True):
+            expert = self.experts[modality]
+            assert isinstance(expert, Expert)
+            with torch.no_grad():
+                teacher = expert.encode_text(texts)
+                image = expert.encode_image(batches[modality].images)
+                scale = expert.scale()
+            cosine = (student * teacher).sum(1).mean()
+            report[f"cosine/{modality}"] = float(cosine.detach())
+            terms["cosine"].append(1 - cosine)
+            if self.config.contrast_weight > 0:
+                terms["contrast"].append(self.loss(image, student, scale))
+            if self.config.similarity_weight > 0:
+                terms["similarity"].append(similarity_kl(student, teacher, image, scale))
+        weights = {
+            "cosine": self.config.cosine_weight,
+            "contrast": self.config.contrast_weight,
+            "similarity": self.config.similarity_weight,
+        }
+        losses = {n: weights[n] * torch.stack(v).mean() for n, v in terms.items() if v}
+        return losses, report
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        return self.student.trainable_state()
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        self.student.load_trainable_state(state)

@@ -1,0 +1,323 @@
+"""Tasks on stub experts: the losses by hand, where gradients flow, what is saved."""
+
+import copy
+import math
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from m3bind.config import AlignConfig, DistillConfig
+from m3bind.data.preprocess import Preprocess
+from m3bind.data.reports import sections
+from m3bind.models.expert import Expert
+from m3bind.models.heads import Head, seeded
+from m3bind.models.image import ImageTower
+from m3bind.models.text import TextEncoder, TextTower
+from m3bind.tasks.align import RATIO_EVERY, Align, agreement_loss, preservation_loss
+from m3bind.tasks.common import draw_sections
+from m3bind.tasks.distill import Distill, similarity_kl
+from m3bind.tasks.pretrain import Pretrain
+
+WIDTH = 6
+REPORTS = [
+    "FINDINGS: heart is large.\nIMPRESSION: heart failure.",
+    "FINDINGS: lungs are clear.\nIMPRESSION: normal.",
+    "FINDINGS: nodule in the lung.\nIMPRESSION: tumour.",
+]
+CENTRE = ["heart failure", "normal", "tumour of the lung", "atrial fibrillation"]
+
+
+class StubText(TextTower):
+    """Counts of letters, through one layer."""
+
+    width = 26
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(26, 26)
+        self.seen: list[list[str]] = []
+
+    def forward(self, texts: list[str], device: torch.device) -> Tensor:
+        self.seen.append(texts)
+        counts = [[t.lower().count(chr(97 + i)) for i in range(26)] for t in texts]
+        return self.layer(torch.tensor(counts, dtype=torch.float32, device=device))
+
+
+class StubImage(ImageTower):
+    def __init__(self) -> None:
+        super().__init__(Preprocess(kind="image2d", size=(4, 4), channels=1), 16)
+        self.layer = torch.nn.Linear(16, 16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(1))
+
+
+def stub_encoder(name: str) -> TextEncoder:
+    return TextEncoder(StubText(), Head(26, WIDTH, seeded(name, "text")))
+
+
+def stub_expert(name: str) -> Expert:
+    torch.manual_seed(sum(map(ord, name)))
+    return Expert(name, StubImage(), Head(16, WIDTH, seeded(name, "image")), stub_encoder(name))
+
+
+@pytest.fixture
+def experts() -> dict[str, Expert]:
+    return {name: stub_expert(name) for name in ("xray", "ct", "ecg")}
+
+
+def batches(*names: str) -> dict[str, SimpleNamespace]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        n: SimpleNamespace(images=torch.randn(3, 1, 4, 4, generator=generator), reports=REPORTS)
+        for n in names
+    }
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def dense_clip(x: Tensor, y: Tensor, scale: float) -> float:
+    logits = scale * x.double().numpy() @ y.double().numpy().T
+    rows = np.log(np.exp(logits).sum(1)) - logits.diagonal()
+    columns = np.log(np.exp(logits).sum(0)) - logits.diagonal()
+    return float((rows.mean() + columns.mean()) / 2)
+
+
+class TestLossesByHand:
+    def test_orthogonal_and_opposite(self) -> None:
+        x = torch.eye(4)[:2]
+        assert float(agreement_loss(x, x, "mse")) == 0
+        assert float(agreement_loss(x, torch.eye(4)[2:], "mse")) == pytest.approx(2)
+        assert float(agreement_loss(x, -x, "mse")) == pytest.approx(4)
+        assert float(agreement_loss(x, -x, "cosine")) == pytest.approx(2)
+
+    def test_mse_is_twice_the_cosine_distance_at_any_width(self) -> None:
+        for width in (8, 512):
+            a, b = unit(5, width), unit(5, width, seed=1)
+            mse, cosine = agreement_loss(a, b, "mse"), agreement_loss(a, b, "cosine")
+            assert float(mse) == pytest.approx(2 * float(cosine), rel=1e-5)
+
+    def test_infonce(self) -> None:
+        a, b = unit(5, 8), unit(5, 8, seed=1)
+        expected = dense_clip(a, b, 1 / 0.07)
+        assert float(agreement_loss(a, b, "infonce")) == pytest.approx(expected, rel=1e-5)
+
+    def test_unknown_kind(self) -> None:
+        with pytest.raises(ValueError, match="mse, cosine, infonce"):
+            agreement_loss(unit(2, 4), unit(2, 4), "l1")
+
+    def test_similarity_kl(self) -> None:
+        # Two images; the teacher sees 0.8/0.2, the student 0.5/0.5: KL = sum p ln(p/q).
+        image = torch.eye(2)
+        teacher = torch.tensor([[math.log(0.8), math.log(0.2)]])
+        student = torch.tensor([[0.3, 0.3]])
+        expected = 0.8 * math.log(0.8 / 0.5) + 0.2 * math.log(0.2 / 0.5)
+        got = similarity_kl(student, teacher, image, torch.ones(1))
+        assert float(got) == pytest.approx(expected, rel=1e-5)
+        assert float(similarity_kl(teacher, teacher, image, torch.ones(1))) == 0
+
+    def test_preservation_is_zero_at_the_original_and_positive_elsewhere(self) -> None:
+        image, text, scale = unit(4, 8), unit(4, 8, seed=1), torch.tensor([5.0])
+        # The original may have another width: only its similarities count.
+        wide = torch.nn.functional.pad(image, (0, 3)), torch.nn.functional.pad(text, (0, 3))
+        assert float(preservation_loss(image, text, scale, *wide, scale)) == pytest.approx(
+            0, abs=1e-6
+        )
+        assert float(preservation_loss(image, text.flip(0), scale, *wide, scale)) > 0.1
+
+
+class TestPretrain:
+    def test_loss_is_that_of_the_drawn_sections(self) -> None:
+        expert = stub_expert("xray")
+        losses, report = Pretrain(expert)(batches("xray"), random.Random(3))
+        drawn = draw_sections(REPORTS, random.Random(3))
+        with torch.no_grad():
+            image = expert.encode_image(batches("xray")["xray"].images)
+            expected = dense_clip(image, expert.encode_text(drawn), 1 / 0.07)
+        assert float(losses["clip"].detach()) == pytest.approx(expected, rel=1e-4)
+        assert report["scale"] == pytest.approx(1 / 0.07, rel=1e-5)
+
+    def test_everything_of_the_expert_trains(self) -> None:
+        expert = stub_expert("xray")
+        task = Pretrain(expert)
+        losses, _ = task(batches("xray"), random.Random(0))
+        losses["clip"].backward()
+        assert all(p.grad is not None for p in expert.parameters())
+        grouped = [p for group in task.parameter_groups() for p in group["params"]]
+        assert {id(p) for p in grouped} == {id(p) for p in expert.parameters()}
+        assert len(grouped) == len(set(map(id, grouped)))
+
+    def test_a_batch_of_another_modality_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"\['ct'\] given, of \['xray'\]"):
+            Pretrain(stub_expert("xray"))(batches("ct"), random.Random(0))
+
+    def test_a_repeated_section_gives_way_to_the_whole_report(self) -> None:
+        same = [f"FINDINGS: patient {i}.\nIMPRESSION: normal." for i in range(30)]
+        for seed in range(5):
+            drawn = draw_sections(same, random.Random(seed))
+            assert len(set(drawn)) == 30
+            assert all(text in sections(r).whole for text, r in zip(drawn, same, strict=True))
+            assert any(text != sections(r).whole for text, r in zip(drawn, same, strict=True))
+
+
+class TestAlign:
+    def test_losses_are_the_sum_over_all_pairs(self, experts: dict[str, Expert]) -> None:
+        config = AlignConfig(agreement_weight=0.5, centre_batch=99)
+        losses, report = Align(experts, CENTRE, config)(batches(*experts), random.Random(0))
+        assert set(losses) == {"clip/xray", "clip/ct", "clip/ecg", "agreement"}
+        with torch.no_grad():
+            x, c, e = (expert.encode_text(CENTRE).double() for expert in experts.values())
+        pairs = ((x, c), (x, e), (c, e))
+        expected = 0.5 * sum(float(((a - b) ** 2).sum() / len(CENTRE)) for a, b in pairs)
+        assert float(losses["agreement"].detach()) == pytest.approx(expected, rel=1e-4)
+        cosine = sum(float((a * b).sum() / len(CENTRE)) for a, b in pairs) / 3
+        assert report["centre_cosine"] == pytest.approx(cosine, abs=1e-4)
+
+    def test_every_tower_gets_the_raw_centre_texts(self, experts: dict[str, Expert]) -> None:
+        task = Align(experts, [*CENTRE, CENTRE[0], " "], AlignConfig(centre_batch=2))
+        task(batches(*experts), random.Random(0))
+        seen = [set(e.text.tower.seen[-1]) & set(CENTRE) for e in experts.values()]
+        assert len(seen[0]) == 2 and seen[0] == seen[1] == seen[2]
+
+    def test_trunks_stay_and_heads_move(self, experts: dict[str, Expert]) -> None:
+        task = Align(experts, CENTRE, AlignConfig()).train()
+        sum(task(batches(*experts), random.Random(0))[0].values()).backward()
+        for expert in experts.values():
+            assert all(p.grad is None for p in expert.image.parameters())
+            for part in (expert.image_head, expert.text, expert.logit_scale):
+                parameters = part.parameters() if isinstance(part, torch.nn.Module) else [part]
+                assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+
+    def test_gradient_ratio_is_measured_and_a_weak_one_warned_of(
+        self, experts: dict[str, Expert], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def ratio(weight: float) -> float:
+            task = Align(experts, CENTRE, AlignConfig(agreement_weight=weight))
+            reports = [task(batches(*experts), random.Random(0))[1] for _ in range(RATIO_EVERY + 1)]
+            measured = [i for i, r in enumerate(reports) if "gradient_ratio" in r]
+            assert measured == [0, RATIO_EVERY]
+            return reports[0]["gradient_ratio"]
+
+        one = ratio(1.0)
+        assert not caplog.records
+        assert ratio(1e-4) == pytest.approx(one * 1e-4, rel=1e-3)
+        assert "raise align.agreement_weight" in caplog.text
+
+    def test_gradient_ratio_by_full_backward(self, experts: dict[str, Expert]) -> None:
+        task = Align(experts, CENTRE, AlignConfig(centre_batch=4))
+        norms = []
+        for agreement in (True, False):
+            losses, report = task(batches(*experts), random.Random(0))
+            if agreement:
+                expected = report["gradient_ratio"]
+            task.zero_grad()
+            sum(v for k, v in losses.items() if (k == "agreement") == agreement).backward()
+            heads = [e.text.head.weight.grad for e in experts.values()]
+            norms.append(float(torch.cat([h.flatten() for h in heads]).norm()))
+        assert expected == pytest.approx(norms[0] / norms[1], rel=1e-4)
+
+    def test_preservation_starts_at_zero_and_holds_the_original(
+        self, experts: dict[str, Expert]
+    ) -> None:
+        task = Align(experts, CENTRE, AlignConfig(preserve_weight=1.0)).train()
+        first = float(task(batches(*experts), random.Random(0))[0]["preserve"].detach())
+        assert first == pytest.approx(0, abs=1e-5)
+        with torch.no_grad():
+            experts["ct"].text.head.weight.add_(1.0)
+        later = float(task(batches(*experts), random.Random(0))[0]["preserve"].detach())
+        assert later > 1e-3
+        assert len(list(task.parameters())) == sum(
+            len(list(e.parameters())) for e in experts.values()
+        )
+
+    def test_training_makes_the_experts_agree(self, experts: dict[str, Expert]) -> None:
+        task = Align(experts, CENTRE, AlignConfig())
+        optimiser = torch.optim.AdamW(task.parameter_groups(), lr=1e-2)
+        rng, cosines = random.Random(0), []
+        for _ in range(30):
+            losses, report = task(batches(*experts), rng)
+            cosines.append(report["centre_cosine"])
+            optimiser.zero_grad()
+            sum(losses.values()).backward()
+            optimiser.step()
+        assert cosines[-1] > cosines[0] + 0.5
+
+    def test_state_round_trip(self, experts: dict[str, Expert]) -> None:
+        task = Align(experts, CENTRE, AlignConfig())
+        task(batches(*experts), random.Random(0))
+        state = copy.deepcopy(task.trainable_state())
+        fresh = {name: stub_expert(name + " again") for name in experts}
+        other = Align(fresh, CENTRE, AlignConfig())
+        other.load_trainable_state(state)
+        want, _ = task(batches(*experts), random.Random(1))
+        got, report = other(batches(*experts), random.Random(1))
+        assert all(torch.equal(want[k], got[k]) for k in want)
+        assert "gradient_ratio" not in report  # the counter goes on
+        del state["ct.logit_scale"]
+        with pytest.raises(ValueError, match="logit_scale"):
+            other.load_trainable_state(state)
+
+    def test_what_cannot_be_aligned_is_refused(self, experts: dict[str, Expert]) -> None:
+        with pytest.raises(ValueError, match="two experts"):
+            Align({"xray": experts["xray"]}, CENTRE, AlignConfig())
+        with pytest.raises(ValueError, match="centre texts"):
+            Align(experts, ["", "  "], AlignConfig())
+        twins = {"xray": stub_expert("xray"), "ct": stub_expert("xray")}
+        with pytest.raises(ValueError, match="bound by construction"):
+            Align(twins, CENTRE, AlignConfig())
+
+
+class TestDistill:
+    def test_losses_by_hand(self, experts: dict[str, Expert]) -> None:
+        student = stub_encoder("student")
+        config = DistillConfig(cosine_weight=2.0, contrast_weight=3.0, similarity_weight=5.0)
+        data = batches(*experts)
+        losses, report = Distill(student, experts, config)(data, random.Random(7))
+        rng, cosines, contrasts, kls = random.Random(7), [], [], []
+        with torch.no_grad():
+            for name, expert in experts.items():
+                texts = draw_sections(REPORTS, rng)
+                s, t = student.encode_text(texts), expert.encode_text(texts)
+                v = expert.encode_image(data[name].images)
+                cosines.append(float((s * t).sum(1).mean()))
+                assert report[f"cosine/{name}"] == pytest.approx(cosines[-1], abs=1e-5)
+                contrasts.append(dense_clip(v, s, 1 / 0.07))
+                p = torch.softmax((t @ v.T).double() / 0.07, 1)
+                q = torch.softmax((s @ v.T).double() / 0.07, 1)
+                kls.append(float((p * (p / q).log()).sum(1).mean()))
+        expected = {
+            "cosine": 2 * (1 - np.mean(cosines)),
+            "contrast": 3 * np.mean(contrasts),
+            "similarity": 5 * np.mean(kls),
+        }
+        assert {k: float(v.detach()) for k, v in losses.items()} == pytest.approx(
+            expected, rel=1e-3
+        )
+
+    def test_only_the_student_trains(self, experts: dict[str, Expert]) -> None:
+        student = stub_encoder("student")
+        task = Distill(student, experts, DistillConfig()).train()
+        assert student.training and not any(e.training for e in experts.values())
+        sum(task(batches(*experts), random.Random(0))[0].values()).backward()
+        assert all(p.grad is not None for p in student.parameters())
+        assert all(p.grad is None for e in experts.values() for p in e.parameters())
+        grouped = {id(p) for group in task.parameter_groups() for p in group["params"]}
+        assert grouped == {id(p) for p in student.parameters()}
+        assert set(task.trainable_state()) == set(student.state_dict())
+
+    def test_a_weight_of_zero_leaves_its_term_out(self, experts: dict[str, Expert]) -> None:
+        config = DistillConfig(contrast_weight=0, similarity_weight=0)
+        losses, _ = Distill(stub_encoder("s"), experts, config)(batches(*experts), random.Random(0))
+        assert set(losses) == {"cosine"}
+
+    def test_widths_must_agree(self, experts: dict[str, Expert]) -> None:
+        student = TextEncoder(StubText(), Head(26, WIDTH + 1, seeded("s")))
+        with pytest.raises(ValueError, match="7 wide"):
+            Distill(student, experts, DistillConfig())
