@@ -28,23 +28,23 @@ def embed_texts(encode_text: Callable[[list[str]], Tensor], texts: list[str]) ->
 def embed_split(
     modality: str,
     split: str,
-    batches: Iterable[Any],  # m3bind.data.loader.Batch
+    batches: Iterable[tuple[Any, list[str], list[dict[str, Any]]]],  # images, reports, meta
     encode_image: Callable[[Any], Tensor],
     encode_text: Callable[[list[str]], Tensor],
     prompts: dict[str, dict[str, list[str]]],
 ) -> EmbeddingSet:
     """One pass over a split: images, whole reports, and the prompts of its modality.
 
-    ``encode_image`` takes a batch, ``encode_text`` raw strings; both give unit-norm [B, D]. A
-    sample with several labels counts under the first.
+    ``encode_image`` takes the images of a batch (or features of them), ``encode_text`` raw
+    strings; both give unit-norm [B, D]. A sample with several labels counts under the first.
     """
     images: list[Tensor] = []
     reports: list[str] = []
     meta: list[dict[str, Any]] = []
-    for batch in batches:
-        images.append(encode_image(batch).float().cpu())
-        reports += batch.reports
-        meta += batch.meta
+    for inputs, batch_reports, batch_meta in batches:
+        images.append(encode_image(inputs).float().cpu())
+        reports += batch_reports
+        meta += batch_meta
     kinds = {
         kind: {label: embed_texts(encode_text, texts) for label, texts in classes.items()}
         for kind, classes in prompts.items()
