@@ -13,6 +13,10 @@ class SplitAttention(nn.Module):
     by a rounding error each time).
     """
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         if not attention._qkv_same_embed_dim or attention.bias_k is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m3bind.config import ImageTowerConfig, LoraConfig, TextTowerConfig
 from m3bind.data.preprocess import Preprocess
@@ -105,7 +105,7 @@ class HfText(TextTower):
         for unused in ("logit_scale", "pooler"):
             if getattr(model, unused, None) is not None:
                 setattr(model, unused, None)
-        self.trunk: nn.Module = model
+        self.trunk: Any = model
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         text_config = getattr(model.config, "text_config", model.config)
         limit = getattr(text_config, "max_position_embeddings", config.max_tokens)

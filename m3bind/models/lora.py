@@ -54,7 +54,7 @@ def add_lora(module: nn.Module, config: LoraConfig, *, tower: str) -> list[str]:
     inject_adapter_in_model(
         PeftConfig(
             r=config.r,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]
+            lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=targets,
             bias="none",

@@ -31,7 +31,8 @@ class Task(nn.Module):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for AdamW: matrices and kernels decay; norms, biases and scales do not."""
-        decayed, kept = [], []
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
         for parameter in self.parameters():
             if parameter.requires_grad:
                 (decayed if parameter.ndim >= 2 else kept).append(parameter)
