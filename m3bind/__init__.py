@@ -1,4 +1,4 @@
-"""Binds medical image modalities through text, and makes the contrastive mathematics behind it fit."""
+"""Binds medical image modalities through text; contrastive losses that fit in memory."""
 
 from m3bind import losses, ops
 from m3bind.backends import use_backend

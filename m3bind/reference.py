@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch, materialising the whole similarity matrix: the oracle of every test.
+"""The operators in plain PyTorch with the whole similarity matrix: the oracle of every test.
 
 Everything here is differentiable any number of times, and exact in float64.
 """
@@ -53,7 +53,7 @@ def clip_loss(
 
 
 def reduce_directions(rows: Tensor, cols: Tensor, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
-    """The mean of the two directions; an empty batch has the mean NaN and the sum 0, as in torch."""
+    """The mean of both directions; an empty batch has the mean NaN and the sum 0, as in torch."""
     if reduction == "mean":
         return (rows.mean() + cols.mean()) / 2
     if reduction == "sum":

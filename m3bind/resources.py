@@ -6,6 +6,6 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def configs_dir() -> Path:
-    """The folder of the shipped YAML configs: in a wheel inside the package, in a checkout beside it."""
+    """The folder of the YAML configs: inside the package in a wheel, beside it in a checkout."""
     shipped = PACKAGE / "configs"
     return shipped if shipped.is_dir() else PACKAGE.parent / "configs"

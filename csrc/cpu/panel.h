@@ -1,0 +1,72 @@
+// A panel of rows of the similarity matrix: its dot products by a library GEMM, pairs left out.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "gemm.h"
+#include "row_kernels.h"
+
+namespace m3bind::cpu {
+
+inline constexpr double kLog2E = 1.4426950408889634;
+
+// Runs f(first row, one past the last row) on blocks of kBlockRows rows, by torch's threads. The
+// blocks, and with them every float sum, are the same for any number of threads.
+template <class F>
+void for_row_blocks(int64_t rows, const F& f) {
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      f(block * kBlockRows, std::min(rows, (block + 1) * kBlockRows));
+  });
+}
+
+// Which columns a row leaves out: those whose id is equal to its own.
+class Exclusions {
+ public:
+  Exclusions(const std::optional<Tensor>& row_ids, const std::optional<Tensor>& col_ids);
+  // Sets the excluded entries of rows [first, first + rows) in the panel `s` to -inf.
+  void apply(float* s, int64_t ld, int64_t first, int64_t rows) const;
+
+ private:
+  std::optional<Tensor> row_ids_;
+  std::vector<std::pair<int64_t, int64_t>> columns_;  // (id, column), sorted
+};
+
+// x, y and scale of one call, float32 and contiguous, with a buffer for one panel.
+class Panels {
+ public:
+  Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
+         const std::optional<Tensor>& row_ids, const std::optional<Tensor>& col_ids);
+
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  int64_t step() const { return step_; }  // rows a panel
+  double scale() const { return scale_; }
+  Factor factor() const { return factor_; }
+  const Tensor& x() const { return x_; }
+  const Tensor& y() const { return y_; }
+  // Upper bound of |logit|; not finite where an input is not.
+  double bound() const;
+
+  // Computes the dot products of rows [first, first + count); they lie in data(), and in tensor().
+  void compute(int64_t first, int64_t count);
+  float* data() const { return data_; }
+  Tensor tensor(int64_t count) const { return part(buffer_, 0, count); }
+
+  static Tensor part(const Tensor& t, int64_t first, int64_t count);
+
+ private:
+  Tensor x_, y_, y_transposed_, buffer_;
+  Exclusions exclusions_;
+  int64_t rows_, cols_, step_;
+  double scale_;
+  bool scale_in_panel_;
+  Factor factor_;
+  float* data_;
+};
+
+}  // namespace m3bind::cpu

@@ -1,0 +1,55 @@
+// The passes over a panel of dot products that are not GEMMs, one set an instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace m3bind::cpu {
+
+// logit * log2(e) = dot * (high + low). The two parts keep the product exact to float32's last bit:
+// a rounded factor would shift all logits together, by 6e-6 at a scale of 100.
+struct Factor {
+  float high;
+  float low;
+};
+
+// A panel S of `rows` x `cols` dot products, `ld` floats from row to row. Where a pair is left out,
+// S holds -inf. Row sums are added in double, column sums in float over at most kBlockRows rows.
+struct RowKernels {
+  const char* name;
+  // E = exp2(S * factor - shift), added to row_sum[rows] and col_sum[cols].
+  void (*sum_shifted)(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
+                      float shift, double* row_sum, float* col_sum);
+  // Maxima of S * factor, merged into row_max[rows] and col_max[cols]; NaN is passed over.
+  void (*maxima)(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
+                 float* row_max, float* col_max);
+  // exp2(S * factor - row_max[i]) added to row_sum, exp2(S * factor - col_max[j]) to col_sum.
+  void (*sum_own_shift)(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
+                        const float* row_max, const float* col_max, double* row_sum,
+                        float* col_sum);
+  // S = exp2(S * factor - shift) * (row_weight[i] + col_weight[j]): one exponential a logit.
+  void (*gradient_shifted)(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
+                           float shift, const float* row_weight, const float* col_weight);
+  // S = exp2(S * factor - row_lse[i]) * row_grad[i] + exp2(S * factor - col_lse[j]) * col_grad[j].
+  void (*gradient_own_shift)(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
+                             const float* row_lse, const float* row_grad, const float* col_lse,
+                             const float* col_grad);
+  // out[i] = sum over d of a[i, d] * b[i, d]; both contiguous.
+  void (*row_dots)(const float* a, const float* b, int64_t rows, int64_t cols, double* out);
+  // s *= factor, element by element.
+  void (*multiply)(float* s, int64_t count, float factor);
+};
+
+// Rows that one thread takes at a time: the sums do not depend on the number of threads.
+inline constexpr int64_t kBlockRows = 64;
+
+const RowKernels& row_kernels_default();
+#ifdef M3BIND_X86
+const RowKernels& row_kernels_avx2();
+const RowKernels& row_kernels_avx512();
+#endif
+
+// The set in use: the best of this processor, or what M3BIND_CPU_CAPABILITY names. Throws
+// std::invalid_argument where that is unknown or beyond this processor.
+const RowKernels& row_kernels();
+
+}  // namespace m3bind::cpu
