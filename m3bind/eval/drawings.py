@@ -18,7 +18,7 @@ LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V
 WINDOWS = {"lung": (-600.0, 1500.0), "mediastinum": (40.0, 400.0)}  # level, width in HU
 
 _MM_PER_S, _MM_PER_MV = 25.0, 10.0
-_ROW, _MARGIN, _PULSE = 27.0, 5.0, 9.0  # mm: height of a row, border, room for the calibration
+_ROW, _MARGIN, _PULSE = 24.0, 5.0, 9.0  # mm: least height of a row, border, calibration
 
 
 def draw(record: Any, *, alt: str = "", large: bool = False) -> str:
@@ -40,7 +40,8 @@ def draw_ecg(
     """12-lead ECG, 25 mm/s and 10 mm/mV: four columns of three leads, and lead II as the rhythm.
 
     The columns are successive quarters of the recording, as on paper: time runs on from left to
-    right. A user unit of the SVG is a millimetre. Raises ``ValueError`` for another shape.
+    right. A user unit of the SVG is a millimetre; the rows stand as far apart as tall complexes
+    need. Raises ``ValueError`` for another shape.
     """
     if microvolt.ndim != 2 or microvolt.shape[0] != len(LEADS):
         raise ValueError(f"an ECG must be [12, T], got {microvolt.shape}")
@@ -49,8 +50,12 @@ def draw_ecg(
     per_mm = rate_hz / step / _MM_PER_S  # samples a millimetre
     seconds = microvolt.shape[1] / rate_hz
     quarter = trace.shape[1] // 4
+    rows = [
+        [(3 * c + r, slice(c * quarter, (c + 1) * quarter)) for c in range(4)] for r in range(3)
+    ]
+    rows.append([(1, slice(None))])
+    bases, high = _baselines([[trace[lead, part] for lead, part in row] for row in rows])
     wide = _MARGIN * 2 + _PULSE + seconds * _MM_PER_S
-    high = _MARGIN * 2 + 4 * _ROW
     wide, high = 5 * np.ceil(wide / 5), 5 * np.ceil(high / 5)
     out = [
         f'<svg class="ecg" viewBox="0 0 {wide:g} {high:g}" role="img" aria-label="{escape(alt)}">'
@@ -59,13 +64,10 @@ def draw_ecg(
         f'<path d="{_grid(wide, high, 5)}" stroke="#e79c90" stroke-width="0.22"/>'
     ]
     left = _MARGIN + _PULSE
-    for row in range(4):
-        base = _MARGIN + _ROW * (row + 0.5)
+    for base, row in zip(bases, rows, strict=True):
         pulse = f"M{_MARGIN} {base:g}h1.5v-10h5v10h1.5"
         out.append(f'<path d="{pulse}" class="w"/>')
-        for column in range(4 if row < 3 else 1):
-            lead = 3 * column + row if row < 3 else 1
-            part = slice(column * quarter, (column + 1) * quarter) if row < 3 else slice(None)
+        for column, (lead, part) in enumerate(row):
             x = left + column * quarter / per_mm
             out.append(f'<path d="{_trace(trace[lead, part], x, base, per_mm)}" class="w"/>')
             if column:
@@ -75,6 +77,17 @@ def draw_ecg(
         f'<text x="{wide - _MARGIN:g}" y="{high - 1.5:g}" class="s">25 mm/s &#160; 10 mm/mV</text>'
     )
     return "".join(out) + "</svg>"
+
+
+def _baselines(rows: Sequence[Sequence[np.ndarray]]) -> tuple[list[float], float]:
+    """Where each row's zero lies, in mm from the top, and the height of the paper."""
+    above = [max(0.0, *(float(p.max(initial=0)) for p in row)) for row in rows]
+    below = [max(0.0, *(-float(p.min(initial=0)) for p in row)) for row in rows]
+    bases = [_MARGIN + max(13.0, above[0] + 1)]
+    for up, down in zip(above[1:], below, strict=False):
+        # tall R and deep S waves rarely meet at one time: on paper they may overlap a little
+        bases.append(round(bases[-1] + min(max(_ROW, 0.85 * (up + down)), 1.6 * _ROW), 2))
+    return bases, bases[-1] + max(10.0, below[-1] + 1) + _MARGIN
 
 
 def _grid(wide: float, high: float, step: int) -> str:
@@ -107,37 +120,41 @@ def draw_ct(
 ) -> str:
     """Axial slices in the lung and the mediastinal window, and a coronal one, in true proportion.
 
-    Axial slices at a third, a half and two thirds of the volume's height (``large``: five), the
-    coronal through its middle. Grey values outside a window are black or white, as at a console.
+    Five axial slices from 20 % to 80 % of the volume's height, head first, and the coronal
+    through its middle; ``large`` puts them in one row a window, otherwise in two. Grey values
+    outside a window are black or white, as at a console. The patient's right is on the left.
     """
+    from PIL import Image, ImageDraw, ImageFont
+
     if hu.ndim != 3:
         raise ValueError(f"a CT must be [D, H, W], got {hu.shape}")
     z, y, x = (float(v) for v in spacing_mm)
     depth, height = hu.shape[:2]
-    fractions = (0.2, 0.35, 0.5, 0.65, 0.8) if large else (0.33, 0.5, 0.67)
-    panel = 170
-    rows = []
-    for name, window in WINDOWS.items():
+    panel, gap, strip = (172, 3, 21) if large else (150, 3, 21)
+    font = ImageFont.load_default(size=14)
+    across = 6 if large else 3
+    sheets = []
+    for name, (level, width) in WINDOWS.items():
         tiles = [
-            _tile(hu[int(f * (depth - 1))], window, (y, x), panel, f"axial {100 * f:.0f} %")
-            for f in fractions
+            _tile(hu[round(f * (depth - 1))], (level, width), (y, x), panel, f"{f * 100:.0f} %")
+            for f in (0.2, 0.35, 0.5, 0.65, 0.8)
         ]
-        tiles.append(_tile(hu[:, height // 2], window, (z, x), panel, "coronal"))
-        level, width = window
-        rows.append((f"{name}, L {level:g} W {width:g} HU", tiles))
-    gap, strip = 3, 15
-    tall = max(t.size[1] for _, tiles in rows for t in tiles)
-    total = (panel + gap) * len(rows[0][1]) - gap
-    from PIL import Image, ImageDraw
-
-    sheet = Image.new("L", (total, len(rows) * (tall + strip)), 0)
-    pen = ImageDraw.Draw(sheet)
-    for r, (text, tiles) in enumerate(rows):
-        top = r * (tall + strip)
-        pen.text((3, top + 2), text, fill=225)
-        for c, tile in enumerate(tiles):
-            sheet.paste(tile, (c * (panel + gap), top + strip + (tall - tile.size[1]) // 2))
-    return _img(sheet, alt, "ct")
+        tiles.append(_tile(hu[:, height // 2], (level, width), (z, x), panel, "coronal"))
+        tall = max(tile.size[1] for tile in tiles) + gap
+        sheet = Image.new("L", ((panel + gap) * across - gap, strip + tall * (6 // across)), 0)
+        text = f"{name} window (L {level:g}, W {width:g} HU)"
+        ImageDraw.Draw(sheet).text((4, 2), text, fill=235, font=font)
+        for i, tile in enumerate(tiles):
+            row, column = divmod(i, across)
+            top = strip + row * tall + (tall - gap - tile.size[1]) // 2
+            sheet.paste(tile, (column * (panel + gap), top))
+        sheets.append(sheet)
+    joined = Image.new("L", (sheets[0].size[0], sum(s.size[1] for s in sheets)), 0)
+    top = 0
+    for sheet in sheets:
+        joined.paste(sheet, (0, top))
+        top += sheet.size[1]
+    return _img(joined, alt, "ct")
 
 
 def _tile(
@@ -147,13 +164,16 @@ def _tile(
     width: int,
     text: str,
 ) -> Any:
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     level, span = window
     grey = np.clip((plane.astype(np.float32) - (level - span / 2)) / span, 0, 1) * 255
     height = round(width * plane.shape[0] * spacing[0] / (plane.shape[1] * spacing[1]))
     tile = Image.fromarray(grey.astype(np.uint8)).resize((width, max(height, 1)), Image.BICUBIC)
-    ImageDraw.Draw(tile).text((3, max(height, 1) - 13), text, fill=200)
+    ImageDraw.Draw(tile).text(
+        (4, max(height, 1) - 18), text, fill=235, font=ImageFont.load_default(size=13),
+        stroke_width=2, stroke_fill=0,
+    )  # fmt: skip
     return tile
 
 

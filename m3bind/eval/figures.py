@@ -13,6 +13,7 @@ import numpy as np
 
 __all__ = [
     "MARKS",
+    "PALETTE",
     "Series",
     "condition_colours",
     "heat_map",
@@ -25,7 +26,7 @@ __all__ = [
 
 # Okabe and Ito's palette, which survives the common colour blindnesses; its yellow is replaced,
 # being invisible on white
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4FA3", "#5C4A1F")
+PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4FA3", "#5C4A1F")
 _NO_FINDING = "#8C8C8C"
 MARKS = ("circle", "square", "triangle", "diamond", "cross", "triangle_down", "plus", "bar")
 
@@ -47,7 +48,7 @@ def title_of(name: str) -> str:
 def condition_colours(labels: Sequence[str]) -> dict[str, str]:
     """A colour for each label; "none" is grey, so that conditions stand out."""
     conditions = [label for label in labels if label != "none"]
-    colours = {c: _COLOURS[i % len(_COLOURS)] for i, c in enumerate(conditions)}
+    colours = {c: PALETTE[i % len(PALETTE)] for i, c in enumerate(conditions)}
     return {label: colours.get(label, _NO_FINDING) for label in labels}
 
 
@@ -129,7 +130,8 @@ def line_chart(
     for v, text in markers:
         out.append(
             f'<line x1="{px(v):.1f}" x2="{px(v):.1f}" y1="{top}" y2="{height - bottom}" '
-            f'class="k"/><text x="{px(v) - 4:.1f}" y="{top + 10}" class="l e">{escape(text)}</text>'
+            f'class="k"/><text x="{px(v) - 3:.1f}" y="{height - bottom - 5}" class="l e h">'
+            f"{escape(text)}</text>"
         )
     out.append(
         f'<text x="{(left + width - right) / 2}" y="{height - 6}" class="l m">{escape(x_label)}'
@@ -153,6 +155,13 @@ def line_chart(
         if s.points:
             out += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{s.colour}"/>'
                     for a, b in points]  # fmt: skip
+    named = [s for s in series if s.name]
+    if len(named) > 1:
+        for i, s in enumerate(named):
+            out.append(
+                f'<text x="{width - right - 4}" y="{top + 11 + 14 * i}" class="l e h" '
+                f'fill="{s.colour}" style="fill:{s.colour};font-weight:600">{escape(s.name)}</text>'
+            )
     return "".join(out) + "</svg>"
 
 

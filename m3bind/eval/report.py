@@ -1,6 +1,5 @@
 """The report: one HTML file that needs nothing beside it."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from m3bind.eval.drawings import WINDOWS, draw
 from m3bind.eval.figures import (
     MARKS,
+    PALETTE,
     Series,
     condition_colours,
     heat_map,
@@ -23,12 +23,13 @@ from m3bind.eval.figures import (
 from m3bind.eval.gallery import Fetch, Search, choose_queries, search
 from m3bind.eval.metrics import lookup, targets
 from m3bind.eval.store import EmbeddingSet
+from m3bind.tracking import read_history
 
-__all__ = ["read_history", "write_report"]
+__all__ = ["write_report"]
 
 History = Path | str | Sequence[Mapping[str, Any]]
 _MAP_POINTS = 130  # a modality, on the map: more hide each other, and t-SNE takes longer
-_BEFORE, _AFTER, _THIRD = "#8C8C8C", "#0072B2", "#D55E00"
+_BEFORE, _AFTER = "#8C8C8C", "#0072B2"
 
 
 def write_report(
@@ -72,6 +73,7 @@ def write_report(
         windows=WINDOWS,
         few_shot=_few_shot(metrics),
         losses=_losses(histories or {}),
+        total_seconds=_total_seconds(metrics),
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,19 +81,6 @@ def write_report(
     temporary.write_text(html, encoding="utf-8")
     os.replace(temporary, path)
     return path
-
-
-def read_history(source: History) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
-    if not isinstance(source, (str, Path)):
-        return [dict(line) for line in source]
-    lines = []
-    for line in Path(source).read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def _figure(value: float | None, digits: int = 3) -> str:
@@ -266,37 +255,72 @@ def _few_shot(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _losses(histories: Mapping[str, History]) -> list[str]:
     charts = []
     for title, source in histories.items():
-        lines = read_history(source)
-        train = [(v["step"], v["loss"]) for v in lines if "loss" in v and "step" in v]
-        scores = [(v["step"], v["score"]) for v in lines if "score" in v and "step" in v]
-        best = max(scores, key=lambda s: s[1])[0] if scores else None
-        markers = [(best, "chosen")] if best is not None else []
+        lines = read_history(source) if isinstance(source, (str, Path)) else list(source)
+        judged = [v for v in lines if "validation" in v]
+        best = max(judged, key=lambda v: v["validation"]["score"])["step"] if judged else None
+        markers = [(best, "kept")] if best is not None else []
+        train = [v for v in lines if "loss" in v]
         if train:
-            x, y = (list(v) for v in zip(*train, strict=True))
+            steps = [v["step"] for v in train]
+            parts = _parts(train)
+            series = [
+                Series(name="", x=steps, y=[v["loss"] for v in train], colour="#C9D6E3", width=1),
+                Series(name="sum", x=steps, y=_smooth([v["loss"] for v in train]), colour="#333"),
+            ]
+            if len(parts) > 1:
+                series += [
+                    Series(name=name, x=steps, y=_smooth(y), colour=colour)
+                    for (name, y), colour in zip(parts.items(), PALETTE, strict=False)
+                ]
             charts.append(
                 line_chart(
-                    [
-                        Series(name="loss", x=x, y=y, colour="#9DB9D6", width=1),
-                        Series(name="smoothed", x=x, y=_smooth(y), colour=_AFTER),
-                    ],
+                    series,
                     title=f"{title}: loss",
                     x_label="step",
                     y_label="training loss",
                     markers=markers,
                 )
             )
-        if len(scores) > 1:
-            x, y = (list(v) for v in zip(*scores, strict=True))
+        if len(judged) > 1:
+            names = list(dict.fromkeys(k for v in judged for k in v["validation"]))
             charts.append(
                 line_chart(
-                    [Series(name="validation", x=x, y=y, colour=_THIRD, points=True)],
+                    [
+                        Series(
+                            name=name.replace("_", " "),
+                            x=[v["step"] for v in judged if name in v["validation"]],
+                            y=[v["validation"][name] for v in judged if name in v["validation"]],
+                            colour="#333" if name == "score" else colour,
+                            dash="" if name == "score" else "4 2",
+                            points=name == "score",
+                        )
+                        for name, colour in zip(names[:6], PALETTE, strict=False)
+                    ],
                     title=f"{title}: validation",
                     x_label="step",
-                    y_label="score",
+                    y_label="higher is better",
                     markers=markers,
                 )
             )
     return charts
+
+
+def _parts(train: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The terms of the loss over the steps; "clip/xray", "clip/ct" ... count as one, summed."""
+    terms = {name.split("/")[0] for v in train for name in v.get("losses", {})}
+    return {
+        term: [
+            sum(x for name, x in v.get("losses", {}).items() if name.split("/")[0] == term)
+            for v in train
+        ]
+        for term in sorted(terms)
+    }
+
+
+def _total_seconds(metrics: Mapping[str, Any]) -> float:
+    """Without the parts of a stage that is measured as a whole ("pretrain/ct" in "pretrain")."""
+    seconds = metrics.get("seconds", {})
+    return sum(v for k, v in seconds.items() if not ("/" in k and k.split("/")[0] in seconds))
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
