@@ -5,70 +5,67 @@ read once more, slowly, without DALI.
 """
 
 import hashlib
+import io
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from m3bind.data.shards import iter_samples
+from m3bind.errors import M3BindError
 
-def find_damage(paths: Sequence[Path], extensions: Sequence[str]) -> tuple[Path, str, str] | None:
-    """Return (shard, key, what is wrong) of the first damaged sample; None if all are whole.
+
+def damaged(path: Path, key: str, reason: str) -> M3BindError:
+    """The error for one sample."""
+    return M3BindError(
+        f"{path}: sample {key}: {reason}: write the shards again with m3bind prepare (or phantom)"
+    )
+
+
+def find_damage(paths: Sequence[Path], extensions: Sequence[str]) -> M3BindError | None:
+    """Return an error that names the first damaged sample; None if all are whole.
 
     ``extensions`` are those of the payload, such as ("png", "jpg") or ("uv",).
     """
     for path in paths:
-        key = "its first sample"
+        samples = 0
         try:
-            with tarfile.open(path) as shard:
-                sample: dict[str, bytes] = {}
-                for member in shard:
-                    name, _, extension = member.name.partition(".")
-                    if sample and name != key:
-                        reason = _wrong(sample, extensions)
-                        if reason:
-                            return path, key, reason
-                        sample = {}
-                    key = name
-                    file = shard.extractfile(member)
-                    sample[extension] = file.read() if file is not None else b""
-                reason = _wrong(sample, extensions) if sample else "holds no sample"
+            for key, parts in iter_samples(path):
+                samples += 1
+                reason = _wrong(parts, extensions)
                 if reason:
-                    return path, key, reason
-        except (tarfile.TarError, OSError, EOFError) as error:
-            return path, key, f"the tar file cannot be read beyond it ({error})"
-        if not path.with_suffix(".idx").is_file():
-            return path, key, f"its index {path.with_suffix('.idx').name} is missing"
+                    return damaged(path, key, reason)
+        except M3BindError as error:  # a tar file that ends too early
+            return error
+        index = path.with_suffix(".idx")
+        if not index.is_file() or index.read_text().split()[1:2] != [str(samples)]:
+            return damaged(path, f"1 to {samples}", f"{index.name} is not its index")
     return None
 
 
-def _wrong(sample: dict[str, bytes], extensions: Sequence[str]) -> str | None:
-    found = [extension for extension in extensions if extension in sample]
-    missing = [part for part in ("txt", "json") if part not in sample]
+def _wrong(parts: dict[str, bytes], extensions: Sequence[str]) -> str | None:
+    found = [extension for extension in extensions if extension in parts]
+    missing = [part for part in ("txt", "json") if part not in parts]
     if not found or missing:
-        return f"lacks {', '.join(missing or [' or '.join(extensions)])}"
-    payload = sample[found[0]]
+        return f"it lacks {', '.join(missing) or ' or '.join(extensions)}"
+    payload = parts[found[0]]
     try:
-        meta = json.loads(sample["json"])
-        sample["txt"].decode()
+        meta = json.loads(parts["json"])
+        parts["txt"].decode()
     except ValueError as error:
         return f"its text is damaged ({error})"
     if hashlib.sha256(payload).hexdigest() != meta.get("sha256"):
         return "its bytes do not match its checksum"
     if found[0] in ("hu", "uv"):
-        shape = np.frombuffer(sample.get("shape", b""), dtype="<i8")
-        if len(payload) != 2 * int(np.prod(shape)) or not len(shape):
-            return (
-                f"it has {len(payload)} bytes, which is not shape {tuple(shape.tolist())} of int16"
-            )
+        shape = tuple(np.frombuffer(parts.get("shape", b""), dtype="<i8").tolist())
+        if not shape or len(payload) != 2 * int(np.prod(shape)):
+            return f"its {len(payload)} bytes are not int16 of the shape {shape}"
         return None
     return _undecodable(payload)
 
 
 def _undecodable(payload: bytes) -> str | None:
-    import io
-
     from PIL import Image
 
     try:

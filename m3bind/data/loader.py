@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3bind.data.damage import damaged, find_damage
 from m3bind.data.preprocess import Preprocess
+from m3bind.data.shards import shard_paths
 from m3bind.errors import M3BindError
 
 _DALI_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)  # as its operators raise them
@@ -39,7 +41,8 @@ class Loader:
 
     With ``train=True`` iterating never ends: full batches, shuffled anew each epoch, augmented,
     and a split smaller than a batch is gone through again. With ``train=False`` it is one pass
-    in the order of the shards, and the last batch may be smaller.
+    in the order of the shards, and the last batch may be smaller. ``augment`` None follows
+    ``train``.
 
     ``device_id`` None decodes and computes on the CPU, a number on that GPU, where the images
     then are (documented by DALI; not yet run on a GPU). ``shard_id`` of ``num_shards`` is this
@@ -59,6 +62,7 @@ class Loader:
         batch_size: int,
         *,
         train: bool,
+        augment: bool | None = None,
         device_id: int | None = None,
         shard_id: int = 0,
         num_shards: int = 1,
@@ -72,10 +76,11 @@ class Loader:
             raise ValueError(f"shard_id {shard_id} must be from 0 to num_shards - 1 ({num_shards})")
         self.root, self.modality, self.split = Path(root), modality, split
         self.preprocess, self.batch_size, self.train = preprocess, batch_size, train
+        self.augment = train if augment is None else augment
         self.device_id, self.shard_id, self.num_shards = device_id, shard_id, num_shards
         self.seed, self.num_threads = seed, num_threads
         folder = self.root / modality / split
-        self.paths = sorted(folder.glob("*.tar"))
+        self.paths = shard_paths(self.root, modality, split)
         if not self.paths:
             raise M3BindError(f"no shards (*.tar) in {folder}: run m3bind phantom or prepare first")
         self.index_paths = [path.with_suffix(".idx") for path in self.paths]
@@ -135,7 +140,7 @@ class Loader:
         parts = [
             [(path.name, path.stat().st_size) for path in self.paths],
             [self.modality, self.split, self.preprocess.fingerprint(), self.batch_size],
-            [self.shard_id, self.num_shards, self.seed, versions],
+            [self.augment, self.shard_id, self.num_shards, self.seed, versions],
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -155,7 +160,8 @@ class Loader:
                     self.preprocess,
                     batch_size=self.batch_size,
                     num_samples=self._total,
-                    train=self.train,
+                    shuffle=self.train,
+                    augment=self.augment,
                     device_id=self.device_id,
                     shard_id=self.shard_id,
                     num_shards=self.num_shards,
@@ -190,13 +196,12 @@ class Loader:
 
     def _explain(self, error: Exception) -> M3BindError:
         """Turn DALI's traceback into the shard, the sample and the remedy."""
-        from m3bind.data.damage import find_damage
         from m3bind.data.pipelines import EXTENSIONS
 
         self._pipeline = None  # it cannot be run again after an error
         damage = find_damage(self.paths, EXTENSIONS[self.preprocess.kind].split(";"))
         if damage is not None:
-            return _damage_error(*damage)
+            return damage
         lines = str(error).partition("encountered:")[2].split("\n") + str(error).split("\n")
         reason = next((line.strip() for line in lines if line.strip()), "no reason given")
         return M3BindError(
@@ -207,15 +212,9 @@ class Loader:
     def _damaged(self, key: str, reason: str) -> M3BindError:
         """Name the shard in which ``key`` stands."""
         for path in self.index_paths:
-            if any(f"{key}." in word for word in path.read_text().split()):
-                return _damage_error(path.with_suffix(".tar"), key, reason)
-        return _damage_error(self.paths[0].parent, key, reason)
-
-
-def _damage_error(path: Path, key: str, reason: str) -> M3BindError:
-    return M3BindError(
-        f"{path}: sample {key}: {reason}: write the shards again with m3bind prepare (or phantom)"
-    )
+            if any(word.startswith(f"{key}.") for word in path.read_text().split()):
+                return damaged(path.with_suffix(".tar"), key, reason)
+        return damaged(self.paths[0].parent, key, reason)
 
 
 def _indexed_samples(path: Path) -> int:

@@ -35,7 +35,8 @@ def build_pipeline(
     *,
     batch_size: int,
     num_samples: int,
-    train: bool,
+    shuffle: bool,
+    augment: bool,
     device_id: int | None,
     shard_id: int,
     num_shards: int,
@@ -70,29 +71,29 @@ def build_pipeline(
             ext=components,
             dtypes=dtypes,
             missing_component_behavior="error",
-            random_shuffle=train,
+            random_shuffle=shuffle,
             initial_fill=max(1, min(num_samples, _SHUFFLE_BUFFER)),
             shard_id=shard_id,
             num_shards=num_shards,
             stick_to_shard=True,
             # One pass without shuffling ends with whole batches; the loader cuts what was padded.
-            pad_last_batch=not train,
+            pad_last_batch=not shuffle,
             seed=seed,
             name=READER,
         )
         gpu = device_id is not None
         if kind == "image2d":
-            images = _image2d(payload, preprocess, modality, train, gpu)
+            images = _image2d(payload, preprocess, modality, augment, gpu)
         elif kind == "volume":
-            images = _volume(payload, shape[0], preprocess, train, gpu)
+            images = _volume(payload, shape[0], preprocess, augment, gpu)
         else:
-            images = _signal(payload, shape[0], preprocess, train, gpu)
+            images = _signal(payload, shape[0], preprocess, augment, gpu)
         pipeline.set_outputs(images, payload, report, metadata)
     pipeline.build()
     return pipeline
 
 
-def _image2d(payload: Node, p: Preprocess, modality: str, train: bool, gpu: bool) -> Node:
+def _image2d(payload: Node, p: Preprocess, modality: str, augment: bool, gpu: bool) -> Node:
     # As FLOAT the decoder scales by the file's own depth: 8 and 16 bit both become [0, 1].
     images = fn.decoders.image(
         payload,
@@ -102,8 +103,8 @@ def _image2d(payload: Node, p: Preprocess, modality: str, train: bool, gpu: bool
     )
     if p.minmax:
         images = _minmax(images)
-    images = _resize(images, p)
-    if train:
+    images = _resize(images, p, 0.0, 1.0)
+    if augment:
         images = _IMAGE_AUGMENT.get(modality, _augment_film)(images, p)
     return fn.crop_mirror_normalize(
         images,
@@ -114,7 +115,10 @@ def _image2d(payload: Node, p: Preprocess, modality: str, train: bool, gpu: bool
     )
 
 
-def _resize(images: Node, p: Preprocess, fill: float = 0.0) -> Node:
+def _resize(
+    images: Node, p: Preprocess, low: float, high: float, roi: dict[str, Node] | None = None
+) -> Node:
+    """Bring values within [low, high] to ``p.size``, as ``p.fit`` says; low fills the border."""
     size: dict[str, Any] = {"size": [*p.size], "mode": _RESIZE_MODE[p.fit]}
     if p.resize is not None:
         size = {"resize_shorter": p.resize}
@@ -125,13 +129,14 @@ def _resize(images: Node, p: Preprocess, fill: float = 0.0) -> Node:
         antialias=True,
         dtype=types.FLOAT,
         **size,
+        **(roi or {}),
     )
-    if cubic:  # a cubic kernel overshoots at edges
-        images = math.clamp(images, -1.0 if p.kind == "volume" and not p.minmax else 0.0, 1.0)
+    if cubic:  # its kernel overshoots at edges
+        images = math.clamp(images, low, high)
     if p.fit == "stretch":
         return images
     crop = dict(zip(("crop_d", "crop_h", "crop_w")[-len(p.size) :], p.size, strict=True))
-    return fn.crop(images, out_of_bounds_policy="pad", fill_values=fill, **crop)
+    return fn.crop(images, out_of_bounds_policy="pad", fill_values=low, **crop)
 
 
 def _between(low: float, high: float, **kwargs: Any) -> Node:
@@ -203,40 +208,43 @@ _IMAGE_AUGMENT: dict[str, Callable[[Node, Preprocess], Node]] = {
 }
 
 
-def _volume(payload: Node, shape: Node, p: Preprocess, train: bool, gpu: bool) -> Node:
-    # DALI resizes and warps volumes only with a channel axis: [D, H, W, 1].
+def _volume(payload: Node, shape: Node, p: Preprocess, augment: bool, gpu: bool) -> Node:
+    # DALI resizes volumes only with a channel axis: [D, H, W, 1].
     shape = fn.cat(fn.cast(shape, dtype=types.INT32), types.Constant([1], dtype=types.INT32))
     voxels = fn.reshape(payload.gpu() if gpu else payload, shape=shape, layout="DHWC")
-    low, high = p.hu_window
-    hu = math.clamp(fn.cast(voxels, dtype=types.FLOAT), low, high)
-    volumes = _minmax(hu) if p.minmax else (hu - low) * (2.0 / (high - low)) - 1.0
-    air = 0.0 if p.minmax else -1.0
-    volumes = _resize(volumes, p, fill=air)
-    if train:
-        volumes = _augment_volume(volumes, p, air)
+    # Clipped as int16, before the resampling: metal must not bleed into its surroundings.
+    low, high = (float(np.clip(round(bound), -32768, 32767)) for bound in p.hu_window)
+    hu = math.clamp(voxels, np.int16(low), np.int16(high))
+    hu = _resize(hu, p, low, high, roi=_another_position() if augment else {})
+    volumes = _minmax(hu) if p.minmax else hu * (2.0 / (high - low)) - (high + low) / (high - low)
+    if augment:
+        volumes = _augment_volume(volumes, p, gpu)
     if any(p.mean) or set(p.std) != {1.0}:
-        volumes = (volumes - p.mean[0]) / p.std[0]
+        volumes = volumes * (1 / p.std[0]) - p.mean[0] / p.std[0]
     return fn.reshape(volumes, shape=[1, *p.size], layout="CDHW")
 
 
-def _augment_volume(volumes: Node, p: Preprocess, air: float) -> Node:
-    """Another position on the table, another scanner's calibration and noise."""
-    depth, height, width = p.size
-    centre = [width / 2.0, height / 2.0, depth / 2.0]
-    scale = _between(0.93, 1.07)
-    matrix = fn.transforms.rotation(angle=_between(-7.0, 7.0), axis=[0.0, 0.0, 1.0], center=centre)
-    matrix = fn.transforms.scale(matrix, scale=fn.stack(scale, scale, scale), center=centre)
-    shift = [_between(-0.04 * length, 0.04 * length) for length in (width, height, depth)]
-    matrix = fn.transforms.translation(matrix, offset=fn.stack(*shift))
-    volumes = fn.warp_affine(
-        volumes, matrix=matrix, interp_type=types.INTERP_LINEAR, fill_value=air, inverse_map=False
-    )
+def _another_position() -> dict[str, Node]:
+    """A patient who lies a little elsewhere, in a field of view a little smaller."""
+    start, end = ([_between(low, low + 0.04) for _ in range(3)] for low in (0.0, 0.96))
+    return {"roi_start": fn.stack(*start), "roi_end": fn.stack(*end), "roi_relative": True}
+
+
+def _augment_volume(volumes: Node, p: Preprocess, gpu: bool) -> Node:
+    """Another scanner's calibration, and noise with the grain that reconstruction gives it."""
+    coarse = [-(-length // 2) for length in p.size]
     # In units of half the window: at +-1000 HU, 15 HU of offset and up to 20 HU of noise.
-    noise = fn.random.normal(volumes, stddev=_between(0.0, 0.02))
-    return math.clamp(volumes + noise + _between(-0.015, 0.015), air, 1.0)
+    noise = fn.random.normal(
+        shape=[*coarse, 1], stddev=_between(0.0, 0.02), dtype=types.FLOAT, device=_device(gpu)
+    )
+    noise = fn.resize(
+        fn.reshape(noise, layout="DHWC"), size=[*p.size], interp_type=types.INTERP_LINEAR
+    )
+    lowest = 0.0 if p.minmax else -1.0
+    return math.clamp(volumes + (noise + _between(-0.015, 0.015)), lowest, 1.0)
 
 
-def _signal(payload: Node, shape: Node, p: Preprocess, train: bool, gpu: bool) -> Node:
+def _signal(payload: Node, shape: Node, p: Preprocess, augment: bool, gpu: bool) -> Node:
     (samples,) = p.size
     shape = fn.cast(shape, dtype=types.INT32)
     leads = fn.reshape(payload.gpu() if gpu else payload, shape=shape)
@@ -253,17 +261,17 @@ def _signal(payload: Node, shape: Node, p: Preprocess, train: bool, gpu: bool) -
         fn.reshape(signals, shape=[-1, p.channels, 1], layout="HWC"),
         crop_h=samples,
         crop_w=p.channels,
-        crop_pos_y=_between(0.0, 1.0) if train else 0.5,
+        crop_pos_y=_between(0.0, 1.0) if augment else 0.5,
         out_of_bounds_policy="pad",
         fill_values=0.0,
     )
     signals = fn.reshape(signals, shape=[samples, p.channels], layout="")
-    if train:
+    if augment:
         signals = _augment_signal(signals, p, gpu)
     if any(p.mean) or set(p.std) != {1.0}:
-        mean = types.Constant(np.asarray(p.mean, np.float32), device=_device(gpu))
-        std = types.Constant(np.asarray(p.std, np.float32), device=_device(gpu))
-        signals = (signals - mean) / std
+        mean, std = (np.asarray(values, np.float32) for values in (p.mean, p.std))
+        scale = types.Constant(1 / std, device=_device(gpu))
+        signals = signals * scale - types.Constant(mean / std, device=_device(gpu))
     return fn.transpose(signals, perm=[1, 0])
 
 
