@@ -138,7 +138,7 @@ class Loader:
             f"{d.name}=={d.version}" for d in distributions(name="nvidia-dali-cuda130")
         ) or ["unknown"]
         parts = [
-            [(path.name, path.stat().st_size) for path in self.paths],
+            [_content(path) for path in self.paths],
             [self.modality, self.split, self.preprocess.fingerprint(), self.batch_size],
             [self.augment, self.shard_id, self.num_shards, self.seed, versions],
         ]
@@ -233,6 +233,13 @@ def _indexed_samples(path: Path) -> int:
         raise M3BindError(
             f"{path} is not an index of version 1 ({error}): write it again"
         ) from None
+
+
+def _content(path: Path) -> list[Any]:
+    """Enough of a shard to know it again: name, size, index, and its first checksums."""
+    with path.open("rb") as shard:
+        start = hashlib.sha256(shard.read(1 << 16) + path.with_suffix(".idx").read_bytes())
+    return [path.name, path.stat().st_size, start.hexdigest()]
 
 
 def _to_torch(images: Any, device_id: int | None) -> Tensor:
