@@ -15,7 +15,7 @@ import numpy as np
 __all__ = ["LEADS", "WINDOWS", "draw", "draw_ct", "draw_ecg", "draw_image"]
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
-WINDOWS = {"lung": (-600.0, 1500.0), "mediastinum": (40.0, 400.0)}  # level, width in HU
+WINDOWS = {"lung": (-600.0, 1500.0), "mediastinal": (40.0, 400.0)}  # level, width in HU
 
 _MM_PER_S, _MM_PER_MV = 25.0, 10.0
 _ROW, _MARGIN, _PULSE = 24.0, 5.0, 9.0  # mm: least height of a row, border, calibration
@@ -24,10 +24,12 @@ _ROW, _MARGIN, _PULSE = 24.0, 5.0, 9.0  # mm: least height of a row, border, cal
 def draw(record: Any, *, alt: str = "", large: bool = False) -> str:
     """Any record (``m3bind.data.records.Record``) in the way of its kind."""
     array = record.array()
+    note = "SIMULATED" if record.simulated else ""
     if record.kind == "signal":
-        return draw_ecg(array, rate_hz=record.rate_hz or 500, alt=alt)
+        return draw_ecg(array, rate_hz=record.rate_hz or 500, alt=alt, note=note)
     if record.kind == "volume":
-        return draw_ct(array, record.spacing_mm or (1.0, 1.0, 1.0), alt=alt, large=large)
+        spacing = record.spacing_mm or (1.0, 1.0, 1.0)
+        return draw_ct(array, spacing, alt=alt, note=note, large=large)
     return draw_image(array, alt=alt, size=480 if large else 320)
 
 
@@ -36,6 +38,7 @@ def draw_ecg(
     *,
     rate_hz: int = 500,
     alt: str = "",
+    note: str = "",
 ) -> str:
     """12-lead ECG, 25 mm/s and 10 mm/mV: four columns of three leads, and lead II as the rhythm.
 
@@ -74,7 +77,8 @@ def draw_ecg(
                 out.append(f'<path d="M{x:g} {base - 4:g}v8" stroke="#555" stroke-width="0.3"/>')
             out.append(f'<text x="{x + 1.2:g}" y="{base - 8.5:g}" class="n">{LEADS[lead]}</text>')
     out.append(
-        f'<text x="{wide - _MARGIN:g}" y="{high - 1.5:g}" class="s">25 mm/s &#160; 10 mm/mV</text>'
+        f'<text x="{wide - _MARGIN:g}" y="{high - 1.5:g}" class="s">'
+        f"{escape(note)} &#160; 25 mm/s &#160; 10 mm/mV</text>"
     )
     return "".join(out) + "</svg>"
 
@@ -116,11 +120,12 @@ def draw_ct(
     spacing_mm: Sequence[float],  # z, y, x
     *,
     alt: str = "",
+    note: str = "",
     large: bool = False,
 ) -> str:
     """Axial slices in the lung and the mediastinal window, and a coronal one, in true proportion.
 
-    Five axial slices from 20 % to 80 % of the volume's height, head first, and the coronal
+    Five axial slices from 20 % to 70 % of the volume's height, head first, and the coronal
     through its middle; ``large`` puts them in one row a window, otherwise in two. Grey values
     outside a window are black or white, as at a console. The patient's right is on the left.
     """
@@ -137,12 +142,12 @@ def draw_ct(
     for name, (level, width) in WINDOWS.items():
         tiles = [
             _tile(hu[round(f * (depth - 1))], (level, width), (y, x), panel, f"{f * 100:.0f} %")
-            for f in (0.2, 0.35, 0.5, 0.65, 0.8)
+            for f in (0.2, 0.32, 0.44, 0.56, 0.7)
         ]
         tiles.append(_tile(hu[:, height // 2], (level, width), (z, x), panel, "coronal"))
         tall = max(tile.size[1] for tile in tiles) + gap
         sheet = Image.new("L", ((panel + gap) * across - gap, strip + tall * (6 // across)), 0)
-        text = f"{name} window (L {level:g}, W {width:g} HU)"
+        text = f"{name} window (L {level:g}, W {width:g} HU)  {note}"
         ImageDraw.Draw(sheet).text((4, 2), text, fill=235, font=font)
         for i, tile in enumerate(tiles):
             row, column = divmod(i, across)

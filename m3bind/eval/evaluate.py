@@ -72,6 +72,7 @@ def evaluate(
         out["retrieval"]["chance"] = {
             "map": dict(reference["chance"]),
             "normalised": dict.fromkeys(reference["chance"], 0.0),
+            "permutations": num_permutations,
         }
     return out
 

@@ -89,7 +89,8 @@ def line_chart(
 ) -> str:
     """An SVG line chart. ``markers`` are vertical dashed lines (x, text)."""
     width, height = size
-    left, right, top, bottom = 48, 12, 30, 40
+    named = [s for s in series if s.name]
+    left, right, top, bottom = 48, 12, 46 if len(named) > 1 else 30, 40
     xs = [v for s in series for v in s.x]
     ys = [v for s in series for v in s.y if math.isfinite(v)]
     if not xs or not ys:
@@ -155,13 +156,12 @@ def line_chart(
         if s.points:
             out += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{s.colour}"/>'
                     for a, b in points]  # fmt: skip
-    named = [s for s in series if s.name]
     if len(named) > 1:
-        for i, s in enumerate(named):
-            out.append(
-                f'<text x="{width - right - 4}" y="{top + 11 + 14 * i}" class="l e h" '
-                f'fill="{s.colour}" style="fill:{s.colour};font-weight:600">{escape(s.name)}</text>'
-            )
+        keys = "".join(
+            f'<tspan dx="{10 if i else 0}" style="fill:{s.colour}">{escape(s.name)}</tspan>'
+            for i, s in enumerate(named)
+        )
+        out.append(f'<text x="{left}" y="35" class="l h b">{keys}</text>')
     return "".join(out) + "</svg>"
 
 

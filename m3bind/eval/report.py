@@ -189,7 +189,7 @@ def _drawn(one: Search, records: Mapping[tuple[str, str], Any]) -> dict[str, Any
         return {
             "html": draw(record, alt=alt, large=large),
             "kind": record.kind,
-            "findings": _findings(record.report),
+            "findings": _findings(record.report, 900 if large else 190),
         }
 
     return {
@@ -209,7 +209,7 @@ def _drawn(one: Search, records: Mapping[tuple[str, str], Any]) -> dict[str, Any
     }
 
 
-def _findings(report: str, limit: int = 190) -> str:
+def _findings(report: str, limit: int) -> str:
     from m3bind.data.reports import sections
 
     parts = sections(report)
