@@ -62,10 +62,12 @@ def clip_loss(
             return reference.clip_loss(x, y, scale, logit_bias=bias, reduction=reduction)
         # The loss of a row is softplus(LSE of its negatives - its positive): unlike
         # LSE - positive it does not cancel, so a nearly separated batch keeps its gradient.
+        # Both parts see the same widened features: 16-bit gradients are then rounded once.
+        acc = accumulation_dtype(x.dtype)
+        x, y = x.to(acc), y.to(acc)
         ids = torch.arange(x.shape[0], device=x.device)
         row_lse, col_lse = torch.ops.m3bind.similarity_lse_fwd(x, y, scale, ids, ids, chosen)
-        acc = accumulation_dtype(x.dtype)
-        positive = scale * (x.to(acc) * y.to(acc)).sum(1)
+        positive = scale * (x * y).sum(1)
         rows = F.softplus(row_lse - positive, threshold=SOFTPLUS_LINEAR)
         cols = F.softplus(col_lse - positive, threshold=SOFTPLUS_LINEAR)
         if bias is not None:
