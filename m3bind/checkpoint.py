@@ -118,7 +118,7 @@ def unpack_random(
 
 def pack_bytes(data: bytes) -> Tensor:
     """Bytes as a uint8 tensor."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
 
 
 def unpack_bytes(tensor: Tensor) -> bytes:

@@ -1,0 +1,44 @@
+"""The logs: JSON lines and TensorBoard, going on after a resume."""
+
+import json
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from m3bind.tracking import Tracker, read_history
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_lines_and_scalars(tmp_path) -> None:
+    with Tracker(tmp_path) as tracker:
+        tracker.log(1, {"loss": 2.5, "losses": {"a": 1.5, "b": 1.0}})
+        tracker.log(2, {"validation": {"score": 0.5}})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == tracker.history == read_history(tmp_path / "metrics.jsonl")
+    assert lines[0] == {"step": 1, "loss": 2.5, "losses": {"a": 1.5, "b": 1.0}}
+    found = scalars(tmp_path / "tensorboard")
+    assert found["losses/a"] == [(1, 1.5)] and found["validation/score"] == [(2, 0.5)]
+
+
+def test_a_resumed_log_drops_what_came_after_its_step(tmp_path) -> None:
+    with Tracker(tmp_path) as tracker:
+        for step in range(1, 6):
+            tracker.log(step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    with Tracker(tmp_path, step=3) as tracker:
+        assert [line["step"] for line in tracker.history] == [1, 2, 3]
+        tracker.log(4, {"loss": 40.0})
+    lines = read_history(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    with Tracker(tmp_path) as tracker:  # from the beginning
+        tracker.log(1, {"loss": 9.0})
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 9)]
