@@ -174,7 +174,9 @@ def _tile(
     level, span = window
     grey = np.clip((plane.astype(np.float32) - (level - span / 2)) / span, 0, 1) * 255
     height = round(width * plane.shape[0] * spacing[0] / (plane.shape[1] * spacing[1]))
-    tile = Image.fromarray(grey.astype(np.uint8)).resize((width, max(height, 1)), Image.BICUBIC)
+    tile = Image.fromarray(grey.astype(np.uint8)).resize(
+        (width, max(height, 1)), Image.Resampling.BICUBIC
+    )
     ImageDraw.Draw(tile).text(
         (4, max(height, 1) - 18), text, fill=235, font=ImageFont.load_default(size=13),
         stroke_width=2, stroke_fill=0,
@@ -194,7 +196,7 @@ def draw_image(array: np.ndarray, *, alt: str = "", size: int = 320) -> str:
         low, high = np.percentile(plane, [0.5, 99.5])
         plane = (np.clip((plane - low) / max(high - low, 1), 0, 1) * 255).astype(np.uint8)
     image = Image.fromarray(plane)
-    image.thumbnail((size, size), Image.LANCZOS)
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
     return _img(image, alt, "photo")
 
 

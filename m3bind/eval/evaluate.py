@@ -1,6 +1,7 @@
 """Every figure of every stage, out of stored embeddings."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -47,20 +48,15 @@ def evaluate(
     out["modality_gap"] = {}
     jobs: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
     for stage, sets in test.items():
-        jobs.append(("zero_shot", stage, lambda s=sets: _zero_shot(s, seed)))
-        jobs.append(("modality_gap", stage, lambda s=sets: _gap(s)))
+        pairs = (sets, num_permutations, seed)
+        jobs.append(("zero_shot", stage, partial(_zero_shot, sets, seed)))
+        jobs.append(("modality_gap", stage, partial(_gap, sets)))
+        jobs.append(("text_retrieval", stage, partial(_text_pairs, *pairs)))
         if stage in _IMAGE_STAGES:
-            jobs.append(
-                ("retrieval", stage, lambda s=sets: _image_pairs(s, num_permutations, seed))
-            )
+            jobs.append(("retrieval", stage, partial(_image_pairs, *pairs)))
             fit = (train or {}).get(stage, {})
             seeds = range(seed, seed + num_shot_seeds)
-            jobs.append(
-                ("few_shot", stage, lambda s=sets, f=fit, n=seeds: _few_shot(f, s, shots, n))
-            )
-        jobs.append(
-            ("text_retrieval", stage, lambda s=sets: _text_pairs(s, num_permutations, seed))
-        )
+            jobs.append(("few_shot", stage, partial(_few_shot, fit, sets, shots, seeds)))
     for section, stage, job in _bar(jobs, progress):
         result = job()
         if result:

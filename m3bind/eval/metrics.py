@@ -153,9 +153,10 @@ def validate(metrics: Mapping[str, Any]) -> None:
             problems.append(f"{section}: missing")
         for stage in stages or {}:
             number(f"{section}.{stage}", high=math.inf)
-    for key, kind in (("simulated", bool), ("seed", int), ("versions", dict)):
-        if not isinstance(metrics.get(key), kind):
-            problems.append(f"{key}: expected {kind.__name__}, got {metrics.get(key)!r}")
+    kinds: dict[str, type] = {"simulated": bool, "seed": int, "versions": dict}
+    for key, expected in kinds.items():
+        if not isinstance(metrics.get(key), expected):
+            problems.append(f"{key}: expected {expected.__name__}, got {metrics.get(key)!r}")
     if problems:
         raise ValueError("metrics.json is not complete:\n  " + "\n  ".join(problems))
 
