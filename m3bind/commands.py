@@ -22,9 +22,13 @@ ConfigPath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file: align.steps=50"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings that win over the file: align.steps=50"
+    ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue exactly from the last checkpoint.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue exactly from the last checkpoint.")
+]
 Workers = Annotated[int | None, typer.Option(help="Processes; every core by default.")]
 
 

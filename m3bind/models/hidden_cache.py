@@ -66,13 +66,15 @@ class HiddenCache:
         self.precompute(texts)
         states = [self._states[text] for text in texts]
         lengths = torch.tensor([len(state) for state in states], device=device)
-        return Packed(torch.cat(states).to(device).float(), lengths)
+        with torch.autocast("cpu", enabled=False):  # which does not know float16 here
+            hidden = torch.cat(states)
+        return Packed(hidden.to(device).float(), lengths)
 
-    def save(self, path: Path) -> None:
-        """Write the states to a safetensors file, atomically."""
+    def save(self, path: Path, texts: Iterable[str]) -> None:
+        """Write the states of ``texts`` to a safetensors file, atomically."""
         from safetensors.torch import save_file
 
-        texts = sorted(self._states)
+        texts = sorted(set(texts))
         if not texts:
             return
         states = [self._states[text] for text in texts]

@@ -60,7 +60,7 @@ def test_cache_keeps_each_text_once_and_survives_a_file(tmp_path) -> None:
     tokens = sum(len(ids) for ids in tower.tokenise(TEXTS))
     assert tower.cache.nbytes == tokens * 384 * 2
     path = tmp_path / "cache.safetensors"
-    tower.cache.save(path)
+    tower.cache.save(path, TEXTS)
     before = tower(TEXTS, CPU)
     tower.cache._states.clear()
     assert tower.cache.load(path) and len(tower.cache) == 3

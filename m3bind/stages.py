@@ -1,0 +1,369 @@
+"""The stages of a run: what each reads, trains, validates and writes, and where.
+
+A run's folder holds::
+
+    pretrain/<modality>/  align/<modality>/  distill/  control/    weights; logs and checkpoints
+    text_cache/         hidden states of frozen text layers, where a tower keeps them
+    embeddings/<stage>/<modality>-<split>.safetensors
+    stages.json  metrics.json  report.html
+"""
+
+import dataclasses
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from m3bind.checkpoint import export_weights, import_weights
+from m3bind.config import Config, ExpertConfig, TrainConfig
+from m3bind.data.loader import Loader
+from m3bind.data.reports import sections
+from m3bind.data.shards import Dataset, iter_reports, shard_paths
+from m3bind.errors import M3BindError
+from m3bind.eval.evaluate import evaluate
+from m3bind.eval.gallery import fetch_from
+from m3bind.eval.metrics import assemble, load_metrics, save_metrics
+from m3bind.eval.report import write_report
+from m3bind.eval.store import load_stage, save_stage
+from m3bind.measure import measured, read_stages
+from m3bind.models.expert import Expert, build_expert, build_text_encoder
+from m3bind.models.hidden_cache import HiddenCache
+from m3bind.models.minilm import MiniLM
+from m3bind.models.text import TextEncoder
+from m3bind.tasks.align import Align
+from m3bind.tasks.common import Task
+from m3bind.tasks.distill import Distill
+from m3bind.tasks.pretrain import Pretrain
+from m3bind.train import FitResult, fit
+from m3bind.validation import SplitEmbedder, Validation
+
+log = logging.getLogger(__name__)
+
+# stage of the evaluation -> (folder of its experts, folder of its shared text encoder)
+SOURCES: dict[str, tuple[str, str | None]] = {
+    "before": ("pretrain", None),
+    "aligned": ("align", None),
+    "distilled": ("align", "distill"),
+    "control": ("pretrain", "control"),
+}
+WEIGHTS = "model.safetensors"
+
+
+class Run:
+    """One configured run over one data set; each public method is the work of one command."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Path(config.output)
+        self.dataset = Dataset.load(config.data)
+        known = self.dataset.modalities
+        for modality in config.experts:
+            if modality not in known:
+                raise M3BindError(
+                    f"experts.{modality}: the data set {config.data} has no such modality, only "
+                    f"{', '.join(known)}"
+                )
+        self.modalities = [m for m in known if m in (config.experts or known)]
+        if config.threads:
+            torch.set_num_threads(config.threads)
+
+    # Training
+
+    def pretrain(self, modality: str, *, resume: bool = False) -> FitResult:
+        """Train one expert on its own modality; weights go to ``pretrain/<modality>``."""
+        if modality not in self.modalities:
+            raise M3BindError(f"--modality {modality}: this run has {', '.join(self.modalities)}")
+        folder = self.folder / "pretrain" / modality
+        with measured(self.folder, f"pretrain/{modality}"):
+            experts = {modality: self._build(modality)}
+            self._training_texts(experts)
+            validation = self._validation(experts, ("zero_shot.{}.name.mean",))
+            task = Pretrain(experts[modality])
+            result = self._fit(task, experts, self.config.pretrain, folder, validation, resume)
+            self._save_expert(experts[modality], folder)
+        return result
+
+    def align(self, *, resume: bool = False) -> FitResult:
+        """Stage 1; the aligned experts' weights go to ``align/<modality>``."""
+        folder = self.folder / "align"
+        with measured(self.folder, "align"):
+            experts = self.experts("before")
+            task = Align(experts, self._training_texts(experts), self.config.align)
+            validation = self._validation(
+                experts, ("zero_shot.{}.name.mean", "retrieval.{}.normalised.mean")
+            )
+            result = self._fit(task, experts, self.config.align, folder, validation, resume)
+            for modality, expert in experts.items():
+                self._save_expert(expert, folder / modality)
+        return result
+
+    def distill(self, *, control: bool = False, resume: bool = False) -> FitResult:
+        """Stage 2; the text encoder goes to ``distill``, with ``control`` to ``control``."""
+        name = "control" if control else "distill"
+        folder = self.folder / name
+        with measured(self.folder, name):
+            experts = self.experts("before" if control else "aligned")
+            student = self._build_student()
+            self._training_texts(experts)
+            task = Distill(student, experts, self.config.distill)
+            validation = self._validation(
+                experts, ("zero_shot.{}.name.mean", "text_retrieval.{}.mean"), student
+            )
+            result = self._fit(task, experts, self.config.distill, folder, validation, resume)
+            settings = dataclasses.asdict(self._expert_config(self.modalities[0]))
+            export_weights(
+                folder / WEIGHTS,
+                student.trainable_state(),
+                {"text": settings["text"], "lora": settings["lora"], "width": self.config.width},
+            )
+        return result
+
+    # What was trained
+
+    def experts(self, stage: str) -> dict[str, Expert]:
+        """The experts of a stage; ``before`` without weights of ours they are as built."""
+        source = SOURCES[stage][0]
+        experts = {}
+        for modality in self.modalities:
+            experts[modality] = self._build(modality)
+            path = self.folder / source / modality / WEIGHTS
+            if path.is_file():
+                self._load_expert(experts[modality], path)
+            elif source == "align":
+                raise M3BindError(f"no aligned expert at {path}: run m3bind align first")
+            else:
+                log.warning(
+                    "%s: no expert at %s: starting from its towers as configured; run m3bind "
+                    "pretrain first unless their weights are pre-trained", modality, path,
+                )  # fmt: skip
+        return experts
+
+    def text_encoder(self, stage: str) -> TextEncoder:
+        """The shared text encoder of ``distilled`` or ``control``."""
+        source = SOURCES[stage][1]
+        path = self.folder / str(source) / WEIGHTS
+        if not path.is_file():
+            option = " --control" if source == "control" else ""
+            raise M3BindError(f"no text encoder at {path}: run m3bind distill{option} first")
+        student = self._build_student()
+        student.load_trainable_state(import_weights(path)[0])
+        return student
+
+    def trained_stages(self) -> list[str]:
+        """The stages whose weights are there (``before`` always is)."""
+        found = []
+        for stage, (experts, text) in SOURCES.items():
+            path = self.folder / (text or f"{experts}/{self.modalities[0]}") / WEIGHTS
+            if stage == "before" or path.is_file():
+                found.append(stage)
+        return found
+
+    # Evaluation
+
+    def embed(self, stage: str) -> None:
+        """Embed the splits that the evaluation needs, with the encoders of one stage."""
+        if stage not in SOURCES:
+            raise M3BindError(f"--stage {stage}: the stages are {', '.join(SOURCES)}")
+        with measured(self.folder, f"embed/{stage}"):
+            experts = self.experts(stage)
+            text = self.text_encoder(stage) if SOURCES[stage][1] else None
+            # The few-shot probe fits on training images, and stage 2 leaves images as they are.
+            for split in ("test",) if text else ("train", "test"):
+                sets = [e(text) for e in self._embedders(experts, split)]
+                save_stage(self.folder / "embeddings", stage, sets)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Judge every stage that was embedded, and write ``metrics.json``."""
+        root, settings = self.folder / "embeddings", self.config.evaluation
+        test, train = (
+            {stage: sets for stage in SOURCES if (sets := load_stage(root, stage, split))}
+            for split in ("test", "train")
+        )
+        if not test:
+            raise M3BindError(f"no embeddings of a test split in {root}: run m3bind embed first")
+        with measured(self.folder, "eval"):
+            found = evaluate(
+                test,
+                train,
+                seed=self.config.seed,
+                num_permutations=settings.permutations,
+                shots=settings.shots,
+                num_shot_seeds=settings.seeds,
+                progress=True,
+            )
+        stages = read_stages(self.folder)
+        metrics = assemble(
+            found,
+            seconds={stage: entry["seconds"] for stage, entry in stages.items()},
+            peak_rss_mib={stage: entry["peak_rss_mib"] for stage, entry in stages.items()},
+            simulated=self.dataset.simulated,
+            seed=self.config.seed,
+        )
+        save_metrics(metrics, self.folder / "metrics.json")
+        return metrics
+
+    def report(self) -> Path:
+        """Write ``report.html`` from ``metrics.json``, the embeddings and the logs."""
+        metrics = self.folder / "metrics.json"
+        if not metrics.is_file():
+            raise M3BindError(f"no {metrics}: run m3bind eval first")
+        logs = {f"pretraining, {m}": self.folder / "pretrain" / m for m in self.modalities} | {
+            "stage 1, align": self.folder / "align",
+            "stage 2, distil": self.folder / "distill",
+            "control: stage 2 without stage 1": self.folder / "control",
+        }
+        histories = {title: folder / "metrics.jsonl" for title, folder in logs.items()}
+        root = self.folder / "embeddings"
+        with measured(self.folder, "report"):
+            return write_report(
+                self.folder / "report.html",
+                load_metrics(metrics),
+                test={stage: sets for stage in SOURCES if (sets := load_stage(root, stage))},
+                histories={title: path for title, path in histories.items() if path.is_file()},
+                fetch=fetch_from(self.dataset.root),
+                dataset=self.dataset.name,
+                description=self._description(),
+            )
+
+    # What the methods above share
+
+    def _description(self) -> str:
+        """What a reader must know of how the experts were made."""
+        texts = {self._expert_config(m).text.source for m in self.modalities}
+        images = {self._expert_config(m).image.source for m in self.modalities}
+        said = (
+            f"One expert a modality: image towers {', '.join(sorted(images))}, text towers "
+            f"{', '.join(sorted(texts))}, all in {self.config.width} dimensions. "
+            f"Agreement of stage 1: {self.config.align.agreement}."
+        )
+        if any(self._expert_config(m).text.cache for m in self.modalities):
+            said += (
+                " The text towers' frozen layers are computed once for each text and their "
+                "hidden states kept; only the last layers (by low-rank adapters) and heads train."
+            )
+        return said
+
+    def _expert_config(self, modality: str) -> ExpertConfig:
+        return self.config.experts.get(modality) or ExpertConfig()
+
+    def _build(self, modality: str) -> Expert:
+        return build_expert(
+            self._expert_config(modality),
+            modality,
+            width=self.config.width,
+            seed=self.config.seed,
+            kind=self.dataset.modalities[modality].kind,
+        )
+
+    def _build_student(self) -> TextEncoder:
+        # The shared encoder is built like the first expert's text tower, and trained anew.
+        settings = self._expert_config(self.modalities[0])
+        return build_text_encoder(
+            settings.text, settings.lora, width=self.config.width, seed=self.config.seed
+        )
+
+    def _save_expert(self, expert: Expert, folder: Path) -> None:
+        settings = dataclasses.asdict(self._expert_config(expert.modality))
+        export_weights(
+            folder / WEIGHTS,
+            expert.trainable_state(),
+            {
+                "modality": expert.modality,
+                "width": self.config.width,
+                "seed": self.config.seed,
+                "expert": settings,
+                "preprocess": expert.preprocess.to_dict(),
+                "preprocess_fingerprint": expert.preprocess.fingerprint(),
+            },
+        )
+
+    def _load_expert(self, expert: Expert, path: Path) -> None:
+        weights, saved = import_weights(path)
+        fingerprint = saved.get("preprocess_fingerprint")
+        if fingerprint != expert.preprocess.fingerprint():
+            raise M3BindError(
+                f"{path} was trained with another preprocessing ({saved.get('preprocess')}) than "
+                f"the settings give now ({expert.preprocess.to_dict()}): set experts."
+                f"{expert.modality}.image back, or train again"
+            )
+        expert.load_trainable_state(weights)
+
+    def _loader(self, expert: Expert, split: str, batch_size: int, *, train: bool) -> Loader:
+        threads = self.config.pretrain.num_threads
+        return Loader(
+            self.dataset.root, expert.modality, split, expert.preprocess, batch_size,
+            train=train, seed=self.config.seed, num_threads=threads,
+        )  # fmt: skip
+
+    def _report_texts(self, modality: str) -> list[str]:
+        """Every section, and every whole report, of the training split."""
+        texts: set[str] = set()
+        for report in iter_reports(self.dataset.root, modality, "train"):
+            found = sections(report)
+            texts |= {found.findings, found.impression, found.whole}
+        return sorted(texts - {""})
+
+    def _training_texts(self, experts: dict[str, Expert]) -> list[str]:
+        """The training texts of all these modalities.
+
+        Where a text tower keeps the hidden states of its frozen layers, they are computed here,
+        or read from ``text_cache`` if a run into this folder computed them before.
+        """
+        texts = {modality: self._report_texts(modality) for modality in experts}
+        caches = {id(c): c for e in experts.values() if (c := _cache_of(e)) is not None}
+        for cache in caches.values():
+            for modality, own in texts.items():
+                path = self.folder / "text_cache" / f"{modality}-{cache.fingerprint}.safetensors"
+                if not cache.load(path) or any(text not in cache for text in own):
+                    cache.precompute(own, partial(tqdm, desc=f"{modality}: frozen text layers"))
+                    cache.save(path, own)
+        return sorted({text for own in texts.values() for text in own})
+
+    def _embedders(self, experts: dict[str, Expert], split: str) -> list[SplitEmbedder]:
+        return [
+            SplitEmbedder(
+                expert,
+                split,
+                self._loader(expert, split, 64, train=False),
+                self.dataset.modalities[modality].prompts,
+            )
+            for modality, expert in experts.items()
+            if shard_paths(self.dataset.root, modality, split)
+        ]
+
+    def _validation(
+        self, experts: dict[str, Expert], scores: tuple[str, ...], text: TextEncoder | None = None
+    ) -> Validation | None:
+        """None, so that the last weights count, where there is no labelled validation split."""
+        embedders = self._embedders(experts, "val")
+        if len(embedders) < len(experts):
+            log.warning("no validation split for every modality: the last weights will be kept")
+            return None
+        return Validation(embedders, scores, text, seed=self.config.seed)
+
+    def _fit(
+        self,
+        task: Task,
+        experts: dict[str, Expert],
+        settings: TrainConfig,
+        folder: Path,
+        validation: Validation | None,
+        resume: bool,
+    ) -> FitResult:
+        loaders = {
+            modality: self._loader(expert, "train", settings.batch_size, train=True)
+            for modality, expert in experts.items()
+        }
+        return fit(
+            task, loaders, settings, folder,
+            validate=validation, resume=resume, seed=self.config.seed,
+            description=str(folder.relative_to(self.folder)),
+        )  # fmt: skip
+
+
+def _cache_of(expert: Expert) -> HiddenCache | None:
+    tower = expert.text.tower
+    return tower.cache if isinstance(tower, MiniLM) and tower.cached else None

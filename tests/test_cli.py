@@ -1,0 +1,78 @@
+"""The command line as a user meets it: help, one-line errors, exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = (
+    "info", "phantom", "samples", "prepare", "pretrain", "align", "distill", "embed", "eval",
+    "report", "demo",
+)  # fmt: skip
+
+
+def m3bind(*arguments: str, cwd: Path | None = None, **environment: str):
+    return subprocess.run(
+        [sys.executable, "-m", "m3bind", *arguments],
+        cwd=cwd, env={**os.environ, "COLUMNS": "100", **environment},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_help_names_every_command():
+    shown = m3bind("--help")
+    assert shown.returncode == 0
+    for command in COMMANDS:
+        assert f" {command} " in shown.stdout, command
+
+
+@pytest.mark.parametrize("command", ["prepare", "align", "demo"])
+def test_each_command_has_help(command):
+    shown = m3bind(command, "--help")
+    assert shown.returncode == 0
+    assert "Usage" in shown.stdout and "--help" in shown.stdout
+
+
+def one_line(result) -> str:
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("m3bind: ")
+    return line
+
+
+def test_unknown_key_is_one_line_with_file_key_and_remedy(tmp_path):
+    settings = tmp_path / "mine.yaml"
+    settings.write_text("align: {agrement: mse}\n")
+    line = one_line(m3bind("align", "--config", str(settings)))
+    assert str(settings) in line and "align.agrement" in line and "'agreement'" in line
+
+
+def test_bad_override_is_one_line(tmp_path):
+    settings = tmp_path / "mine.yaml"
+    settings.write_text("seed: 1\n")
+    line = one_line(m3bind("align", "-c", str(settings), "align.steps=many"))
+    assert "align.steps" in line and "many" in line
+
+
+def test_missing_data_set_is_one_line(tmp_path):
+    settings = tmp_path / "mine.yaml"
+    settings.write_text(f"data: {tmp_path}/nowhere\n")
+    line = one_line(m3bind("align", "-c", str(settings)))
+    assert "nowhere" in line and "m3bind phantom" in line
+
+
+def test_info_works_without_the_extra(tmp_path):
+    """`info` must not need typer, rich or omegaconf: a core install has none of them."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nfor name in ('typer', 'rich', 'omegaconf', 'tqdm', 'yaml', 'scipy'):\n"
+        "    sys.modules[name] = None\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    shown = m3bind("info", PYTHONPATH=path)
+    assert shown.returncode == 0, shown.stderr
+    assert "clip_loss" in shown.stdout
+    other = m3bind("align", PYTHONPATH=path)
+    assert other.returncode == 1 and "m3bind[train]" in other.stderr
