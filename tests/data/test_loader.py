@@ -1,6 +1,8 @@
 """The loader as a stream: order, epochs, shares, exact resume, augmentation, damage."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +227,27 @@ def test_a_state_of_other_shards_or_settings_is_refused(tmp_path) -> None:
             Loader(tmp_path / root, "xray", "train", small("xray"), batch, train=True, state=state)
     with pytest.raises(ValueError, match="training loader"):
         Loader(tmp_path / "a", "xray", "train", small("xray"), 2, train=False).state()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("modality", KIND)
+def test_the_gpu_gives_what_the_cpu_gives(tmp_path, modality) -> None:
+    cohort(tmp_path, modality, 6)
+    on_cpu, on_gpu = (
+        list(Loader(tmp_path, modality, "train", small(modality), 4, train=False, device_id=device))
+        for device in (None, 0)
+    )
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        assert b.images.is_cuda and a.reports == b.reports
+        torch.testing.assert_close(b.images.cpu(), a.images, atol=2e-2, rtol=0)
+    training = Loader(tmp_path, modality, "train", small(modality), 4, train=True, device_id=0)
+    assert torch.isfinite(next(iter(training)).images).all()
+
+
+def test_importing_the_loop_and_the_loader_does_not_import_dali() -> None:
+    code = (
+        "import sys, m3bind.train, m3bind.data.loader, m3bind.config\n"
+        "heavy = {'nvidia', 'omegaconf', 'tensorboard', 'timm', 'transformers'}\n"
+        "found = heavy & set(sys.modules); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
