@@ -172,9 +172,10 @@ def report(config: ConfigPath, overrides: Overrides = None) -> None:
 def demo(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Other settings.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    resume: Resume = False,
     overrides: Overrides = None,
 ) -> None:
     """The whole path on a simulated cohort: phantom, pretrain, align, distill, eval, report."""
     from m3bind.demo import demo as run
 
-    run(config, output, overrides or [])
+    run(config, output, overrides or [], resume=resume)

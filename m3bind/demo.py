@@ -30,7 +30,7 @@ def demo(config: Path | None, output: Path, overrides: list[str], *, resume: boo
     )
     with measured(output, "phantom"):
         make_cohort(
-            Path(settings.data), seed=settings.seed,
+            Path(settings.data), seed=phantom.seed,
             train=phantom.train, val=phantom.val, test=phantom.test, workers=phantom.workers,
         )  # fmt: skip
     run = Run(settings)

@@ -1,0 +1,48 @@
+"""What several test files share: a small simulated cohort and settings for it."""
+
+from pathlib import Path
+
+import pytest
+
+SETTINGS = """\
+data: {data}
+output: {output}
+seed: 3
+width: 64
+threads: 1
+experts:
+  xray: &expert
+    text: {{source: minilm, max_tokens: 48, train_layers: 1, cache: true}}
+    lora: {{r: 4, alpha: 4, dropout: 0.1}}
+    image: {{size: [48, 48]}}
+  retina: *expert
+  ecg:
+    text: {{source: minilm, max_tokens: 48, train_layers: 1, cache: true}}
+    lora: {{r: 4, alpha: 4, dropout: 0.1}}
+    image: {{size: [500]}}
+pretrain: {{steps: 4, batch_size: 8, warmup: 1, validate_every: 4, log_every: 1}}
+align: {{steps: 8, batch_size: 6, centre_batch: 8, warmup: 1, validate_every: 4, log_every: 1,
+  checkpoint_every: 2}}
+distill: {{steps: 4, batch_size: 6, warmup: 1, validate_every: 4, log_every: 1}}
+evaluation: {{shots: [1, 2], seeds: 2, permutations: 20}}
+"""
+
+
+@pytest.fixture(scope="session")
+def small_cohort(tmp_path_factory) -> Path:
+    """Three modalities of a simulated cohort: 35 training, 14 validation and 14 test patients."""
+    from m3bind.data.phantom import make_cohort
+
+    root = tmp_path_factory.mktemp("cohort")
+    make_cohort(
+        root, seed=3, train=35, val=14, test=14, workers=1, modalities=["xray", "retina", "ecg"]
+    )
+    return root
+
+
+@pytest.fixture
+def settings(small_cohort, tmp_path) -> Path:
+    """A YAML file that trains on the small cohort, into ``<tmp_path>/run``."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(SETTINGS.format(data=small_cohort, output=tmp_path / "run"))
+    return path

@@ -1,0 +1,168 @@
+"""The whole path on a small cohort: what each stage writes, and what stopping it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m3bind.config import load_config
+from m3bind.errors import M3BindError
+from m3bind.eval.store import load_stage
+from m3bind.stages import Run
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(small_cohort, tmp_path_factory) -> Run:
+    """A run that went through every stage once."""
+    from conftest import SETTINGS
+
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "settings.yaml"
+    path.write_text(SETTINGS.format(data=small_cohort, output=folder / "run"))
+    run = Run(load_config(path))
+    for modality in run.modalities:
+        run.pretrain(modality)
+    run.align()
+    run.distill()
+    run.distill(control=True)
+    for stage in run.trained_stages():
+        run.embed(stage)
+    run.evaluate()
+    run.report()
+    return run
+
+
+def test_every_stage_is_embedded_and_judged(finished):
+    assert finished.trained_stages() == ["before", "aligned", "distilled", "control"]
+    metrics = json.loads((finished.folder / "metrics.json").read_text())
+    assert metrics["simulated"] is True and metrics["seed"] == 3
+    for stage in ("before", "aligned", "distilled"):
+        for kind in ("name", "findings"):
+            assert set(metrics["zero_shot"][stage][kind]) == {"mean", "xray", "retina", "ecg"}
+    pairs = {f"{a}->{b}" for a in finished.modalities for b in finished.modalities if a != b}
+    for stage in ("before", "aligned"):
+        assert set(metrics["retrieval"][stage]["map"]) == {"mean", *pairs}
+    assert set(metrics["text_retrieval"]) >= {"aligned", "distilled", "control"}
+    measured = {"align", "distill", "control", "eval", "embed/before", "pretrain/xray"}
+    assert measured <= set(metrics["seconds"]) and measured <= set(metrics["peak_rss_mib"])
+
+
+def test_report_is_written_and_says_that_it_is_simulated(finished):
+    page = (finished.folder / "report.html").read_text()
+    assert "simulated" in page.lower() and page.count("<img") + page.count("<svg") > 10
+
+
+def test_saved_experts_embed_as_those_in_memory(finished):
+    """A second process that only reads the files must see the same embeddings."""
+    stored = load_stage(finished.folder / "embeddings", "aligned", "test")
+    experts = Run(finished.config).experts("aligned")
+    for embedder in finished._embedders(experts, "test"):
+        again = embedder()
+        assert np.array_equal(again.image, stored[again.modality].image)
+        assert np.array_equal(again.text, stored[again.modality].text)
+
+
+def test_stage_2_leaves_the_images_as_they_are(finished):
+    root = finished.folder / "embeddings"
+    aligned, distilled = load_stage(root, "aligned"), load_stage(root, "distilled")
+    for modality in finished.modalities:
+        assert np.array_equal(aligned[modality].image, distilled[modality].image)
+        assert not np.array_equal(aligned[modality].text, distilled[modality].text)
+
+
+def test_stage_1_moves_heads_but_not_image_trunks(finished):
+    before, after = finished.experts("before"), finished.experts("aligned")
+    for modality in finished.modalities:
+        old, new = before[modality].image.state_dict(), after[modality].image.state_dict()
+        assert all(torch.equal(old[name], new[name]) for name in old)
+        assert not torch.equal(
+            before[modality].image_head.weight, after[modality].image_head.weight
+        )
+
+
+def test_experts_do_not_start_bound(settings):
+    experts = Run(load_config(settings)).experts("before")
+    heads = [expert.text.head.weight for expert in experts.values()]
+    for i, a in enumerate(heads):
+        for b in heads[:i]:
+            assert abs(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) < 0.05
+
+
+def test_unknown_modality_and_stage_are_one_line(settings):
+    config = load_config(settings)
+    with pytest.raises(M3BindError, match=r"no aligned expert at .*run m3bind align first"):
+        Run(config).embed("aligned")
+    with pytest.raises(M3BindError, match="--stage finished: the stages are before"):
+        Run(config).embed("finished")
+    with pytest.raises(M3BindError, match="run m3bind distill --control first"):
+        Run(config).text_encoder("control")
+    config.experts["ultrasound"] = config.experts["xray"]
+    with pytest.raises(M3BindError, match=r"experts.ultrasound: .* has no such modality"):
+        Run(config)
+
+
+def start_align(settings: Path, *more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "m3bind", "align", "-c", str(settings), *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[1])
+        log = folder / "metrics.jsonl"
+        if log.is_file() and f'"step": {step},' in log.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+LONG = ("align.steps=24", "align.validate_every=8", "align.checkpoint_every=2")
+
+
+def test_sigkill_then_resume_gives_the_same_losses_to_the_bit(settings, tmp_path):
+    whole = start_align(settings, *LONG)
+    assert whole.wait(180) == 0, whole.communicate()[1]
+    folder = tmp_path / "run" / "align"
+    undisturbed = losses(folder)
+    weights = (folder / "xray" / "model.safetensors").read_bytes()
+    assert [step for step, _ in undisturbed] == list(range(1, 25))
+
+    killed = start_align(settings, *LONG)
+    wait_for_step(folder, 7, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert losses(folder)[-1][0] < 24
+    resumed = start_align(settings, *LONG, "--resume")
+    assert resumed.wait(180) == 0, resumed.communicate()[1]
+    assert losses(folder) == undisturbed
+    assert (folder / "xray" / "model.safetensors").read_bytes() == weights
+
+
+def test_ctrl_c_writes_a_checkpoint_and_ends_with_one_line(settings, tmp_path):
+    process = start_align(settings, "align.steps=2000", "align.checkpoint_every=1000")
+    folder = tmp_path / "run" / "align"
+    wait_for_step(folder, 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    last = errors.replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith("m3bind: align: stopped at step") and "--resume" in last
+    assert (folder / "checkpoints" / "last.safetensors").is_file()
