@@ -16,6 +16,7 @@ constexpr int64_t kPanelElements = int64_t{1} << 22;
 constexpr int64_t kMinPanelRows = 512;
 constexpr int64_t kMaxPanelRows = 1024;
 constexpr double kSmallestFactor = 1e-30;
+constexpr double kLargestLog2Sum = 126.0;  // float32 overflows at 128
 
 double read_scalar(const Tensor& t) {
   STD_TORCH_CHECK(t.numel() == 1, "logit_scale must have one element");
@@ -84,6 +85,7 @@ Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
   STD_TORCH_CHECK(x_.size(1) == y_.size(1), "x and y must have the same number of features");
   STD_TORCH_CHECK(!row_ids || (row_ids->numel() == rows_ && (*col_ids).numel() == cols_),
                   "one id for each row");
+  log2_longest_ = std::log2(static_cast<double>(std::max({rows_, cols_, int64_t{1}})));
   const int64_t wanted = kPanelElements / std::max<int64_t>(1, cols_);
   step_ = std::min(rows_, std::clamp(wanted, kMinPanelRows, kMaxPanelRows));
   // A left-out pair is -inf in the panel and must stay -inf as a logit, so both parts of the factor
@@ -98,7 +100,12 @@ Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
   data_ = static_cast<float*>(buffer_.mutable_data_ptr());
 }
 
-double Panels::bound() const { return std::abs(scale_) * largest_norm(x_) * largest_norm(y_); }
+float Panels::common_shift() const {
+  const double bound = std::abs(scale_) * largest_norm(x_) * largest_norm(y_) * kLog2E;
+  return static_cast<float>(std::ceil(std::max(0.0, bound + log2_longest_ - kLargestLog2Sum)));
+}
+
+double Panels::smallest_log2_sum() const { return log2_longest_ - 126.0 + 24.0; }
 
 Tensor Panels::part(const Tensor& t, int64_t first, int64_t count) {
   Tensor whole = t;

@@ -49,8 +49,13 @@ class Panels {
   Factor factor() const { return factor_; }
   const Tensor& x() const { return x_; }
   const Tensor& y() const { return y_; }
-  // Upper bound of |logit|; not finite where an input is not.
-  double bound() const;
+
+  // One shift, in base 2, with which no sum of a row or column overflows; not finite where an input
+  // is not. Forward and backward use the same, so that the rounding of `logit - shift` cancels.
+  float common_shift() const;
+  // With the common shift, log2 of the smallest sum whose losses to underflow (at 2^-126) are below
+  // float32's rounding.
+  double smallest_log2_sum() const;
 
   // Computes the dot products of rows [first, first + count); they lie in data(), and in tensor().
   void compute(int64_t first, int64_t count);
@@ -63,7 +68,7 @@ class Panels {
   Tensor x_, y_, y_transposed_, buffer_;
   Exclusions exclusions_;
   int64_t rows_, cols_, step_;
-  double scale_;
+  double scale_, log2_longest_;
   bool scale_in_panel_;
   Factor factor_;
   float* data_;

@@ -29,10 +29,10 @@ struct RowKernels {
   // S = exp2(S * factor - shift) * (row_weight[i] + col_weight[j]): one exponential a logit.
   void (*gradient_shifted)(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
                            float shift, const float* row_weight, const float* col_weight);
-  // S = exp2(S * factor - row_lse[i]) * row_grad[i] + exp2(S * factor - col_lse[j]) * col_grad[j].
+  // S = exp2(S * factor - row_shift[i]) * row_weight[i] + the same of the columns.
   void (*gradient_own_shift)(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
-                             const float* row_lse, const float* row_grad, const float* col_lse,
-                             const float* col_grad);
+                             const float* row_shift, const float* row_weight,
+                             const float* col_shift, const float* col_weight);
   // out[i] = sum over d of a[i, d] * b[i, d]; both contiguous.
   void (*row_dots)(const float* a, const float* b, int64_t rows, int64_t cols, double* out);
   // s *= factor, element by element.

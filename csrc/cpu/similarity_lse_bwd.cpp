@@ -16,26 +16,22 @@ using torch::headeronly::ScalarType;
 // Weights above this could make inf * 0 out of an exponential that underflows.
 constexpr double kLargestWeight = 1e37;
 
-// One direction's LSE (base 2) and upstream gradient, as the row kernels want them.
+// One direction's LSE (base 2) and upstream gradient.
 struct Direction {
-  std::vector<double> lse;
-  std::vector<float> grad;
+  std::vector<double> lse, grad;
 
-  Direction(const Tensor& lse_in, const Tensor& grad_in) {
-    const Tensor lse_tensor = torch::stable::contiguous(lse_in);
-    const Tensor grad_tensor =
-        torch::stable::contiguous(torch::stable::to(grad_in, ScalarType::Float));
-    const int64_t count = lse_tensor.numel();
-    STD_TORCH_CHECK(grad_tensor.numel() == count, "one upstream gradient for each LSE");
-    const float* l = static_cast<const float*>(lse_tensor.const_data_ptr());
-    const float* g = static_cast<const float*>(grad_tensor.const_data_ptr());
-    lse.resize(count);
-    grad.assign(g, g + count);
-    for (int64_t i = 0; i < count; ++i) {
-      // Nothing was summed here: every logit is -inf, and any finite shift gives zeros.
-      const bool nothing = l[i] == -std::numeric_limits<float>::infinity();
-      lse[i] = nothing ? 0.0 : l[i] * kLog2E;
+  Direction(const Tensor& lse_in, const Tensor& grad_in) : lse(read(lse_in)), grad(read(grad_in)) {
+    STD_TORCH_CHECK(lse.size() == grad.size(), "one upstream gradient for each LSE");
+    for (double& v : lse) {
+      // Where nothing was summed every logit is -inf, and any finite shift gives zeros.
+      v = v == -std::numeric_limits<double>::infinity() ? 0.0 : v * kLog2E;
     }
+  }
+
+  static std::vector<double> read(const Tensor& t) {
+    const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
+    const double* data = static_cast<const double*>(wide.const_data_ptr());
+    return {data, data + wide.numel()};
   }
 
   // grad * 2^(shift - lse), so that times 2^(logit - shift) it is grad * softmax. Empty where an
@@ -50,31 +46,36 @@ struct Direction {
     return out;
   }
 
-  std::vector<float> float_lse() const { return {lse.begin(), lse.end()}; }
+  std::vector<float> own_shifts() const { return {lse.begin(), lse.end()}; }
+
+  // grad * 2^(own shift - lse): makes up for the rounding of the LSE to its own shift.
+  std::vector<float> own_weights() const {
+    std::vector<float> out(lse.size());
+    for (size_t i = 0; i < lse.size(); ++i)
+      out[i] = static_cast<float>(grad[i] * std::exp2(static_cast<float>(lse[i]) - lse[i]));
+    return out;
+  }
 };
 
 // The derivative of the LSEs by every logit of a panel, in place of its dot products.
 class Gradient {
  public:
   Gradient(const Panels& panels, const Tensor& row_lse, const Tensor& col_lse,
-           const Tensor& grad_row, const Tensor& grad_col) {
+           const Tensor& grad_row, const Tensor& grad_col)
+      : shift_(panels.common_shift()) {
     const Direction rows(row_lse, grad_row), cols(col_lse, grad_col);
-    const double shift = std::ceil(std::max(0.0, panels.bound() * kLog2E - 126.0));
-    if (std::isfinite(shift)) {
-      // What underflows at 2^-126 is then below float32's rounding of its row's and column's sum.
-      const double longest = static_cast<double>(std::max(panels.rows(), panels.cols()));
-      const double smallest = shift - 126.0 + 24.0 + std::log2(std::max(1.0, longest));
-      shift_ = static_cast<float>(shift);
-      row_weight_ = rows.weights(shift, smallest);
-      col_weight_ = cols.weights(shift, smallest);
+    if (std::isfinite(shift_)) {
+      const double smallest = shift_ + panels.smallest_log2_sum();
+      row_weight_ = rows.weights(shift_, smallest);
+      col_weight_ = cols.weights(shift_, smallest);
       one_exponential_ =
           row_weight_.size() == rows.lse.size() && col_weight_.size() == cols.lse.size();
     }
     if (one_exponential_) return;
-    row_weight_ = rows.grad;
-    col_weight_ = cols.grad;
-    row_lse_ = rows.float_lse();
-    col_lse_ = cols.float_lse();
+    row_weight_ = rows.own_weights();
+    col_weight_ = cols.own_weights();
+    row_shift_ = rows.own_shifts();
+    col_shift_ = cols.own_shifts();
   }
 
   void apply(const Panels& panels, int64_t first, int64_t count) const {
@@ -86,16 +87,16 @@ class Gradient {
                                        row_weight_.data() + first + begin, col_weight_.data());
       else
         row_kernels().gradient_own_shift(
-            s, cols, end - begin, cols, panels.factor(), row_lse_.data() + first + begin,
-            row_weight_.data() + first + begin, col_lse_.data(), col_weight_.data());
+            s, cols, end - begin, cols, panels.factor(), row_shift_.data() + first + begin,
+            row_weight_.data() + first + begin, col_shift_.data(), col_weight_.data());
     });
   }
 
  private:
-  float shift_ = 0;
+  float shift_;
   bool one_exponential_ = false;
-  std::vector<float> row_weight_, col_weight_;  // upstream gradients, or with the LSE folded in
-  std::vector<float> row_lse_, col_lse_;        // only where each has its own shift
+  std::vector<float> row_weight_, col_weight_;  // upstream gradients with the shifts folded in
+  std::vector<float> row_shift_, col_shift_;    // only where each has its own
 };
 
 // Sum over all elements of a * b, in an order that does not depend on the threads.

@@ -1,3 +1,5 @@
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -10,8 +12,6 @@ namespace m3bind::cpu {
 namespace {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-// exp overflows float32 above 88.7; one unit is kept for the rounding of the bound itself.
-constexpr double kLargestExponent = 87.0;
 
 // Sums of 2^(logit - shift) in base 2, with the shift of each row and column.
 struct Sums {
@@ -104,10 +104,9 @@ Sums sum_with_own_shifts(Panels& panels) {
 
 Tensor lse(const Tensor& like, const std::vector<double>& sum, const std::vector<float>& shift) {
   const int64_t count = static_cast<int64_t>(sum.size());
-  Tensor out = torch::stable::new_empty(like, {count});
-  float* data = static_cast<float*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < count; ++i)
-    data[i] = static_cast<float>((std::log2(sum[i]) + shift[i]) / kLog2E);
+  Tensor out = torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Double);
+  double* data = static_cast<double*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < count; ++i) data[i] = (std::log2(sum[i]) + shift[i]) / kLog2E;
   return out;
 }
 
@@ -118,15 +117,10 @@ std::tuple<Tensor, Tensor> similarity_lse_fwd(const Tensor& x, const Tensor& y,
                                               const std::optional<Tensor>& row_ids,
                                               const std::optional<Tensor>& col_ids) {
   Panels panels(x, y, logit_scale, row_ids, col_ids);
-  const double longest = static_cast<double>(std::max(panels.rows(), panels.cols()));
-  // No sum overflows with this shift: every logit is at most `bound`.
-  const double shift = panels.bound() + std::log(std::max(1.0, longest)) - kLargestExponent;
+  const float shift = panels.common_shift();
   if (std::isfinite(shift)) {
-    const Sums sums =
-        sum_with_common_shift(panels, static_cast<float>(std::max(0.0, shift) * kLog2E));
-    // What a sum may have lost to underflow is then below float32's rounding.
-    const double smallest = longest * static_cast<double>(std::numeric_limits<float>::min()) *
-                            static_cast<double>(1 << 24);
+    const Sums sums = sum_with_common_shift(panels, shift);
+    const double smallest = std::exp2(panels.smallest_log2_sum());
     const auto enough = [&](double sum) { return sum >= smallest; };
     if (std::all_of(sums.row_sum.begin(), sums.row_sum.end(), enough) &&
         std::all_of(sums.col_sum.begin(), sums.col_sum.end(), enough))

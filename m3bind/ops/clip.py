@@ -67,9 +67,9 @@ def clip_loss(
         x, y = x.to(acc), y.to(acc)
         ids = torch.arange(x.shape[0], device=x.device)
         row_lse, col_lse = torch.ops.m3bind.similarity_lse_fwd(x, y, scale, ids, ids, chosen)
-        positive = scale * (x * y).sum(1)
-        rows = F.softplus(row_lse - positive, threshold=SOFTPLUS_LINEAR)
-        cols = F.softplus(col_lse - positive, threshold=SOFTPLUS_LINEAR)
+        positive = scale.to(row_lse.dtype) * (x * y).sum(1).to(row_lse.dtype)
+        rows = F.softplus(row_lse - positive, threshold=SOFTPLUS_LINEAR).to(acc)
+        cols = F.softplus(col_lse - positive, threshold=SOFTPLUS_LINEAR).to(acc)
         if bias is not None:
             rows = rows + 0 * bias  # a gradient of 0, and NaN in gives NaN out
         return reduce_directions(rows, cols, reduction)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m3bind import backends, reference
 from m3bind.ops import arguments
-from m3bind.reference import accumulation_dtype
+from m3bind.reference import accumulation_dtype, statistics_dtype
 
 FWD = "m3bind::similarity_lse_fwd"
 BWD = "m3bind::similarity_lse_bwd"
@@ -51,8 +51,8 @@ def _fwd_fake(
     col_ids: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    acc = accumulation_dtype(x.dtype)
-    return x.new_empty(x.shape[0], dtype=acc), y.new_empty(y.shape[0], dtype=acc)
+    stats = statistics_dtype(x.device)
+    return x.new_empty(x.shape[0], dtype=stats), y.new_empty(y.shape[0], dtype=stats)
 
 
 @torch.library.impl(BWD, "CompositeExplicitAutograd")
@@ -168,4 +168,6 @@ def similarity_lse(
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "reference":
             return reference.similarity_lse(x, y, scale, row_ids, col_ids)
-        return torch.ops.m3bind.similarity_lse_fwd(x, y, scale, row_ids, col_ids, chosen)
+        lse = torch.ops.m3bind.similarity_lse_fwd(x, y, scale, row_ids, col_ids, chosen)
+        acc = accumulation_dtype(x.dtype)
+        return lse[0].to(acc), lse[1].to(acc)

@@ -44,7 +44,8 @@ def run(loss: Callable[..., Tensor], x: Tensor, y: Tensor, scale: float | Tensor
 
 
 def truth(x: Tensor, y: Tensor, scale: float) -> Results:
-    return run(float64_loss, x.double(), y.double(), scale)
+    rounded = scale if x.dtype == torch.float64 else torch.tensor(scale).item()
+    return run(float64_loss, x.double(), y.double(), rounded)
 
 
 def errors(got: Results, want: Results) -> dict[str, float]:
