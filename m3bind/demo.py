@@ -2,10 +2,11 @@
 
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 
 from rich.console import Console
+from tqdm import tqdm
 
 from m3bind.config import Config, load_config
 from m3bind.data.phantom import make_cohort
@@ -13,6 +14,7 @@ from m3bind.eval.tables import summary
 from m3bind.measure import measured
 from m3bind.resources import configs_dir
 from m3bind.stages import SOURCES, Run
+from m3bind.tracking import read_history
 
 
 def demo(config: Path | None, output: Path, overrides: list[str], *, resume: bool = False) -> None:
@@ -35,27 +37,44 @@ def demo(config: Path | None, output: Path, overrides: list[str], *, resume: boo
         )  # fmt: skip
     run = Run(settings)
     with measured(output, "pretrain"):
-        _pretrain_all(settings, run.modalities, resume)
+        _pretrain_all(run, resume)
     run.align(resume=resume)
     run.distill(resume=resume)
     run.distill(control=True, resume=resume)
     for stage in SOURCES:
         run.embed(stage)
     metrics = run.evaluate()
-    report = run.report()
+    with console.status("drawing the report"):
+        report = run.report()
     console.print(summary(metrics))
     console.print(f"metrics: {output / 'metrics.json'}")
     console.print(f"report:  {report}")
 
 
-def _pretrain_all(settings: Config, modalities: list[str], resume: bool) -> None:
+def _pretrain_all(run: Run, resume: bool) -> None:
     """Experts do not need each other: one process a core, one thread each, is fastest."""
-    workers = min(len(modalities), len(os.sched_getaffinity(0)))
+    run.prepare_texts()
+    workers = min(len(run.modalities), len(os.sched_getaffinity(0)))
+    logs = [run.folder / "pretrain" / modality / "metrics.jsonl" for modality in run.modalities]
+    if not resume:
+        for log in logs:
+            log.unlink(missing_ok=True)
+    os.environ["TQDM_DISABLE"] = "1"  # for the workers: their bars would write over each other
+    bar = tqdm(total=run.config.pretrain.steps * len(logs), desc="pretrain, all", unit="step")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = [pool.submit(_pretrain, settings, modality, resume) for modality in modalities]
-        for job in jobs:
-            job.result()
+    with ProcessPoolExecutor(workers, mp_context=context) as pool, bar:
+        jobs = {pool.submit(_pretrain, run.config, name, resume) for name in run.modalities}
+        while jobs:
+            done, jobs = wait(jobs, timeout=1, return_when=FIRST_EXCEPTION)
+            try:
+                for job in done:
+                    job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            bar.n = sum(line["step"] for log in logs for line in read_history(log)[-1:])
+            bar.refresh()
+    del os.environ["TQDM_DISABLE"]
 
 
 def _pretrain(settings: Config, modality: str, resume: bool) -> None:

@@ -1,5 +1,6 @@
 """Seconds and peak memory of each stage of a run, kept in its ``stages.json``."""
 
+import fcntl
 import json
 import threading
 import time
@@ -61,9 +62,11 @@ def measured(folder: Path, stage: str) -> Iterator[None]:
         memory.stop()
         raise
     seconds = time.perf_counter() - start
-    stages = read_stages(folder)
-    stages[stage] = {"seconds": round(seconds, 2), "peak_rss_mib": round(memory.stop(), 1)}
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "stages.json.part"
-    partial.write_text(json.dumps(stages, indent=2) + "\n")
-    partial.replace(folder / "stages.json")
+    with (folder / ".stages.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # stages of one run may end in several processes at once
+        stages = read_stages(folder)
+        stages[stage] = {"seconds": round(seconds, 2), "peak_rss_mib": round(memory.stop(), 1)}
+        partial = folder / "stages.json.part"
+        partial.write_text(json.dumps(stages, indent=2) + "\n")
+        partial.replace(folder / "stages.json")

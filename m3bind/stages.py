@@ -72,6 +72,10 @@ class Run:
 
     # Training
 
+    def prepare_texts(self) -> None:
+        """Compute what frozen text layers give for the training texts, so that stages find it."""
+        self._training_texts({modality: self._build(modality) for modality in self.modalities})
+
     def pretrain(self, modality: str, *, resume: bool = False) -> FitResult:
         """Train one expert on its own modality; weights go to ``pretrain/<modality>``."""
         if modality not in self.modalities:
@@ -172,7 +176,8 @@ class Run:
             text = self.text_encoder(stage) if SOURCES[stage][1] else None
             # The few-shot probe fits on training images, and stage 2 leaves images as they are.
             for split in ("test",) if text else ("train", "test"):
-                sets = [e(text) for e in self._embedders(experts, split)]
+                embedders = self._embedders(experts, split)
+                sets = [e(text) for e in tqdm(embedders, desc=f"embed {stage}, {split}")]
                 save_stage(self.folder / "embeddings", stage, sets)
 
     def evaluate(self) -> dict[str, Any]:

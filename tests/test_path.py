@@ -144,12 +144,14 @@ def test_sigkill_then_resume_gives_the_same_losses_to_the_bit(settings, tmp_path
     weights = (folder / "xray" / "model.safetensors").read_bytes()
     assert [step for step, _ in undisturbed] == list(range(1, 25))
 
-    killed = start_align(settings, *LONG)
+    other = f"output={tmp_path / 'killed'}"
+    folder = tmp_path / "killed" / "align"
+    killed = start_align(settings, *LONG, other)
     wait_for_step(folder, 7, killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert losses(folder)[-1][0] < 24
-    resumed = start_align(settings, *LONG, "--resume")
+    resumed = start_align(settings, *LONG, other, "--resume")
     assert resumed.wait(180) == 0, resumed.communicate()[1]
     assert losses(folder) == undisturbed
     assert (folder / "xray" / "model.safetensors").read_bytes() == weights
