@@ -1,0 +1,125 @@
+"""The description of a data set to be prepared: labels, prompts, and kinds of own modalities.
+
+YAML; every part may be left out:
+
+    labels: [none, pneumonia]          # their order; else those of the manifest
+    modalities:
+      xray:
+        labels: [none, pneumonia]      # those that this modality can show; else all it has
+        prompts:
+          name: {pneumonia: [pneumonia, chest radiograph of a patient with pneumonia]}
+          findings: {pneumonia: [focal consolidation with air bronchograms]}
+      dermoscopy: {kind: image2d}      # a modality of your own needs its kind
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m3bind.data.preprocess import KIND, KINDS
+from m3bind.data.shards import Dataset, ModalityInfo
+from m3bind.errors import M3BindError
+
+NONE = "none"  # the label of a sample without a finding
+
+
+@dataclass(kw_only=True, slots=True)
+class Description:
+    """What the YAML says; empty without one."""
+
+    labels: list[str] = field(default_factory=list)
+    modalities: dict[str, ModalityInfo] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path | None) -> "Description":
+        """Read and check it; raises M3BindError, naming file and key."""
+        if path is None:
+            return cls()
+        import yaml
+
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise M3BindError(f"{path}: the description cannot be read: {error}") from None
+        _known(raw, ("labels", "modalities"), f"{path}")
+        found = cls(labels=_strings(raw.get("labels", []), f"{path}: labels"))
+        specs = raw.get("modalities") or {}
+        _known(specs, None, f"{path}: modalities")
+        for name, spec in specs.items():
+            where = f"{path}: modalities.{name}"
+            spec = spec or {}
+            _known(spec, ("kind", "labels", "prompts"), where)
+            kind = spec.get("kind", KIND.get(name))
+            if kind not in KINDS or kind != KIND.get(name, kind):
+                wanted = KIND.get(name, f"one of {', '.join(KINDS)}")
+                raise M3BindError(f"{where}.kind: {kind!r} must be {wanted}")
+            prompts = spec.get("prompts") or {}
+            _known(prompts, None, f"{where}.prompts")
+            found.modalities[name] = ModalityInfo(
+                kind=kind,
+                labels=_strings(spec.get("labels", []), f"{where}.labels"),
+                prompts={
+                    group: {
+                        label: _strings(texts, f"{where}.prompts.{group}.{label}")
+                        for label, texts in _known(
+                            by_label, None, f"{where}.prompts.{group}"
+                        ).items()
+                    }
+                    for group, by_label in prompts.items()
+                },
+            )
+            missing = sorted(set(found.modalities[name].labels) - set(found.labels))
+            if found.labels and missing:
+                raise M3BindError(f"{where}.labels: {missing[0]!r} is not among 'labels'")
+        return found
+
+    def kinds(self) -> dict[str, str]:
+        """Modality to kind: those that are built in, and those described."""
+        return KIND | {name: info.kind for name, info in self.modalities.items()}
+
+    def check(self, modality: str, label: str) -> str | None:
+        """Why a label cannot stand on a sample of the modality, or None."""
+        own = self.modalities[modality].labels if modality in self.modalities else []
+        allowed = own or self.labels
+        if allowed and label not in allowed:
+            return f"{label!r} is not among the description's labels ({', '.join(allowed)})"
+        return None
+
+    def dataset(self, root: Path, name: str, seen: dict[str, set[str]]) -> Dataset:
+        """``dataset.yaml`` of the samples written; ``seen`` has the labels of each modality."""
+        labels = self.labels or _ordered(set[str]().union(*seen.values()))
+        modalities = {}
+        for modality in sorted(seen, key=lambda m: (m not in KIND, [*KIND, m].index(m), m)):
+            given = self.modalities.get(modality)
+            own = given.labels if given and given.labels else []
+            own = own or [label for label in labels if label in seen[modality]]
+            prompts = dict(given.prompts) if given else {}
+            names = prompts.get("name", {})
+            prompts["name"] = {label: names.get(label, [_phrase(label)]) for label in own}
+            modalities[modality] = ModalityInfo(
+                kind=self.kinds()[modality], labels=own, prompts=prompts
+            )
+        return Dataset(root=root, name=name, simulated=False, labels=labels, modalities=modalities)
+
+
+def _ordered(labels: set[str]) -> list[str]:
+    return sorted(labels, key=lambda label: (label != NONE, label))
+
+
+def _phrase(label: str) -> str:
+    return "no abnormality" if label == NONE else label.replace("_", " ")
+
+
+def _known(raw: Any, keys: tuple[str, ...] | None, where: str) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise M3BindError(f"{where}: must be a mapping, not {raw!r}")
+    unknown = [key for key in raw if keys is not None and key not in keys]
+    if unknown:
+        raise M3BindError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(keys or ())}")
+    return raw
+
+
+def _strings(raw: Any, where: str) -> list[str]:
+    if not isinstance(raw, list) or not all(isinstance(item, str) and item.strip() for item in raw):
+        raise M3BindError(f"{where}: must be a list of texts, not {raw!r}")
+    return list(raw)

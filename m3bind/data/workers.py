@@ -1,0 +1,172 @@
+"""Reading files in processes: bounded, in order, and safe from a decoder that crashes."""
+
+import logging
+import multiprocessing
+import signal
+import warnings
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m3bind.data.manifest import Entry
+from m3bind.data.readers import reader_for
+from m3bind.data.readers.common import (
+    Reading,
+    Unreadable,
+    names_patient,
+    one_line,
+    sha256_of,
+    versions,
+)
+from m3bind.data.records import Record
+
+_TALKATIVE = ("pydicom", "nibabel", "nibabel.global", "tifffile", "tiffslide", "PIL")
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """One file and what becomes of it: all that a process needs."""
+
+    entry: Entry
+    path: Path
+    kind: str
+    prefix: str
+    pseudonym: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """The records of one file, or (reason, remedy)."""
+
+    entry: Entry
+    records: list[Record] = field(default_factory=list)
+    problem: tuple[str, str] | None = None
+
+
+def run(jobs: list[Job], workers: int) -> Generator[Outcome, None, None]:
+    """The outcome of every job, in order, with at most a few of them ahead."""
+    if workers == 1:
+        yield from map(read_job, jobs)
+        return
+    left, ahead = deque(jobs), deque[tuple[Job, Future[Outcome]]]()
+    pool = _pool(workers)
+    try:
+        while left or ahead:
+            # Volumes are large: what is read ahead waits in memory.
+            while left and len(ahead) < 2 * workers:
+                try:
+                    ahead.append((left[0], pool.submit(read_job, left[0])))
+                except BrokenProcessPool:
+                    break
+                left.popleft()
+            try:
+                if not ahead:
+                    raise BrokenProcessPool
+                outcome = ahead[0][1].result()
+                ahead.popleft()
+                yield outcome
+            except BrokenProcessPool:
+                # One of those ahead ended its process: find it by giving each a pool of its own.
+                suspects = [job for job, _ in ahead]
+                ahead.clear()
+                pool.shutdown()
+                yield from map(_alone, suspects)
+                pool = _pool(workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Spawned, since the caller may hold threads (torch, DALI) that do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
+
+
+def _start() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the work
+
+
+def _alone(job: Job) -> Outcome:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(read_job, job).result()
+        except BrokenProcessPool:
+            return Outcome(
+                entry=job.entry,
+                problem=(
+                    "the process that read the file crashed (a decoder's fault, or no memory)",
+                    "fetch the file again; with a very large file use fewer workers",
+                ),
+            )
+
+
+def read_job(job: Job) -> Outcome:
+    """Read one file into records; whatever goes wrong becomes (reason, remedy)."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    problem: tuple[str, str]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Outcome(entry=job.entry, records=_records(job))
+    except Unreadable as error:
+        problem = (error.reason, error.remedy)
+    except MemoryError:
+        problem = ("it needs more memory than there is", "use fewer workers, or take a part of it")
+    except Exception as error:
+        # Damaged files make libraries fail in any way; one of them must not end the work.
+        phrase = f"it cannot be read: {type(error).__name__}: {one_line(error)}"
+        problem = (phrase, "look at the file in a viewer; if it is whole, report this")
+    return Outcome(entry=job.entry, problem=problem)
+
+
+def _records(job: Job) -> list[Record]:
+    entry = job.entry
+    reader = reader_for(job.path, entry.modality, job.kind)
+    readings: list[Reading] = reader.read(job.path, entry.part)
+    files = reader.files(job.path) if hasattr(reader, "files") else [job.path]
+    source: dict[str, Any] = {
+        "sha256": sha256_of(*files),
+        "files": len(files),
+        "reader": reader.__name__.rpartition(".")[2],
+        "versions": versions(*reader.PACKAGES),
+    }
+    identifiers = {entry.patient, *(i for reading in readings for i in reading.identifiers)}
+    if names_patient(entry.report, tuple(identifiers)):
+        raise Unreadable(
+            "the report names the patient", "remove names and numbers of the patient from it"
+        )
+    return [_record(job, reading, source) for reading in readings]
+
+
+def _record(job: Job, reading: Reading, source: dict[str, Any]) -> Record:
+    entry = job.entry
+    values: dict[str, Any] = {
+        "id": job.prefix + (f"-{reading.part}" if reading.part else ""),
+        "patient": job.pseudonym,
+        "modality": entry.modality,
+        "split": entry.split,
+        "labels": entry.labels,
+        "report": entry.report,
+        "simulated": False,
+        "source": source | {"steps": reading.steps} | reading.where,
+        "attributes": reading.attributes,
+        "spacing_mm": reading.spacing_mm,
+    }
+    try:
+        if reading.encoded is not None:
+            extension, payload = reading.encoded
+            return Record(kind=job.kind, extension=extension, payload=payload, **values)
+        assert reading.array is not None
+        make = {
+            "image2d": Record.from_image,
+            "volume": Record.from_volume,
+            "signal": Record.from_signal,
+        }[job.kind]
+        return make(reading.array, **values)
+    except ValueError as error:
+        raise Unreadable(one_line(error), "look at the file's values in a viewer") from None
