@@ -6,6 +6,7 @@ SHA-256. Files are kept in the user's cache (``$XDG_CACHE_HOME/m3bind/samples``,
 ``~/.cache/m3bind/samples``) under their checksum, so that a second folder needs no network.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -128,10 +129,8 @@ def _is_whole(path: Path, sha256: str) -> bool:
 def _at_hand(package: Package, file: SampleFile) -> bytes | None:
     """The file out of the cache or of the installed package; only with the right checksum."""
     places = [cache_folder() / file.sha256]
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         places.append(Path(str(metadata.distribution(package.name).locate_file(file.member))))
-    except metadata.PackageNotFoundError:
-        pass
     return next((place.read_bytes() for place in places if _is_whole(place, file.sha256)), None)
 
 
@@ -146,7 +145,7 @@ def _download(package: Package, files: list[SampleFile]) -> dict[SampleFile, byt
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
         except subprocess.TimeoutExpired:
             raise M3BindError(
-                f"{wanted} was not downloaded within {_SECONDS} s: try a faster connection; {_AGAIN}"
+                f"{wanted} was not downloaded in {_SECONDS} s: use a faster connection; {_AGAIN}"
             ) from None
         wheel = Path(folder) / package.wheel
         if done.returncode or not wheel.is_file():
@@ -216,9 +215,8 @@ def _licence_lines(packages: list[Package], records: list[SampleRecord]) -> Iter
             record = terms.get(file.path) or terms.get(str(Path(file.path).parent))
             if record is not None:
                 source = f"{package.name} {package.version} ({package.licence})"
-                yield (
-                    f"| {file.path} | {record.licence} | {record.origin} | {source} | {file.sha256} |"
-                )
+                cells = (file.path, record.licence, record.origin, source, file.sha256)
+                yield f"| {' | '.join(cells)} |"
     yield ""
     yield "The packages' own licences stand in the folder licences."
     yield "Nothing here is a diagnosis: the reports say what headers and origins state."
