@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -52,7 +53,10 @@ class HiddenCache:
         progress: Callable[[Iterable[list[str]]], Iterable[list[str]]] | None = None,
     ) -> None:
         """Compute what is missing; ``progress`` wraps the list of batches, as tqdm does."""
-        missing = sorted({t for t in texts if t not in self._states}, key=self.length)
+        # In one order for one set of texts: the last bit depends on a text's batch.
+        missing = sorted(sorted({t for t in texts if t not in self._states}), key=self.length)
+        if not missing:
+            return
         batches = [missing[i : i + BATCH] for i in range(0, len(missing), BATCH)]
         for batch in progress(batches) if progress else batches:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -63,7 +67,10 @@ class HiddenCache:
             self._states.update((t, s.clone()) for t, s in zip(batch, parts, strict=True))
 
     def __call__(self, texts: list[str], device: torch.device) -> Packed:
-        self.precompute(texts)
+        # Alone, since the last bit depends on the texts that share a batch: a resumed run asks
+        # for the same texts in other company.
+        for text in dict.fromkeys(texts):
+            self.precompute([text])
         states = [self._states[text] for text in texts]
         lengths = torch.tensor([len(state) for state in states], device=device)
         with torch.autocast("cpu", enabled=False):  # which does not know float16 here
@@ -84,7 +91,7 @@ class HiddenCache:
             "texts": torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         save_file(tensors, partial, metadata={"fingerprint": self.fingerprint})
         partial.replace(path)
 

@@ -97,7 +97,10 @@ class SharedLayers:
 
     @torch.no_grad()
     def compute(self, texts: list[str], device: torch.device | None = None) -> Packed:
-        """Hidden states after the frozen layers, [T, width] in float32 (autocast aside)."""
+        """Hidden states after the frozen layers, [T, width] in float32 (autocast aside).
+
+        Where all layers are frozen, their mean stands for each text, as a text of length 1.
+        """
         device = device or self.embeddings.LayerNorm.weight.device
         if self.embeddings.LayerNorm.weight.device != device:
             self.embeddings.to(device)
@@ -109,7 +112,8 @@ class SharedLayers:
         layout = Layout(lengths)
         for layer in self.first:
             hidden = layer(hidden, layout)
-        return Packed(hidden, lengths)
+        packed = Packed(hidden, lengths)
+        return packed if self.last else Packed(packed.mean(), torch.ones_like(lengths))
 
 
 @lru_cache(maxsize=4)

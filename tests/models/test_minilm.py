@@ -71,6 +71,16 @@ def test_cache_keeps_each_text_once_and_survives_a_file(tmp_path) -> None:
     shared_layers.cache_clear()
 
 
+def test_where_all_layers_are_frozen_one_vector_a_text_is_kept() -> None:
+    tower = MiniLM(TextTowerConfig(cache=True, train_layers=0), None)
+    plain = MiniLM(TextTowerConfig(train_layers=0), None)
+    tower.precompute(TEXTS)
+    assert tower.cache.nbytes == len(TEXTS) * 384 * 2
+    with torch.no_grad():
+        assert torch.allclose(tower(TEXTS, CPU), plain(TEXTS, CPU), atol=1e-3)
+    shared_layers.cache_clear()
+
+
 def test_only_the_adapters_of_the_last_layers_and_the_head_train() -> None:
     encoder = build_text_encoder(TextTowerConfig(train_layers=2), LoraConfig(), width=64)
     encoder.encode_text(TEXTS).sum().backward()
