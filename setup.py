@@ -114,11 +114,12 @@ class BuildPy(build_py):
 
 
 def packages() -> list[str]:
-    found = []
+    """Every folder that holds a module, so that none is left out of the wheel."""
+    found = set()
     for top, base in (("m3bind", ROOT), ("m3bind_kernels", ROOT / "kernels")):
-        for init in sorted((base / top).rglob("__init__.py")):
-            found.append(".".join(init.parent.relative_to(base).parts))
-    return found
+        for module in (base / top).rglob("*.py"):
+            found.add(".".join(module.parent.relative_to(base).parts))
+    return sorted(found)
 
 
 native = os.environ.get("M3BIND_NATIVE", "1") != "0"

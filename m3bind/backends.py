@@ -5,6 +5,7 @@ An explicit choice (`backend=`, `use_backend`, `M3BIND_BACKEND`) that cannot be 
 why; the automatic one takes the first backend that can run.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,12 +44,11 @@ class Entry:
 def native() -> ModuleType | str:
     """The module m3bind._C, or the reason why it is not there."""
     try:
-        from m3bind import _C  # type: ignore[attr-defined]
+        return importlib.import_module("m3bind._C")
+    except ModuleNotFoundError:
+        return "m3bind was installed without its native extension (M3BIND_NATIVE=0)"
     except ImportError as error:
-        if "cannot import name" in str(error):
-            return "m3bind was installed without its native extension (M3BIND_NATIVE=0)"
         return f"m3bind._C does not load: {error}"
-    return _C
 
 
 def _native_missing() -> str | None:
@@ -88,8 +88,6 @@ BUILT_ON = {"clip_loss": "similarity_lse", "similarity_lse": "similarity_lse"}
 _override: str | None = os.environ.get("M3BIND_BACKEND") or None
 
 
-# The answer does not change within a process, and torch.compile cannot trace an import.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on such tensors; None where it can."""
     entry = TABLE[BUILT_ON[op]][backend]
@@ -102,6 +100,12 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
         known = ", ".join(str(d).removeprefix("torch.") for d in entry.dtypes)
         return f"it takes {known}, not {str(dtype).removeprefix('torch.')}"
     return None
+
+
+# The answer does not change within a process, and torch.compile cannot trace an import. This is all
+# that torch.compiler.assume_constant_result does, but calling it imports the whole of torch._dynamo,
+# which doubles the time of `import m3bind`.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str | None = None) -> str:

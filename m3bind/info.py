@@ -37,19 +37,16 @@ def native_build() -> str:
     )
 
 
-def support(device_type: str) -> list[tuple[str, str, str]]:
-    """(operator, backend, outcome) on one device: the dtypes it takes, or why it does not run."""
+def support(primitive: str, device_type: str) -> list[tuple[str, str]]:
+    """(backend, outcome) on one device: the dtypes it takes, or why it does not run."""
     rows = []
-    for op, primitive in backends.BUILT_ON.items():
-        for name in backends.BACKENDS:
-            reasons = {d: backends.why_not(op, name, device_type, d) for d in backends.ALL_DTYPES}
-            taken = [DTYPE_NAMES[d] for d, reason in reasons.items() if reason is None]
-            if taken:
-                note = backends.TABLE[primitive][name].note
-                outcome = f"{' '.join(taken)} ({note})"
-            else:
-                outcome = f"not available: {reasons[torch.float32]}"
-            rows.append((op, name, outcome))
+    for name in backends.BACKENDS:
+        reasons = {d: backends.why_not(primitive, name, device_type, d) for d in DTYPE_NAMES}
+        taken = [DTYPE_NAMES[d] for d, reason in reasons.items() if reason is None]
+        if taken:
+            rows.append((name, f"{' '.join(taken)} ({backends.TABLE[primitive][name].note})"))
+        else:
+            rows.append((name, f"not available: {reasons[torch.float32]}"))
     return rows
 
 
@@ -62,10 +59,11 @@ def describe() -> str:
         lines.append(f"{'cuda':10} {torch.cuda.get_device_name()}")
     else:
         lines.append(f"{'cuda':10} no device that torch can use")
-    for device in ("cpu", "cuda"):
-        default = backends.resolve("clip_loss", device, torch.float32)
-        lines += ["", f"operators on {device} tensors (default in fp32: {default})"]
-        if device == "cuda":
-            lines.append("  not yet run on a GPU by m3bind's tests; chunked is plain PyTorch")
-        lines += [f"  {op:15} {name:10} {text}" for op, name, text in support(device)]
+    for primitive in backends.TABLE:
+        names = [op for op, base in backends.BUILT_ON.items() if base == primitive]
+        for device in ("cpu", "cuda"):
+            default = backends.resolve(primitive, device, torch.float32)
+            remark = "" if device == "cpu" else "; m3bind's tests have not yet run on a GPU"
+            lines += ["", f"{', '.join(names)} on {device} tensors (default {default}{remark})"]
+            lines += [f"  {name:10} {text}" for name, text in support(primitive, device)]
     return "\n".join(lines)

@@ -145,7 +145,7 @@ def test_strided_inputs_and_gradients(backend):
     for name, value in plain.items():
         torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-7)
     x.requires_grad_()
-    rows, cols = similarity_lse(x, y, 10.0, backend=backend)
+    rows, _ = similarity_lse(x, y, 10.0, backend=backend)
     grads = [
         torch.autograd.grad(rows, x, g, retain_graph=True)[0]
         for g in (torch.ones(1).expand(24), torch.ones(24), torch.ones(24, 2)[:, 0])
