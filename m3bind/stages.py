@@ -73,8 +73,8 @@ class Run:
     # Training
 
     def prepare_texts(self) -> None:
-        """Compute what frozen text layers give for the training texts, so that stages find it."""
-        self._training_texts({modality: self._build(modality) for modality in self.modalities})
+        """Compute what frozen text layers give for every text, so that each stage finds it."""
+        self._prepared_texts({modality: self._build(modality) for modality in self.modalities})
 
     def pretrain(self, modality: str, *, resume: bool = False) -> FitResult:
         """Train one expert on its own modality; weights go to ``pretrain/<modality>``."""
@@ -83,7 +83,7 @@ class Run:
         folder = self.folder / "pretrain" / modality
         with measured(self.folder, f"pretrain/{modality}"):
             experts = {modality: self._build(modality)}
-            self._training_texts(experts)
+            self._prepared_texts(experts)
             validation = self._validation(experts, ("zero_shot.{}.name.mean",))
             task = Pretrain(experts[modality])
             result = self._fit(task, experts, self.config.pretrain, folder, validation, resume)
@@ -95,7 +95,7 @@ class Run:
         folder = self.folder / "align"
         with measured(self.folder, "align"):
             experts = self.experts("before")
-            task = Align(experts, self._training_texts(experts), self.config.align)
+            task = Align(experts, self._prepared_texts(experts), self.config.align)
             validation = self._validation(
                 experts, ("zero_shot.{}.name.mean", "retrieval.{}.normalised.mean")
             )
@@ -111,7 +111,7 @@ class Run:
         with measured(self.folder, name):
             experts = self.experts("before" if control else "aligned")
             student = self._build_student()
-            self._training_texts(experts)
+            self._prepared_texts(experts)
             task = Distill(student, experts, self.config.distill)
             validation = self._validation(
                 experts, ("zero_shot.{}.name.mean", "text_retrieval.{}.mean"), student
@@ -176,8 +176,8 @@ class Run:
             text = self.text_encoder(stage) if SOURCES[stage][1] else None
             # The few-shot probe fits on training images, and stage 2 leaves images as they are.
             for split in ("test",) if text else ("train", "test"):
-                embedders = self._embedders(experts, split)
-                sets = [e(text) for e in tqdm(embedders, desc=f"embed {stage}, {split}")]
+                bar = tqdm(self._embedders(experts, split), desc=f"embed {stage}, {split}")
+                sets = [embedder(text, texts=split == "test") for embedder in bar]
                 save_stage(self.folder / "embeddings", stage, sets)
 
     def evaluate(self) -> dict[str, Any]:
@@ -303,29 +303,39 @@ class Run:
             train=train, seed=self.config.seed, num_threads=threads,
         )  # fmt: skip
 
-    def _report_texts(self, modality: str) -> list[str]:
+    def _training_texts(self, modality: str) -> set[str]:
         """Every section, and every whole report, of the training split."""
-        texts: set[str] = set()
-        for report in iter_reports(self.dataset.root, modality, "train"):
-            found = sections(report)
-            texts |= {found.findings, found.impression, found.whole}
-        return sorted(texts - {""})
+        reports = iter_reports(self.dataset.root, modality, "train")
+        parts = [sections(report) for report in reports]
+        return {text for p in parts for text in (p.findings, p.impression, p.whole) if text}
 
-    def _training_texts(self, experts: dict[str, Expert]) -> list[str]:
+    def _prepared_texts(self, experts: dict[str, Expert]) -> list[str]:
         """The training texts of all these modalities.
 
-        Where a text tower keeps the hidden states of its frozen layers, they are computed here,
-        or read from ``text_cache`` if a run into this folder computed them before.
+        Where a text tower keeps the hidden states of its frozen layers, those of every text that
+        training, validation and test will ask for are computed here, or read from ``text_cache``
+        if an earlier stage of a run in this folder computed them.
         """
-        texts = {modality: self._report_texts(modality) for modality in experts}
+        centre = {modality: self._training_texts(modality) for modality in experts}
         caches = {id(c): c for e in experts.values() if (c := _cache_of(e)) is not None}
         for cache in caches.values():
-            for modality, own in texts.items():
+            for modality, texts in centre.items():
                 path = self.folder / "text_cache" / f"{modality}-{cache.fingerprint}.safetensors"
-                if not cache.load(path) or any(text not in cache for text in own):
-                    cache.precompute(own, partial(tqdm, desc=f"{modality}: frozen text layers"))
-                    cache.save(path, own)
-        return sorted({text for own in texts.values() for text in own})
+                wanted = texts | self._evaluation_texts(modality)
+                cache.load(path)
+                if any(text not in cache for text in wanted):
+                    bar = partial(tqdm, desc=f"{modality}: frozen text layers")
+                    cache.precompute(wanted, bar)
+                    cache.save(path, wanted)
+        return sorted(set().union(*centre.values()))
+
+    def _evaluation_texts(self, modality: str) -> set[str]:
+        root = self.dataset.root
+        prompts = self.dataset.modalities[modality].prompts.values()
+        texts = {text for classes in prompts for one in classes.values() for text in one}
+        for split in ("val", "test"):
+            texts |= {sections(report).whole for report in iter_reports(root, modality, split)}
+        return texts
 
     def _embedders(self, experts: dict[str, Expert], split: str) -> list[SplitEmbedder]:
         return [

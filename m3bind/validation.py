@@ -33,13 +33,13 @@ class SplitEmbedder:
         self._batches: list[tuple[Tensor, list[str], list[dict]]] = []
 
     @torch.no_grad()
-    def __call__(self, text: TextEncoder | None = None) -> EmbeddingSet:
-        """Embed images and texts; with ``text`` the shared encoder reads instead of its own."""
+    def __call__(self, text: TextEncoder | None = None, *, texts: bool = True) -> EmbeddingSet:
+        """Embed images and ``texts``; ``text`` is the shared encoder that reads for the expert."""
         expert, encoder = self.expert.eval(), text or self.expert
         encoder.eval()
         return embed_split(
             expert.modality, self.split, self._features(), expert.image_head,
-            encoder.encode_text, self.prompts,
+            encoder.encode_text, self.prompts, texts=texts,
         )  # fmt: skip
 
     def _features(self) -> Iterable[tuple[Tensor, list[str], list[dict]]]:

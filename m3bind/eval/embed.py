@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3bind.data.reports import sections
 from m3bind.eval.store import EmbeddingSet
 
 TEXT_BATCH = 64
@@ -15,7 +16,7 @@ TEXT_BATCH = 64
 @torch.no_grad()
 def embed_texts(encode_text: Callable[[list[str]], Tensor], texts: list[str]) -> np.ndarray:
     """Unit-norm embeddings [N, D]; equal texts are embedded once, short ones with short ones."""
-    unique = sorted(set(texts), key=len)
+    unique = sorted(set(texts), key=lambda text: (len(text), text))
     parts = [
         encode_text(unique[i : i + TEXT_BATCH]).float().cpu()
         for i in range(0, len(unique), TEXT_BATCH)
@@ -32,8 +33,10 @@ def embed_split(
     encode_image: Callable[[Any], Tensor],
     encode_text: Callable[[list[str]], Tensor],
     prompts: dict[str, dict[str, list[str]]],
+    *,
+    texts: bool = True,
 ) -> EmbeddingSet:
-    """One pass over a split: images, whole reports, and the prompts of its modality.
+    """One pass over a split: images and, with ``texts``, whole reports and prompts.
 
     ``encode_image`` takes the images of a batch (or features of them), ``encode_text`` raw
     strings; both give unit-norm [B, D]. A sample with several labels counts under the first.
@@ -43,17 +46,20 @@ def embed_split(
     meta: list[dict[str, Any]] = []
     for inputs, batch_reports, batch_meta in batches:
         images.append(encode_image(inputs).float().cpu())
-        reports += batch_reports
+        reports += [sections(report).whole for report in batch_reports]
         meta += batch_meta
-    kinds = {
-        kind: {label: embed_texts(encode_text, texts) for label, texts in classes.items()}
-        for kind, classes in prompts.items()
-    }
+    image = torch.cat(images).numpy()
+    kinds: dict[str, dict[str, np.ndarray]] = {}
+    text = image[:0]
+    if texts:
+        text = embed_texts(encode_text, reports)
+        for kind, classes in prompts.items():
+            kinds[kind] = {label: embed_texts(encode_text, t) for label, t in classes.items()}
     return EmbeddingSet(
         modality=modality,
         split=split,
-        image=torch.cat(images).numpy(),
-        text=embed_texts(encode_text, reports),
+        image=image,
+        text=text,
         labels=[sample["labels"][0] if sample["labels"] else "" for sample in meta],
         ids=[sample["id"] for sample in meta],
         prompts=kinds,

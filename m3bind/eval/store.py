@@ -45,7 +45,8 @@ def as_unit(
 class EmbeddingSet:
     """Embeddings of one split of one modality, as one stage's encoders give them.
 
-    ``image`` and ``text`` (whole report) are float32 [N, D] of unit norm; ``labels`` holds one
+    ``image`` and ``text`` (whole report) are float32 [N, D] of unit norm, ``text`` [0, D] where
+    reports were not embedded; ``labels`` holds one
     label for each row, "" where none is known ("none" is a label: no finding). ``prompts`` holds
     the embedded zero-shot prompts of this modality, written by the same stage's text encoder.
     """
@@ -63,7 +64,7 @@ class EmbeddingSet:
         where = f"{self.modality}/{self.split}"
         self.image = as_unit(self.image, f"{where} image embeddings")
         self.text = as_unit(self.text, f"{where} text embeddings")
-        if self.image.shape != self.text.shape:
+        if len(self.text) and self.image.shape != self.text.shape:
             raise ValueError(
                 f"{where}: image {self.image.shape} and text {self.text.shape} embeddings differ "
                 "in shape; both towers must end in the shared width"
