@@ -102,8 +102,8 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
     return None
 
 
-# The answer does not change within a process, and torch.compile cannot trace an import. This is all
-# that torch.compiler.assume_constant_result does, but calling it imports the whole of torch._dynamo,
+# The answer does not change within a process, and torch.compile cannot trace an import. This is
+# all that torch.compiler.assume_constant_result does, but calling that imports torch._dynamo whole,
 # which doubles the time of `import m3bind`.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
