@@ -21,8 +21,11 @@ def reader_for(path: Path, modality: str, kind: str) -> ModuleType:
 
 def _choose(path: Path, modality: str, kind: str) -> str:
     name = path.name.lower()
-    if kind == "signal" and (name.endswith(".hea") or path.with_name(path.name + ".hea").is_file()):
-        return "ecg_wfdb"
+    if kind == "signal" and not is_dicom(path):
+        from m3bind.data.readers.ecg_wfdb import header
+
+        if header(path).is_file():
+            return "ecg_wfdb"
     if not path.exists():
         raise Unreadable("there is no such file", "correct the path, or fetch the file")
     if kind == "volume" and path.is_dir():
@@ -51,6 +54,8 @@ def is_dicom(path: Path) -> bool:
     """Whether the file says that it is DICOM, by its name or by its first bytes."""
     if path.suffix.lower() in (".dcm", ".dicom"):
         return True
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 

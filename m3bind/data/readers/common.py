@@ -97,11 +97,12 @@ def thin(items: list[Any]) -> list[Any]:
 
 
 def names_patient(report: str, identifiers: tuple[str, ...]) -> bool:
-    """Whether the report holds one of the identifiers (a number, or all words of a name)."""
+    """Whether the report holds one of the identifiers (a number, or a whole name)."""
     words = {word.casefold() for word in re.findall(r"[\w-]+", report)}
     for identifier in identifiers:
         pieces = [word.casefold() for word in re.findall(r"[\w-]+", identifier)]
-        telling = len(pieces) > 1 or (len(identifier) > 3 and re.search(r"\d", identifier))
-        if telling and all(piece in words for piece in pieces):
+        is_name = len([piece for piece in pieces if len(piece) > 1]) > 1
+        is_number = len(identifier) > 3 and any(c.isdigit() for c in identifier)
+        if pieces and (is_name or is_number) and all(piece in words for piece in pieces):
             return True
     return False
