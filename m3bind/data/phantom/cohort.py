@@ -105,7 +105,7 @@ def _make_room(root: Path) -> None:
             others += [f for f in entry.rglob("*.tar") if not f.name.startswith(f"{NAME}-")]
         if others:
             raise M3BindError(
-                f"{others[0]} is not part of a simulated cohort: choose another, or an empty, folder"
+                f"{others[0]} is not part of a simulated cohort: choose another or an empty folder"
             )
     if (root / "dataset.yaml").is_file() and not Dataset.load(root).simulated:
         raise M3BindError(f"{root} holds real data: choose another folder for the simulated cohort")

@@ -28,15 +28,15 @@ class Body:
     """The volume, its coordinates, and the shapes that everybody has."""
 
     def __init__(self, rng: np.random.Generator, habitus: float) -> None:
-        zoom = rng.uniform(0.92, 1.1)
+        zoom = rng.uniform(0.86, 1.2)
         self.spacing = (9.4, round(4.5 * zoom, 3), round(4.5 * zoom, 3))
         self.rng = rng
-        dx, dy, dz = rng.normal(0, 6), rng.normal(0, 6), rng.normal(0, 5)
+        dx, dy, dz = rng.uniform(-26, 26), rng.uniform(-26, 26), rng.uniform(-24, 20)
         sz, sy, sx = self.spacing
         self.z = ((np.arange(SHAPE[0], dtype=np.float32) + 0.5) * sz - dz)[:, None, None]
         self.y = ((np.arange(SHAPE[1], dtype=np.float32) - 39.5) * sy - dy)[None, :, None]
         self.x = ((np.arange(SHAPE[2], dtype=np.float32) - 39.5) * sx - dx)[None, None, :]
-        tilt = np.float32(rng.normal(0, 0.05))
+        tilt = np.float32(rng.normal(0, 0.1))
         self.y, self.x = self.y + tilt * self.x, self.x - tilt * self.y  # [1, H, W]
         self.hu = np.full(SHAPE, -1000, np.float32)
         self.habitus = habitus
@@ -84,7 +84,7 @@ def _thorax(b: Body, p: Patient, barrel: float, flat: float) -> dict[str, Any]:
     """Skin, fat, muscle, ribs, lungs, diaphragm, abdomen. Returns masks."""
     rng, x, y, z = b.rng, b.x, b.y, b.z
     fat = 10 + 12 * (b.habitus + 1) + rng.uniform(0, 4)
-    ax, ay = 128 + rng.normal(0, 4), 84 * barrel + rng.normal(0, 3)
+    ax, ay = 128 + rng.normal(0, 7), 84 * barrel + rng.normal(0, 3)
     # The thorax narrows to the apex.
     profile = np.clip(1 - (np.clip(150 - z, 0, None) / 168) ** 2.2, 0.12, 1) ** 0.5
     rib_r = np.sqrt((x / (ax * profile)) ** 2 + (y / (ay * (0.35 + 0.65 * profile))) ** 2)
@@ -157,17 +157,17 @@ def _bones(b: Body, ay: float) -> None:
 def _heart(b: Body, p: Patient, facts: dict[str, Any], chest: Floats) -> dict[str, Any]:
     """Heart chambers and great vessels; returns places where calcium lies."""
     rng, s = b.rng, p.strength
-    grow = rng.uniform(0.93, 1.05)
+    grow = rng.uniform(0.9, 1.12)
     wall = rng.uniform(8.5, 10.5)
     aorta = rng.uniform(13.5, 16) + 0.04 * (p.age - 60)
     if p.label == "heart_failure":
-        grow = 1.14 + 0.12 * s
+        grow = 1.08 + 0.12 * s
         wall *= 0.9
     elif p.label == "hypertension":
         wall = 14.5 + 7 * s + rng.uniform(0, 1.5)
         aorta = 18.0 + 4.5 * s + rng.uniform(0, 1.5)
         grow *= 1.03
-    contrast = rng.uniform(150, 330)
+    contrast = rng.uniform(140, 380)
     facts |= {"wall_mm": round(wall), "aorta_mm": round(2 * aorta), "contrast_hu": round(contrast)}
     muscle = rng.uniform(85, 115)
     cx, cy, cz = 14 + 6 * (grow - 1) * 10, -22, 180
@@ -255,7 +255,7 @@ def _calcium(
 ) -> None:
     """Coronary and aortic plaques. Age gives everyone some; diabetes much, in all three arteries."""
     rng, s = b.rng, p.strength
-    cx, cy, cz, g = heart["cx"], heart["cy"], heart["cz"], heart["grow"]
+    cx, cy, g = heart["cx"], heart["cy"], heart["grow"]
     t = np.linspace(0, 1, 14)[:, None]
 
     def arc(*q: Any) -> np.ndarray:
@@ -272,10 +272,8 @@ def _calcium(
     heavy = p.label == "diabetes"
     plaques = 0
     for path in (lad, lcx, rca):
-        if heavy:
-            num = int(rng.integers(4, 6) + 6 * s)
-        else:
-            num = int(rng.uniform() < (p.age - 45) / 60)
+        by_age = int(rng.uniform() < (p.age - 45) / 60)
+        num = int(rng.integers(4, 6) + 6 * s) if heavy else by_age
         for i in rng.choice(14, size=min(num, 14), replace=False):
             size = rng.uniform(4.0, 5.6) if heavy else rng.uniform(2.6, 3.4)
             b.ellipsoid(path[i], (size, size, size + 3), rng.uniform(700, 1300), chest)
@@ -298,11 +296,11 @@ def _signs(b: Body, p: Patient, lungs: Floats, ay: float, facts: dict[str, Any])
     if p.label == "heart_failure":
         net = smooth_noise(rng, SHAPE, (9, 19, 19))
         edge = np.exp(-((net / 0.16) ** 2)) * np.clip((z - 60) / 100, 0.3, 1)
-        b.hu += lungs * edge * (150 + 170 * s)
-        b.hu += lungs * np.clip((y + 10) / 70, 0, 1) * (90 + 110 * s)
+        b.hu += lungs * edge * (130 + 150 * s)
+        b.hu += lungs * np.clip((y + 10) / 70, 0, 1) * (50 + 80 * s)
         depth = {}
         for side in (-1, 1):
-            depth[side] = (17 + 24 * s) * (1.0 if side < 0 else rng.uniform(0.65, 1))
+            depth[side] = (12 + 16 * s) * (1.0 if side < 0 else rng.uniform(0.65, 1))
             level = (
                 ay
                 - depth[side] * np.clip((z - 95) / 110, 0, 1.15)
@@ -313,7 +311,7 @@ def _signs(b: Body, p: Patient, lungs: Floats, ay: float, facts: dict[str, Any])
         facts["effusion_mm"] = round(max(depth.values()))
     elif p.label == "emphysema":
         field = smooth_noise(rng, SHAPE, (12, 22, 22)) + np.clip((130 - z) / 130, -0.3, 0.7)
-        holes = np.clip((field - 0.75 + 0.5 * s) * 4, 0, 1)
+        holes = np.clip((field - 0.9 + 0.4 * s) * 4, 0, 1)
         b.blend(holes * lungs, -985)
         for _ in range(int(2 + 4 * s)):
             side = rng.choice([-1, 1])
@@ -375,13 +373,13 @@ def simulate(p: Patient) -> Simulated:
     facts: dict[str, Any] = {}
     b = Body(rng, p.habitus)
     emphysema = p.label == "emphysema"
-    barrel = 1.06 + 0.12 * s if emphysema else rng.uniform(0.93, 1.08)
-    flat = 0.4 + 0.45 * s if emphysema else rng.uniform(-0.25, 0.25)
+    barrel = rng.uniform(1.0, 1.18) if emphysema else rng.uniform(0.9, 1.14)
+    flat = 0.25 + 0.35 * s if emphysema else rng.uniform(-0.5, 0.4)
     masks = _thorax(b, p, barrel, flat)
     lungs = masks["lungs"]
     _bones(b, masks["ay"])
-    lung_hu = rng.uniform(-880, -800) - (25 * s if emphysema else 0)
-    gravity = rng.uniform(15, 45) * np.clip(b.y / 80, -1, 1)
+    lung_hu = rng.uniform(-885, -770)  # depth of breath
+    gravity = rng.uniform(15, 75) * np.clip(b.y / 80, -1, 1)
     b.blend(lungs, lung_hu + gravity + 18 * smooth_noise(rng, SHAPE, (6, 10, 10)))
     _vessel_tree(b, lungs, 0.55 if emphysema else rng.uniform(0.8, 1.1))
     heart = _heart(b, p, facts, masks["chest"])

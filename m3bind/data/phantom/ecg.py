@@ -62,13 +62,13 @@ class Heart:
 
 def _patient_heart(p: Patient, rng: np.random.Generator) -> Heart:
     s = p.strength
-    h = Heart(rate=float(np.clip(rng.normal(74, 10), 54, 99)))
+    h = Heart(rate=float(np.clip(rng.normal(77, 12), 54, 99)))
     h.variability = rng.uniform(0.015, 0.05)
     h.pr = rng.uniform(0.135, 0.185) + 0.0002 * (p.age - 60)
     h.qrs = rng.uniform(0.078, 0.102)
-    h.axis = rng.uniform(5, 75)
+    h.axis = rng.uniform(-20, 85)
     h.p_mv, h.p_axis = rng.uniform(0.08, 0.15), rng.uniform(35, 70)
-    h.r_mv, h.s_mv = rng.uniform(0.8, 1.6), rng.uniform(0.35, 0.75)
+    h.r_mv, h.s_mv = rng.uniform(0.8, 2.0), rng.uniform(0.35, 1.0)
     h.t_mv = rng.uniform(0.22, 0.42)
     h.transition = rng.uniform(-0.35, -0.05)
     if p.label == "heart_failure":
@@ -77,11 +77,11 @@ def _patient_heart(p: Patient, rng: np.random.Generator) -> Heart:
         h.rate = float(np.clip(rng.normal(84, 12), 58, 112))
         h.variability *= 0.5
         h.axis = rng.uniform(-35, 30)
-        h.r_mv *= 0.95
+        h.r_mv *= 0.72
     elif p.label == "hypertension":
         h.axis = rng.uniform(-25, 25)
-        h.r_mv = 1.9 + 0.7 * s + rng.uniform(0, 0.3)
-        h.s_mv = 1.0 + 0.5 * s
+        h.r_mv = 1.7 + 0.5 * s + rng.uniform(0, 0.3)
+        h.s_mv = 0.8 + 0.4 * s
         h.st_mv = 0.09 + 0.13 * s
         h.t_turn, h.t_mv = 180.0, 0.24 + 0.14 * s
         h.qrs += 0.008
@@ -98,7 +98,7 @@ def _patient_heart(p: Patient, rng: np.random.Generator) -> Heart:
         h.p_mv = 0.0
     elif p.label == "emphysema":
         h.p_mv, h.p_axis = 0.25 + 0.09 * s, rng.uniform(72, 85)
-        h.axis = 92 + 18 * s + rng.uniform(-4, 10)
+        h.axis = 88 + 18 * s + rng.uniform(-4, 8)
         h.r_mv = rng.uniform(0.55, 0.8)
         h.s_mv *= 0.9
         h.transition = rng.uniform(-0.75, -0.55)
@@ -211,7 +211,10 @@ def simulate(p: Patient) -> Simulated:
         dipole += np.array([[-0.25], [0.6], [0.75]], np.float32) * wave
 
     leads = (PROJECTION * _electrodes(rng)).astype(np.float32) @ dipole
-    microvolt = 1000 * leads + _noise(rng, seconds)
+    microvolt = 1000 * leads
+    # Recorders are coupled by alternating current: no lead keeps a mean of its own.
+    microvolt -= microvolt.mean(axis=1, keepdims=True)
+    microvolt += _noise(rng, seconds)
     return Simulated(array=_derive(microvolt), facts=_facts(p, h, r, ectopic))
 
 
@@ -244,19 +247,20 @@ def _slow(rng: np.random.Generator, seconds: float) -> Floats:
 
 
 def _electrodes(rng: np.random.Generator) -> np.ndarray:
-    """Gains that habitus and placement give: a whole-body one, limbs against chest, each chest lead."""
-    gain = np.exp(rng.normal(0, 0.30))
-    each = np.exp(rng.normal(0, 0.13, 8))
-    each[:2] = np.exp(rng.normal(0, 0.18))
+    """Gains by habitus and placement: of the whole body, the limbs, and each chest lead."""
+    gain = np.exp(rng.normal(-0.1, 0.40))
+    each = np.exp(rng.normal(0, 0.30, 8))
+    each[:2] = np.exp(rng.normal(0, 0.35))
     return (gain * each)[:, None]
 
 
 def _noise(rng: np.random.Generator, seconds: Floats) -> Floats:
     """Baseline wander, muscle and mains noise, in microvolt, of the eight independent leads."""
     wander = np.zeros((8, LENGTH), np.float32)
+    size = np.exp(rng.normal(np.log(45), 0.8))
     for _ in range(3):
         f, phase = rng.uniform(0.1, 0.45), rng.uniform(0, 6.28, (8, 1))
-        wander += rng.uniform(5, 60, (8, 1)) * np.sin(2 * np.pi * f * seconds + phase)
+        wander += size * rng.uniform(0.2, 2.0, (8, 1)) * np.sin(2 * np.pi * f * seconds + phase)
     level = np.exp(rng.normal(np.log(9), 0.5))
     muscle = rng.standard_normal((8, LENGTH), dtype=np.float32) * level
     mains = rng.uniform(0, 10, (8, 1)) * np.sin(2 * np.pi * 50 * seconds)

@@ -26,10 +26,11 @@ class Slide:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
-        self.zoom = rng.uniform(0.88, 1.18)
+        self.zoom = rng.uniform(0.72, 1.3)
         self.eosin = np.zeros((SIZE, SIZE), np.float32)
         self.haze = np.zeros((SIZE, SIZE), np.float32)  # diffuse haematoxylin
         self.brown = np.zeros((SIZE, SIZE), np.float32)
+        self.soot = np.zeros((SIZE, SIZE), np.float32)
         self.nuclei = Ink(SIZE)
         axis = np.arange(SIZE, dtype=np.float32)
         self.x, self.y = np.meshgrid(axis, axis)
@@ -130,6 +131,22 @@ def _lung(slide: Slide, *, spacing: float, broken: float = 0.0, thick: float = 1
         if septum[int(b), int(a)] > 0.7:
             red.disc(a, b, 1.1 * slide.zoom)
     slide.eosin += 0.35 * red.array()
+    if rng.uniform() < 0.35:  # a lymphoid aggregate, in anyone
+        cx, cy = rng.uniform(15, 145, 2)
+        r = rng.uniform(9, 18) * slide.zoom
+        d = slide.distance(cx, cy, 0.2 * smooth_noise(rng, (SIZE, SIZE), (6, 6)))
+        slide.paint(np.clip(r - d, 0, 1), 0.4, 0.15)
+        n = int(0.06 * np.pi * (r / slide.zoom) ** 2)
+        q, a = r * np.sqrt(rng.uniform(0, 1, n)), rng.uniform(0, 2 * np.pi, n)
+        slide.nucleus(cx + q * np.cos(a), cy + q * np.sin(a), 1.35, 1.3, 0.0, 1.0)
+    if rng.uniform() < 0.35:  # a fibrous septum between lobules
+        a, o = rng.uniform(0, np.pi), rng.uniform(-50, 50)
+        line = (slide.x - 80) * np.cos(a) + (slide.y - 80) * np.sin(a) - o
+        half = rng.uniform(5, 13)
+        band = np.clip(half - np.abs(line + 4 * smooth_noise(rng, (SIZE, SIZE), (5, 5))), 0, 1)
+        slide.paint(band, rng.uniform(0.4, 0.6))
+        slide.sprinkle(band, int(band.sum() / 110), 2.6, 0.8, 0.75)
+        septum = np.maximum(septum, band)
     if rng.uniform() < 0.5:  # a bronchovascular bundle
         cx, cy = rng.uniform(20, 140, 2)
         _vessel(slide, cx, cy, rng.uniform(9, 14) * slide.zoom, 0.65, onion=False)
@@ -257,11 +274,13 @@ def _gland(slide: Slide, cx: float, cy: float, r: float) -> None:
 
 def _tumour(slide: Slide, s: float, facts: dict[str, Any]) -> None:
     rng, z = slide.rng, slide.zoom
-    if rng.uniform() < 0.6:
-        _lung(slide, spacing=rng.uniform(26, 34))
+    if rng.uniform() < 0.75:
+        _lung(slide, spacing=rng.uniform(25, 40))
         angle = rng.uniform(0, 2 * np.pi)
         side = (slide.x - 80) * np.cos(angle) + (slide.y - 80) * np.sin(angle)
-        solid = np.clip((side + 45 * s + 12 * smooth_noise(rng, (SIZE, SIZE), (5, 5))) / 4, 0, 1)
+        solid = np.clip(
+            (side + rng.uniform(0, 40) + 12 * smooth_noise(rng, (SIZE, SIZE), (5, 5))) / 4, 0, 1
+        )
     else:
         solid = np.ones((SIZE, SIZE), np.float32)
     slide.clear(solid)
@@ -274,9 +293,9 @@ def _tumour(slide: Slide, s: float, facts: dict[str, Any]) -> None:
         apart = all(np.hypot(x - a, y - b) > 0.95 * (r + c) for a, b, c in places)
         if apart and solid[int(y), int(x)] > 0.9:
             places.append((x, y, r))
-    for x, y, r in places[: int(4 + 8 * s)]:
+    for x, y, r in places[: int(2 + 5 * s)]:
         _gland(slide, x, y, r)
-    facts["glands"] = len(places[: int(4 + 8 * s)])
+    facts["glands"] = len(places[: int(2 + 5 * s)])
 
 
 def _granulomas(slide: Slide, s: float, facts: dict[str, Any]) -> None:
@@ -337,7 +356,7 @@ def simulate(p: Patient) -> Simulated:
     slide = Slide(rng)
     facts: dict[str, Any] = {}
     organ = "lung"
-    spacing = rng.uniform(27, 38)
+    spacing = rng.uniform(25, 40)
     if p.label == "heart_failure":
         septum = _lung(slide, spacing=spacing, thick=1.25 + 0.2 * s)
         oedema = np.clip(smooth_noise(rng, (SIZE, SIZE), (4, 4)) * 1.5, 0, 1)
@@ -347,9 +366,9 @@ def simulate(p: Patient) -> Simulated:
         facts["macrophages"] = num
     elif p.label == "emphysema":
         septum = _lung(
-            slide, spacing=spacing * (1.45 + 0.5 * s), broken=0.22 + 0.16 * s, thick=0.85
+            slide, spacing=spacing * (1.15 + 0.35 * s), broken=0.20 + 0.14 * s, thick=0.95
         )
-        facts["airspace_um"] = round(2 * spacing * (1.45 + 0.5 * s) / 10) * 10
+        facts["airspace_um"] = round(2 * spacing * (1.15 + 0.35 * s) / 10) * 10
     elif p.label == "lung_tumour":
         _tumour(slide, s, facts)
     elif p.label == "sarcoidosis":
@@ -372,9 +391,11 @@ def simulate(p: Patient) -> Simulated:
     if organ == "lung" and rng.uniform() < 0.25:  # soot of city air, in anyone
         dust = Ink(SIZE)
         q = rng.uniform(20, 140, 2)
-        for o in q + rng.normal(0, 6, (30, 2)):
-            dust.disc(o[0], o[1], 0.8)
-        slide.haze += 1.5 * dust.array()
+        for o in q + rng.normal(0, 12, (160, 2)):
+            i, j = np.clip(o.astype(int), 0, SIZE - 1)
+            if slide.eosin[j, i] > 0.4:
+                dust.disc(o[0], o[1], rng.uniform(0.5, 1.0))
+        slide.soot += dust.array()
         facts["anthracosis"] = True
     facts["organ"] = organ
     return Simulated(array=_scan(slide, rng), facts=facts)
@@ -384,17 +405,21 @@ def _scan(slide: Slide, rng: np.random.Generator) -> np.ndarray:
     """Stain strength and hue vary between laboratories; then optics, lamp and sensor."""
     nuclei = slide.nuclei.array()
     chromatin = 1 + 0.15 * smooth_noise(rng, (SIZE, SIZE), (50, 50))
-    h = (1.25 * nuclei * chromatin + slide.haze) * rng.uniform(0.75, 1.25)
+    h = (1.25 * nuclei * chromatin + slide.haze) * rng.uniform(0.6, 1.35)
     texture = 1 + 0.10 * smooth_noise(rng, (SIZE, SIZE), (45, 45))
-    e = np.clip(slide.eosin, 0, 2) * texture * (1 - 0.5 * nuclei) * rng.uniform(0.65, 1.25)
-    thickness = 1 + 0.08 * smooth_noise(rng, (SIZE, SIZE), (2, 2))
-    stains = np.stack([_HAEMATOXYLIN, _EOSIN, _BROWN]) + rng.normal(0, 0.035, (3, 3))
+    e = np.clip(slide.eosin, 0, 2) * texture * (1 - 0.5 * nuclei) * rng.uniform(0.5, 1.4)
+    thickness = 1 + rng.uniform(0.04, 0.2) * smooth_noise(rng, (SIZE, SIZE), (3, 3))
+    thickness = np.clip(thickness, 0.3, None)
+    stains = np.stack([_HAEMATOXYLIN, _EOSIN, _BROWN]) + rng.normal(0, 0.06, (3, 3))
     maps = np.stack([h, e, slide.brown * rng.uniform(0.8, 1.1)], 2) * thickness[..., None]
     od = maps.astype(np.float32) @ np.clip(stains, 0.02, None).astype(np.float32)
+    od += 1.1 * slide.soot[..., None]
     od += np.array([0.02, 0.04, 0.03], np.float32) * rng.uniform(0.3, 1.5)
     od = gaussian_filter(od, (rng.uniform(0.35, 0.7),) * 2 + (0,), truncate=2.5)
-    lamp = rng.uniform(0.86, 1.0) * np.array([1, 1, 1]) + rng.normal(0, 0.012, 3)
+    lamp = rng.uniform(0.72, 1.0) * (1 + rng.normal(0, 0.04, 3))
     image = np.exp(-od * rng.uniform(0.85, 1.15)) * lamp.astype(np.float32)
+    shade = rng.normal(0, 0.05, 2)  # uneven field of the lamp
+    image *= (1 + shade[0] * (slide.x / 80 - 1) + shade[1] * (slide.y / 80 - 1))[..., None]
     image += rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(0.006, 0.02)
     if rng.uniform() < 0.5:
         image = image[:, ::-1]

@@ -63,11 +63,18 @@ def _tree(rng: np.random.Generator, disc: np.ndarray, shift: float, width: float
             + rng.normal(0, 1.5, (6, 2)) * [[0], [1], [1], [1], [1], [1]]
         )
         _grow(rng, catmull_rom(points), width, 0, out, up)
-        dx = np.array([0, 8, 20, 36, 52])
-        dy = np.array([0, 13, 26, 38, 48]) * k * rng.uniform(0.7, 1.1) + o
+        dx = np.array([0, 8, 20, 36, 54, 76])
+        dy = np.array([0, 13, 26, 38, 48, 58]) * k * rng.uniform(0.7, 1.1) + o
         points = disc + np.stack([dx, up * dy], 1)
         _grow(rng, catmull_rom(points), width * 0.8, 0, out, -up)
     return out
+
+
+def _place(vessels: list[Vessel], disc: np.ndarray, zoom: float, tilt: float) -> list[Vessel]:
+    """Scale and turn a tree about the disc."""
+    c, s = zoom * np.cos(tilt), zoom * np.sin(tilt)
+    turn = np.array([[c, -s], [s, c]])
+    return [((path - disc) @ turn + disc, width, depth) for path, width, depth in vessels]
 
 
 def _draw(vessels: list[Vessel], cut: np.ndarray | None = None) -> Floats:
@@ -83,9 +90,11 @@ def simulate(p: Patient) -> Simulated:
     s = p.strength
     facts: dict[str, Any] = {"eye": p.side}
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
-    centre = np.array([79.5, 79.5]) + rng.normal(0, 2, 2)
-    zoom = rng.uniform(0.92, 1.1)
-    disc = centre + np.array([43, rng.normal(-1, 2)]) * zoom
+    # The field may be centred on the macula, on the disc, or between, and the head may be tilted.
+    zoom = rng.uniform(0.78, 1.18)
+    centre = np.array([79.5 - rng.uniform(-8, 34) * zoom, 79.5 + rng.normal(0, 7)])
+    tilt = rng.normal(0, 0.14)
+    disc = centre + np.array([43 * np.cos(tilt), 43 * np.sin(tilt) + rng.normal(-1, 2)]) * zoom
     macula = centre + np.array([-4 + rng.normal(0, 2), 4 + rng.normal(0, 2)])
     disc_r = rng.uniform(9.5, 12) * zoom
 
@@ -94,7 +103,7 @@ def simulate(p: Patient) -> Simulated:
     pigment = rng.uniform(0.0, 0.9)
     tess = np.abs(smooth_noise(rng, (SIZE, SIZE), (13, 13)))
     tess = np.exp(-((tess / 0.35) ** 2)) * rng.uniform(0.0, 0.35) * (0.5 + p.age / 120)
-    density = pigment + 0.10 * smooth_noise(rng, (SIZE, SIZE), (4, 4)) - 0.3 * tess
+    density = pigment + rng.uniform(0.1, 0.4) * smooth_noise(rng, (SIZE, SIZE), (4, 4)) - 0.3 * tess
     r_mac = np.hypot(x - macula[0], y - macula[1]) / zoom
     density += rng.uniform(0.35, 0.8) * np.exp(-((r_mac / rng.uniform(11, 16)) ** 2))
     od = density[..., None] * _MELANIN
@@ -106,6 +115,7 @@ def simulate(p: Patient) -> Simulated:
         ratio = 0.58 - 0.16 * s
     veins = _tree(rng, disc, rng.choice([-1, 1]) * 3.0, calibre)
     arteries = _tree(rng, disc, rng.choice([-1, 1]) * 2.0, calibre * ratio)
+    veins, arteries = (_place(tree, disc, zoom, -tilt) for tree in (veins, arteries))
     facts["av_ratio"] = round(ratio, 2)
     vein = _draw(veins)
     spot = np.zeros((SIZE, SIZE, 3), np.float32)  # pale deposits: colour x opacity
@@ -118,6 +128,9 @@ def simulate(p: Patient) -> Simulated:
         spot = spot * (1 - m[..., None]) + m[..., None] * np.array(colour, np.float32)
         cover = cover * (1 - m) + m
 
+    # The nerve fibre layer shines, more in the young: broad pale patches without meaning.
+    sheen = np.clip(smooth_noise(rng, (SIZE, SIZE), (6, 6)) - 0.6, 0, 1.5)
+    pale(sheen * rng.uniform(0.0, 0.32), (0.93, 0.80, 0.60))
     blocked: list[Vessel] = []
     if p.label == "atrial_fibrillation":
         arteries, blocked = _occlude(p, rng, arteries, x, y, pale, zoom, facts)
@@ -192,22 +205,24 @@ def _occlude(
     path, width, _ = arteries[start]
     k = int(rng.uniform(0.2, 0.4) * len(path))
     beyond = path[k]
-    kept, blocked = arteries[:start] + [(path[: k + 1], width, 0)], [(path[k:], width * 0.8, 0)]
+    kept = [*arteries[:start], (path[: k + 1], width, 0)]
+    blocked = [(path[k:], width * 0.8, 0)]
     for v in arteries[start + 1 : end]:
         far = v[0][0][0] < beyond[0]
         (blocked if far else kept).append(v)
     kept += arteries[end:]
     # The sector between the arcade and the horizontal raphe, and beyond the arcade.
     q = path[k:]
-    sector = np.concatenate([q, q[::-1] + [[0, (22 if upper else -22) * zoom]]])
-    outer = np.concatenate([q, q[::-1] - [[0, (17 if upper else -17) * zoom]]])
+    inward = np.array([[0, (17 if upper else -17) * zoom]])
+    sector = np.concatenate([q, q[::-1] + inward])
+    outer = np.concatenate([q, q[::-1] - 0.65 * inward])
     ink = Ink(SIZE, 1)
     ink.polygon(sector)
     ink.polygon(outer)
     mask = gaussian_filter(ink.array(), 4.5)
     mask *= 0.85 + 0.15 * smooth_noise(rng, (SIZE, SIZE), (10, 10))
-    pale(np.clip(mask * (0.35 + 0.3 * s), 0, 0.75), (0.93, 0.82, 0.60))
-    dot = np.exp(-(((x - beyond[0]) ** 2 + (y - beyond[1]) ** 2) / (1.7 * zoom) ** 2))
+    pale(np.clip(mask * (0.3 + 0.25 * s), 0, 0.75), (0.93, 0.80, 0.60))
+    dot = np.exp(-(((x - beyond[0]) ** 2 + (y - beyond[1]) ** 2) / (2.1 * zoom) ** 2))
     facts["branch"] = "superior temporal" if upper else "inferior temporal"
     pale(np.clip(1.6 * dot, 0, 1), (1.0, 0.96, 0.72))
     return kept, blocked
@@ -277,7 +292,7 @@ def _sugar(
         for b in rng.uniform(0, 2 * np.pi, 10):
             o = q + ring * np.array([np.cos(b), np.sin(b)]) + rng.normal(0, 0.7, 2)
             ink.disc(o[0], o[1], rng.uniform(0.5, 1.2))
-    pale(0.95 * ink.array(), (1.0, 0.90, 0.45))
+    pale(0.9 * ink.array(), (1.0, 0.86, 0.42))
     facts |= {"dots": dots, "blots": blots}
 
 
@@ -330,8 +345,8 @@ def _wax(
             stretches += 1
             for q in path[k : k + int(4 + 5 * s)]:
                 o = q + rng.normal(0, 0.6, 2)
-                ink.disc(o[0], o[1], width * rng.uniform(0.65, 1.15), rng.uniform(0.7, 1))
-    pale(0.9 * gaussian_filter(ink.array(), 0.6), (0.99, 0.93, 0.72))
+                ink.disc(o[0], o[1], width * rng.uniform(0.5, 0.95), rng.uniform(0.7, 1))
+    pale(0.8 * gaussian_filter(ink.array(), 0.6), (0.97, 0.88, 0.66))
     balls = int(3 + 6 * s)
     for _ in range(balls):
         a, r = rng.uniform(0.15 * np.pi, 0.85 * np.pi), rng.uniform(30, 66) * zoom
@@ -352,7 +367,8 @@ def _photograph(
     """Illumination, haze of the lens, exposure, colour balance, noise and the camera's mask."""
     lx, ly = rng.normal(0, 22, 2) + 79.5
     r2 = ((x - lx) ** 2 + (y - ly) ** 2) / 80.0**2
-    light = 1 - rng.uniform(0.1, 0.4) * r2
+    light = 1 - rng.uniform(0.1, 0.5) * r2
+    light += rng.uniform(0.05, 0.22) * smooth_noise(rng, (SIZE, SIZE), (3, 3))
     haze = rng.uniform(0, 0.10) + 0.002 * max(p.age - 60, 0)
     image = deep * light[..., None] * (1 - haze) + haze * np.array([0.75, 0.6, 0.45], np.float32)
     if rng.uniform() < 0.2:  # a crescent of stray light

@@ -24,9 +24,9 @@ class Film:
     """The film's pose: from body frame to pixels and back, with ink that draws in body frame."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self.angle = rng.normal(0, 0.035)
-        self.zoom = rng.uniform(0.88, 1.08) * SIZE / 2.2
-        self.shift = rng.normal(0, 0.04, 2)
+        self.angle = rng.normal(0, 0.07)
+        self.zoom = rng.uniform(0.76, 1.12) * SIZE / 2.2
+        self.shift = rng.uniform(-0.2, 0.2, 2)
         c, s = np.cos(self.angle), np.sin(self.angle)
         self.rotation = np.array([[c, -s], [s, c]])
         axis = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
@@ -72,14 +72,17 @@ class Chest:
 def _chest(p: Patient, rng: np.random.Generator) -> Chest:
     s = p.strength
     c = Chest(ctr=rng.uniform(0.41, 0.495))
-    c.base += rng.normal(0, 0.02)
-    c.dome *= rng.uniform(0.85, 1.15)
+    # Depth of breath, build and projection (a bedside film magnifies the heart) vary in everyone.
+    c.base += rng.uniform(-0.16, 0.10)
+    c.dome *= rng.uniform(0.8, 1.3)
+    c.width += rng.uniform(-0.07, 0.05)
+    c.ctr += rng.choice([0.0, 0.0, 0.04])
     c.knob *= rng.uniform(0.85, 1.12) * (1 + 0.002 * (p.age - 60))
     c.unfold = rng.uniform(0, 0.18) * (p.age / 70)
     c.carina_deg = rng.uniform(52, 70)
     c.vessels = rng.uniform(0.8, 1.15)
     if p.label == "heart_failure":
-        c.ctr = 0.52 + 0.11 * s + rng.uniform(0, 0.04)
+        c.ctr = 0.515 + 0.07 * s + rng.uniform(0, 0.04)
         c.upper, c.vessels = 1.15, c.vessels * 1.15
         c.base -= 0.03
     elif p.label == "hypertension":
@@ -91,11 +94,11 @@ def _chest(p: Patient, rng: np.random.Generator) -> Chest:
         c.carina_deg = 82 + 26 * s + rng.uniform(-4, 8)
         c.ctr += rng.uniform(0, 0.03)
     elif p.label == "emphysema":
-        c.ctr = rng.uniform(0.33, 0.40)
+        c.ctr = rng.uniform(0.35, 0.42)
         c.dome *= 0.55 - 0.4 * s
-        c.base += 0.03 + 0.11 * s
+        c.base += 0.05 + 0.03 * s
         c.apex -= 0.03
-        c.width *= 1.02
+        c.width += 0.02
         c.vessels *= 0.62 - 0.25 * s
     return c
 
@@ -134,7 +137,7 @@ def _ribs(film: Film, c: Chest, p: Patient, rng: np.random.Generator) -> Floats:
     first = c.apex + 0.05 + rng.normal(0, 0.01)
     a = np.abs(film.u)[None]
     k = np.arange(10, dtype=np.float32)[:, None, None]
-    slope = rng.uniform(0.2, 0.32)
+    slope = rng.uniform(0.27, 0.42)
     back = first + 0.152 * spread * k + slope * a**1.6 * (0.55 + 0.09 * k) - 0.10 * a * (k < 3)
     width = 0.030 * rng.uniform(0.9, 1.15)
     d = np.abs(film.v[None] - back) / (1 + 0.35 * a)
@@ -230,7 +233,7 @@ def simulate(p: Patient) -> Simulated:
     discs = 1 + 0.35 * np.cos(2 * np.pi * (v / 0.135 + rng.uniform()))
     a += 0.07 * spine * discs
     heart = film.area(_heart(c), 0.9)
-    a += 0.30 * heart * (0.75 + 0.25 * film.ball(0.1, 0.25, 0.6, 0.5)) * lung
+    a += 0.26 * heart * (0.75 + 0.25 * film.ball(0.1, 0.25, 0.6, 0.5)) * lung
     carina = -0.23 + rng.normal(0, 0.015)
     half = np.deg2rad(c.carina_deg / 2)
     airway = Ink(SIZE)
@@ -242,7 +245,7 @@ def simulate(p: Patient) -> Simulated:
 
     # Aorta: knob, descending line, and with age or pressure an unfolded, tortuous course.
     knob_u = 0.12 + 0.06 * c.unfold
-    a += 0.26 * np.clip(film.ball(knob_u, -0.42 - 0.03 * c.unfold, c.knob * 1.35) * 1.6, 0, 1)
+    a += 0.18 * np.clip(film.ball(knob_u, -0.42 - 0.03 * c.unfold, c.knob * 1.35) * 1.6, 0, 1)
     y = np.linspace(-0.42, c.base, 9)
     x = knob_u + c.knob * 0.9 + 0.10 * c.unfold * np.sin((y + 0.42) / 1.05 * np.pi * 1.3)
     ink = Ink(SIZE)
@@ -250,13 +253,13 @@ def simulate(p: Patient) -> Simulated:
     ink.polygon(film.pixels(shape))
     a += (0.09 + 0.07 * min(c.unfold, 1)) * gaussian_filter(ink.array(), 0.8)
     bulge = film.ball(-0.085 - 0.065 * c.unfold, -0.2, 0.09 + 0.02 * c.unfold, 0.22)
-    a += 0.17 * np.clip(1.5 * bulge, 0, 1)
+    a += 0.13 * np.clip(1.5 * bulge, 0, 1)
     if p.label == "hypertension":
         facts["aorta_mm"] = int(30 + 10 * s + rng.integers(0, 5))
 
     if c.atrium:
         ball = film.ball(-0.10, 0.14, 0.15 + 0.09 * c.atrium, 0.17 + 0.06 * c.atrium)
-        a += 0.20 * np.clip(1.8 * ball, 0, 1)
+        a += 0.13 * np.clip(1.8 * ball, 0, 1)
         facts["carina_deg"] = round(c.carina_deg)
 
     # Pulmonary vessels and hila.
@@ -266,7 +269,7 @@ def simulate(p: Patient) -> Simulated:
         a += 0.08 * film.ball(0.16 * side, -0.08 + 0.02 * side, 0.09, 0.15)
 
     a += _signs(p, rng, film, c, lungs, facts)
-    a += 0.075 * _ribs(film, c, p, rng) * rng.uniform(0.7, 1.25)
+    a += 0.11 * _ribs(film, c, p, rng) * rng.uniform(0.7, 1.25)
     a += _bones_outside(film, c, rng)
     if p.sex == "woman":
         breast = 0.07 * rng.uniform(0.3, 1.2)
@@ -303,11 +306,11 @@ def _signs(
                     line = [(side * x, y), (side * (x - rng.uniform(0.1, 0.17)), y + 0.01)]
                     ink.line(film.pixels(line), 0.011 * film.zoom, rng.uniform(0.6, 1))
             # Fluid: a meniscus that rises towards the chest wall; right usually more.
-            height = (0.10 + 0.17 * s) * (1.0 if side < 0 else rng.uniform(0.6, 1.0))
+            height = (0.06 + 0.12 * s) * (1.0 if side < 0 else rng.uniform(0.6, 1.0))
             rise = np.clip((side * u - 0.25) / 0.6, 0, 1) ** 2
             top = c.base - c.dome * 0.55 - height * (0.15 + rise)
             fluid = 0.5 + 0.5 * np.tanh((v - top) / 0.036)
-            extra += 0.34 * fluid * lungs[side]
+            extra += 0.26 * fluid * lungs[side]
         haze = np.exp(-(((np.abs(u) - 0.22) / 0.2) ** 2) - ((v + 0.02) / 0.28) ** 2)
         texture = np.clip(1 + 0.6 * smooth_noise(rng, (SIZE, SIZE), (18, 18)), 0, None)
         extra += (0.10 * s * haze * texture + 0.10 * s * ink.array()) * lung
@@ -317,7 +320,7 @@ def _signs(
         zone = str(rng.choice(["upper", "middle", "lower"], p=[0.5, 0.25, 0.25]))
         y = {"upper": -0.5, "middle": -0.12, "lower": 0.2}[zone] + rng.normal(0, 0.05)
         x = toward * (0.5 + (0.08 if y > -0.3 else -0.04) + rng.normal(0, 0.05))
-        extra += 0.25 * _nodule(film, rng, x, y, radius) * np.maximum(lung, 0.25)
+        extra += 0.34 * _nodule(film, rng, x, y, radius) * np.maximum(lung, 0.25)
         facts |= {"size_mm": round(2 * radius * _MM), "zone": zone}
     elif p.label == "sarcoidosis":
         for side in (-1, 1):
@@ -327,7 +330,7 @@ def _signs(
                 extra += 0.13 * np.clip(1.7 * film.ball(x, y, rng.uniform(0.06, 0.1)), 0, 1)
         for y in (-0.52, -0.4, -0.3):
             extra += 0.13 * np.clip(1.7 * film.ball(-0.15, y, 0.07 + 0.04 * s, 0.09), 0, 1)
-        extra = np.minimum(extra, 0.30)
+        extra = np.minimum(extra, 0.22)
         n = int(120 * s)
         dots = Ink(SIZE)
         x = rng.uniform(0.15, 0.75, n) * rng.choice([-1, 1], n)
@@ -389,16 +392,20 @@ def _incidental(p: Patient, rng: np.random.Generator, film: Film, a: Floats) -> 
 
 def _expose(a: Floats, film: Film, rng: np.random.Generator) -> np.ndarray:
     """Scatter, exposure, film curve, noise, collimation and the side marker."""
-    # Each film is windowed on its own median, as a viewer does: mean brightness says nothing.
-    a = a + rng.uniform(0.0, 0.35) * gaussian_filter(a, 14, truncate=2.0)
+    # Uneven beam and scatter (heel effect, grid cut-off, folds of skin), then the processing of
+    # a digital detector, which flattens broad densities to show detail; then the viewer's window.
+    span = float(a.std())
+    a = a + span * rng.uniform(0.15, 0.55) * smooth_noise(rng, a.shape, (3, 3))
+    heel = rng.normal(0, 0.35, 2) * span
+    a = a + heel[0] * film.u + heel[1] * film.v
+    a = a - rng.uniform(0.3, 0.85) * gaussian_filter(a, 11, truncate=2.0)
     low, high = np.percentile(a[::4, ::4], [4, 97])
     t = (a - low) / (high - low)
-    centre, slope = rng.uniform(0.42, 0.62), rng.uniform(3.2, 5.2)
+    centre, slope = rng.uniform(0.35, 0.7), rng.uniform(3.0, 5.5)
     image = 1 / (1 + np.exp(-slope * (t - centre)))
     image += rng.normal(0, 0.012, a.shape) * rng.uniform(0.6, 1.8)
-    image += 0.02 * smooth_noise(rng, a.shape, (2, 2))
-    level, span = rng.uniform(0.0, 0.10), rng.uniform(0.8, 0.98)
-    image = level + span * image
+    level, span = rng.uniform(0.0, 0.15), rng.uniform(0.7, 0.98)
+    image = level + (span - level) * image
     if rng.uniform() < 0.5:
         width = rng.integers(1, 7, 4)
         frame = np.zeros(a.shape, bool)
