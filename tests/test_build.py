@@ -75,10 +75,10 @@ def install_and_use(wheel: Path, tmp_path: Path) -> str:
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-q"]
     subprocess.run([*install, "--target", target, str(wheel)], check=True, capture_output=True)
     code = (
-        "import m3bind, m3bind_kernels, torch; from m3bind import info, resources;"
+        "import runpy, sys, torch, m3bind, m3bind_kernels; from m3bind import resources;"
         "x = torch.randn(8, 4); print(m3bind.__file__, float(m3bind.clip_loss(x, x, 2.0)));"
-        "print(sorted(p.name for p in resources.configs_dir().glob('*.yaml')));"
-        "print(info.describe())"
+        "assert list(resources.configs_dir().glob('*.yaml'));"
+        "sys.argv = ['m3bind', 'info']; runpy.run_module('m3bind', run_name='__main__')"
     )
     done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

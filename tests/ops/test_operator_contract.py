@@ -212,15 +212,20 @@ def test_every_instruction_set(capability):
 
 
 @needs_native
-def test_unknown_instruction_set_names_the_known_ones():
+def test_environment_variables():
+    code = (
+        "import torch; from m3bind import backends; print(backends.native());"
+        "print(backends.resolve('clip_loss', 'cpu', torch.float32))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", "from m3bind import backends; print(backends.native())"],
-        env={**os.environ, "M3BIND_CPU_CAPABILITY": "mmx"},
+        [sys.executable, "-c", code],
+        env={**os.environ, "M3BIND_CPU_CAPABILITY": "mmx", "M3BIND_BACKEND": "reference"},
         capture_output=True,
         text=True,
     )
-    assert "M3BIND_CPU_CAPABILITY=mmx: choose one of" in done.stdout
-    assert "avx2" in done.stdout
+    reason, chosen = done.stdout.splitlines()
+    assert "M3BIND_CPU_CAPABILITY=mmx: choose one of" in reason and "default" in reason
+    assert chosen == "reference"
 
 
 @needs_native
@@ -232,6 +237,8 @@ def test_choice_of_backend():
         assert backends.resolve("clip_loss", "cpu", torch.float32) == "chunked"
         assert backends.resolve("clip_loss", "cpu", torch.float32, "cpp") == "cpp"
     assert backends.resolve("clip_loss", "cpu", torch.float32) == "cpp"
+    with pytest.raises(ValueError, match="unknown backend 'fast'"), use_backend("fast"):
+        pass
 
 
 BAD_CALLS = {
