@@ -36,12 +36,13 @@ def to_reading(
     for axis, target in enumerate(turn[:, 0].astype(int)):
         spacing[target] = round(float(zooms[axis]), 6)
     steps.append(ORIENTATION)
-    cut = slices(part, hu.shape, "voxels (depth,rows,columns)")
-    if cut:
-        hu = hu[tuple(slice(*ends) for ends in cut)]
+    # Of the whole: a part may hold nothing but lung.
     fault = hounsfield_fault(hu)
     if fault:
         raise Unreadable(fault, _RAISED)
+    cut = slices(part, hu.shape, "voxels (depth,rows,columns)")
+    if cut:
+        hu = hu[tuple(slice(*ends) for ends in cut)]
     where: dict[str, Any] = {"part": part} if part else {}
     return Reading(
         array=np.ascontiguousarray(hu),
