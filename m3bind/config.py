@@ -59,7 +59,8 @@ class TextTowerConfig:
     """A text tower: ``minilm``, ``open_clip:<name>`` or ``hf:<folder>``.
 
     ``train_layers`` counts the last layers that train; ``cache`` keeps the hidden states that
-    the frozen layers below them give for each text.
+    the frozen layers below them give for each text, ``frozen_bf16`` computes those layers with
+    bfloat16 matrix products (both for minilm only).
     """
 
     source: str = "minilm"
@@ -67,6 +68,7 @@ class TextTowerConfig:
     max_tokens: int = 64
     train_layers: int = 1
     cache: bool = False
+    frozen_bf16: bool = False
 
     def problems(self) -> Iterator[Problem]:
         yield from _below(self, max_tokens=2, train_layers=0)

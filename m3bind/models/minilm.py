@@ -53,7 +53,7 @@ class SharedLayers:
     Not an ``nn.Module``, so that neither a copy nor a state dict of a tower repeats it.
     """
 
-    def __init__(self, folder: Path, train_layers: int, max_tokens: int) -> None:
+    def __init__(self, folder: Path, train_layers: int, max_tokens: int, bf16: bool) -> None:
         from tokenizers import Tokenizer
 
         shape = BertShape.read(folder)
@@ -65,7 +65,7 @@ class SharedLayers:
             raise ValueError(
                 f"text.max_tokens = {max_tokens}: at most {shape.max_position_embeddings}"
             )
-        self.shape = shape
+        self.shape, self.bf16 = shape, bf16
         tokenizer_file = folder / "tokenizer.json"
         self.tokenizer: Any = Tokenizer.from_file(str(tokenizer_file))
         self.tokenizer.enable_truncation(max_tokens)
@@ -82,7 +82,7 @@ class SharedLayers:
         self.first = nn.ModuleList(layers[: len(layers) - train_layers])
         self.last = layers[len(layers) - train_layers :]
         digest = hashlib.sha256(weights.read_bytes() + tokenizer_file.read_bytes())
-        digest.update(f"{train_layers} {max_tokens}".encode())
+        digest.update(f"{train_layers} {max_tokens} {bf16}".encode())
         self.cache = HiddenCache(
             self.compute,
             lambda text: len(self.tokenise([text])[0]),
@@ -97,7 +97,7 @@ class SharedLayers:
 
     @torch.no_grad()
     def compute(self, texts: list[str], device: torch.device | None = None) -> Packed:
-        """Hidden states after the frozen layers, [T, width] in float32 (autocast aside).
+        """Hidden states after the frozen layers, [T, width] in float32.
 
         Where all layers are frozen, their mean stands for each text, as a text of length 1.
         """
@@ -108,17 +108,18 @@ class SharedLayers:
         ids = self.tokenise(texts)
         lengths = torch.tensor([len(i) for i in ids], device=device)
         flat = torch.tensor([i for row in ids for i in row], device=device)
-        hidden = self.embeddings(flat, lengths)
         layout = Layout(lengths)
-        for layer in self.first:
-            hidden = layer(hidden, layout)
-        packed = Packed(hidden, lengths)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.embeddings(flat, lengths)
+            for layer in self.first:
+                hidden = layer(hidden, layout)
+        packed = Packed(hidden.float(), lengths)
         return packed if self.last else Packed(packed.mean(), torch.ones_like(lengths))
 
 
 @lru_cache(maxsize=4)
-def shared_layers(folder: Path, train_layers: int, max_tokens: int) -> SharedLayers:
-    return SharedLayers(folder, train_layers, max_tokens)
+def shared_layers(folder: Path, train_layers: int, max_tokens: int, bf16: bool) -> SharedLayers:
+    return SharedLayers(folder, train_layers, max_tokens, bf16)
 
 
 class MiniLM(TextTower):
@@ -127,7 +128,9 @@ class MiniLM(TextTower):
     def __init__(self, config: TextTowerConfig, lora: LoraConfig | None) -> None:
         super().__init__()
         folder = minilm_folder(config.weights)
-        self.shared = shared_layers(folder, config.train_layers, config.max_tokens)
+        self.shared = shared_layers(
+            folder, config.train_layers, config.max_tokens, config.frozen_bf16
+        )
         self.cached = config.cache
         self.width = self.shared.shape.hidden_size
         self.layers = nn.ModuleList(_copy(layer, self.shared.shape) for layer in self.shared.last)

@@ -73,8 +73,9 @@ def build_text_tower(config: TextTowerConfig, lora: LoraConfig | None) -> TextTo
         from m3bind.models.minilm import MiniLM
 
         return MiniLM(config, lora)
-    if config.cache:
-        raise ValueError(f"text.cache works for source 'minilm' only, not {config.source!r}")
+    if config.cache or config.frozen_bf16:
+        option = "cache" if config.cache else "frozen_bf16"
+        raise ValueError(f"text.{option} works for source 'minilm' only, not {config.source!r}")
     if family == "open_clip" and name:
         from m3bind.models.open_clip_towers import OpenClipText
 

@@ -118,3 +118,16 @@ def test_settings_that_do_not_fit_name_the_limit(tmp_path) -> None:
         MiniLM(TextTowerConfig(max_tokens=513), None)
     with pytest.raises(ValueError, match=r"config\.json"):
         MiniLM(TextTowerConfig(weights=str(tmp_path)), None)
+
+
+def test_frozen_layers_in_bfloat16_stay_close_and_do_not_share_a_cache() -> None:
+    exact = MiniLM(TextTowerConfig(), None)
+    rounded = MiniLM(TextTowerConfig(frozen_bf16=True), None)
+    with torch.no_grad():
+        a, b = exact(TEXTS, CPU), rounded(TEXTS, CPU)
+        cached = MiniLM(TextTowerConfig(frozen_bf16=True, cache=True), None)(TEXTS, CPU)
+    assert not torch.equal(a, b)
+    assert torch.cosine_similarity(a, b).min() > 0.999  # bfloat16 has eight bits
+    assert torch.cosine_similarity(cached, b).min() > 0.9999
+    assert exact.cache.fingerprint != rounded.cache.fingerprint
+    shared_layers.cache_clear()
