@@ -28,10 +28,10 @@ class Body:
     """The volume, its coordinates, and the shapes that everybody has."""
 
     def __init__(self, rng: np.random.Generator, habitus: float) -> None:
-        zoom = rng.uniform(0.86, 1.2)
+        zoom = rng.uniform(0.98, 1.28)
         self.spacing = (9.4, round(4.5 * zoom, 3), round(4.5 * zoom, 3))
         self.rng = rng
-        dx, dy, dz = rng.uniform(-26, 26), rng.uniform(-26, 26), rng.uniform(-24, 20)
+        dx, dy, dz = rng.uniform(-22, 22), rng.uniform(-24, 24), rng.uniform(-24, 20)
         sz, sy, sx = self.spacing
         self.z = ((np.arange(SHAPE[0], dtype=np.float32) + 0.5) * sz - dz)[:, None, None]
         self.y = ((np.arange(SHAPE[1], dtype=np.float32) - 39.5) * sy - dy)[None, :, None]
@@ -253,7 +253,7 @@ def _vessel_tree(b: Body, lungs: Floats, amount: float) -> None:
 def _calcium(
     b: Body, p: Patient, heart: dict[str, Any], facts: dict[str, Any], chest: Floats
 ) -> None:
-    """Coronary and aortic plaques. Age gives everyone some; diabetes much, in all three arteries."""
+    """Coronary and aortic plaques: age gives everyone some, diabetes many in all arteries."""
     rng, s = b.rng, p.strength
     cx, cy, g = heart["cx"], heart["cy"], heart["grow"]
     t = np.linspace(0, 1, 14)[:, None]

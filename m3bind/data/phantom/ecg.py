@@ -210,12 +210,13 @@ def simulate(p: Patient) -> Simulated:
         wave = size * (np.sin(phase) + 0.35 * np.sin(2 * phase + 1) + 0.4 * _slow(rng, 0.03))
         dipole += np.array([[-0.25], [0.6], [0.75]], np.float32) * wave
 
-    leads = (PROJECTION * _electrodes(rng)).astype(np.float32) @ dipole
-    microvolt = 1000 * leads
+    gains = _electrodes(rng)
+    microvolt = 1000 * (PROJECTION * gains).astype(np.float32) @ dipole
+    measured = _calibrate(p, h, microvolt, float(gains[1, 0]), rng)
     # Recorders are coupled by alternating current: no lead keeps a mean of its own.
     microvolt -= microvolt.mean(axis=1, keepdims=True)
     microvolt += _noise(rng, seconds)
-    return Simulated(array=_derive(microvolt), facts=_facts(p, h, r, ectopic))
+    return Simulated(array=_derive(microvolt), facts=_facts(h, r, ectopic) | measured)
 
 
 def _premature(h: Heart, time: float, rng: np.random.Generator) -> None:
@@ -275,7 +276,25 @@ def _derive(eight: Floats) -> np.ndarray:
     return np.concatenate([np.stack(limb), np.round(eight[2:])]).round().astype(np.int16)
 
 
-def _facts(p: Patient, h: Heart, r: np.ndarray, ectopic: str) -> dict[str, Any]:
+def _calibrate(
+    p: Patient, h: Heart, microvolt: Floats, gain: float, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Scale the leads until a voltage criterion holds that defines the condition; measure it."""
+    if p.label == "hypertension":  # Sokolow and Lyon: S in V1 plus R in V5 or V6 of 35 mm
+        sokolow = (max(microvolt[6].max(), microvolt[7].max()) - microvolt[2].min()) / 100
+        wanted = np.clip(sokolow, 37 + 4 * p.strength + rng.uniform(0, 4), 58)
+        microvolt *= wanted / sokolow
+        return {"sokolow_mm": round(float(wanted))}
+    if p.label == "emphysema":  # P pulmonale: more than 2.5 mm in II
+        a = np.deg2rad(h.p_axis)
+        alone = 10 * h.p_mv * 1.05 * (0.5 * np.cos(a) + 0.866 * np.sin(a))
+        wanted = np.clip(alone * gain, 2.7 + rng.uniform(0, 0.5), 4.5)
+        microvolt[:2] *= wanted / (alone * gain)
+        return {"p_mm": round(float(wanted), 1)}
+    return {}
+
+
+def _facts(h: Heart, r: np.ndarray, ectopic: str) -> dict[str, Any]:
     inside = r[(r >= 0) & (r < LENGTH / RATE_HZ)]
     rate = 60 / np.diff(inside).mean() if len(inside) > 1 else h.rate
     facts: dict[str, Any] = {
@@ -289,8 +308,4 @@ def _facts(p: Patient, h: Heart, r: np.ndarray, ectopic: str) -> dict[str, Any]:
         facts["pr_ms"] = round(1000 * h.pr)
     if h.block:
         facts["degree"] = h.block
-    if p.label == "hypertension":
-        facts["sokolow_mm"] = round(float(10 * (1.35 * h.r_mv * 0.8 + h.s_mv)))
-    if p.label == "emphysema":
-        facts["p_mm"] = round(10 * h.p_mv, 1)
     return facts

@@ -316,11 +316,11 @@ def _signs(
         extra += (0.10 * s * haze * texture + 0.10 * s * ink.array()) * lung
         facts["effusion"] = "small" if s < 0.7 else "moderate" if s < 0.9 else "large"
     elif p.label == "lung_tumour":
-        radius = rng.uniform(0.075, 0.095) + 0.07 * (s - 0.6)
+        radius = rng.uniform(0.095, 0.115) + 0.10 * (s - 0.6)
         zone = str(rng.choice(["upper", "middle", "lower"], p=[0.5, 0.25, 0.25]))
         y = {"upper": -0.5, "middle": -0.12, "lower": 0.2}[zone] + rng.normal(0, 0.05)
         x = toward * (0.5 + (0.08 if y > -0.3 else -0.04) + rng.normal(0, 0.05))
-        extra += 0.34 * _nodule(film, rng, x, y, radius) * np.maximum(lung, 0.25)
+        extra += 0.38 * _nodule(film, rng, x, y, radius) * np.maximum(lung, 0.25)
         facts |= {"size_mm": round(2 * radius * _MM), "zone": zone}
     elif p.label == "sarcoidosis":
         for side in (-1, 1):
