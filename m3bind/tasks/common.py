@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from m3bind.data.reports import sample_section, sections, sections
+from m3bind.data.reports import sample_section, sections
 
 Report = dict[str, float]
 Losses = dict[str, Tensor]
