@@ -85,14 +85,16 @@ def _from_csv(path: Path, text: str) -> list[_Line]:
     try:
         heading = [name.strip() for name in next(reader, [])]
         _check_columns(path, heading)
+        last = reader.line_num
         for cells in reader:
+            number, last = last + 1, reader.line_num  # a quoted report may run over lines
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(heading):
                 reason = f"the line has {len(cells)} cells under {len(heading)} columns"
-                found.append((reader.line_num, (reason, "put text that holds commas in quotes")))
+                found.append((number, (reason, "put text that holds commas in quotes")))
             else:
-                found.append((reader.line_num, dict(zip(heading, cells, strict=True))))
+                found.append((number, dict(zip(heading, cells, strict=True))))
     except csv.Error as error:
         raise M3BindError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
     return found

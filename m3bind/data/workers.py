@@ -5,7 +5,7 @@ import multiprocessing
 import signal
 import warnings
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -70,11 +70,11 @@ def run(jobs: list[Job], workers: int) -> Generator[Outcome, None, None]:
                 ahead.popleft()
                 yield outcome
             except BrokenProcessPool:
-                # One of those ahead ended its process: find it by giving each a pool of its own.
+                # One of those ahead ended its process, and all others with it.
                 suspects = [job for job, _ in ahead]
                 ahead.clear()
                 pool.shutdown()
-                yield from map(_alone, suspects)
+                yield from _one_by_one(suspects)
                 pool = _pool(workers)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -90,18 +90,21 @@ def _start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the work
 
 
-def _alone(job: Job) -> Outcome:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(read_job, job).result()
-        except BrokenProcessPool:
-            return Outcome(
-                entry=job.entry,
-                problem=(
-                    "the process that read the file crashed (a decoder's fault, or no memory)",
-                    "fetch the file again; with a very large file use fewer workers",
-                ),
-            )
+def _one_by_one(jobs: list[Job]) -> Iterator[Outcome]:
+    """So that a process that ends tells which file it ended on."""
+    pool = _pool(1)
+    try:
+        for job in jobs:
+            try:
+                yield pool.submit(read_job, job).result()
+            except BrokenProcessPool:
+                pool.shutdown()
+                pool = _pool(1)
+                reason = "the process that read the file crashed (a decoder's fault, or no memory)"
+                remedy = "fetch the file again; with a very large file use fewer workers"
+                yield Outcome(entry=job.entry, problem=(reason, remedy))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_job(job: Job) -> Outcome:
