@@ -303,7 +303,8 @@ def _granulomas(slide: Slide, s: float, facts: dict[str, Any]) -> None:
     _lung(slide, spacing=rng.uniform(26, 34), thick=1.1)
     places: list[tuple[float, float, float]] = []
     for _ in range(60):
-        x, y, r = *rng.uniform(18, 142, 2), rng.uniform(17, 27) * z
+        x, y = rng.uniform(18, 142, 2)
+        r = rng.uniform(17, 27) * z
         if all(np.hypot(x - a, y - b) > 0.9 * (r + c) for a, b, c in places):
             places.append((x, y, r))
     places = places[: int(1 + 2.6 * s)]
