@@ -58,7 +58,9 @@ class Dataset:
             )
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-            modalities = {name: ModalityInfo(**spec) for name, spec in raw.pop("modalities").items()}
+            modalities = {
+                name: ModalityInfo(**spec) for name, spec in raw.pop("modalities").items()
+            }
             found = cls(
                 root=root, name=raw.pop("name"), simulated=bool(raw.pop("simulated")),
                 labels=list(raw.pop("labels")), modalities=modalities, extra=raw,
@@ -147,7 +149,9 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         self.path, self.samples, self.index = path, 0, list[str]()
         self.partial = path.with_name(f".{path.name}.part")
-        self.tar = tarfile.open(self.partial, "w", format=tarfile.USTAR_FORMAT)
+        self.tar = tarfile.open(  # noqa: SIM115 (finish or drop closes it)
+            self.partial, "w", format=tarfile.USTAR_FORMAT
+        )
 
     def add(self, record: Record) -> None:
         parts = {record.extension: record.payload, "txt": record.report.encode()}
@@ -180,7 +184,9 @@ def shard_paths(root: str | Path, modality: str, split: str) -> list[Path]:
     return sorted((Path(root) / modality / split).glob("*.tar"))
 
 
-def iter_samples(path: Path, wanted: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, bytes]]]:
+def iter_samples(
+    path: Path, wanted: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {extension: bytes}) of one shard; only the ``wanted`` components are read.
 
     Raises M3BindError, naming the shard and the last key, where the file ends too early.
@@ -212,10 +218,23 @@ def iter_samples(path: Path, wanted: tuple[str, ...] = ()) -> Iterator[tuple[str
 
 
 def iter_records(root: str | Path, modality: str, split: str) -> Iterator[Record]:
-    """The records of a split, in the order of the shards."""
+    """The records of a split, in the order of the shards.
+
+    Raises M3BindError for a shard or a sample that is not as it was written.
+    """
     for path in shard_paths(root, modality, split):
+        count = 0
         for key, parts in iter_samples(path):
+            count += 1
             yield _record(path, key, parts)
+        # A tar that was cut between two samples looks whole.
+        index = path.with_suffix(".idx")
+        listed = index.read_text().split(maxsplit=2)[1:2] if index.is_file() else ["no"]
+        if listed != [str(count)]:
+            raise M3BindError(
+                f"{path}: {count} samples, but its index ({index.name}) lists "
+                f"{(listed or ['none'])[0]}: write the shard again with m3bind prepare (or phantom)"
+            )
 
 
 def iter_reports(root: str | Path, modality: str, split: str) -> Iterator[str]:

@@ -1,0 +1,154 @@
+"""Shards: DALI's own index, webdataset as an independent reader, damage, and the audit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m3bind.data.preprocess import KIND
+from m3bind.data.shards import (
+    Dataset,
+    ModalityInfo,
+    ShardWriter,
+    audit,
+    iter_records,
+    iter_reports,
+    shard_paths,
+)
+from m3bind.errors import M3BindError
+
+from loader_cases import cohort, noise, record, write  # isort: skip
+
+
+def described(root: Path, *modalities: str) -> Path:
+    infos = {m: ModalityInfo(kind=KIND[m], labels=["none"]) for m in modalities}
+    Dataset(root=root, name="t", simulated=True, labels=["none"], modalities=infos).write()
+    return root
+
+
+@pytest.mark.parametrize("modality", KIND)
+def test_round_trip_and_webdataset_agree(tmp_path, modality) -> None:
+    import webdataset
+
+    made = [record(modality, i, noise(modality, i)) for i in range(7)]
+    write(tmp_path, made, per_shard=3)
+    paths = shard_paths(tmp_path, modality, "train")
+    assert [p.name for p in paths] == [f"simulated-{modality}-train-00000{i}.tar" for i in range(3)]
+    assert list(iter_records(tmp_path, modality, "train")) == made
+    assert list(iter_reports(tmp_path, modality, "train")) == [each.report for each in made]
+    urls = [str(path) for path in paths]
+    read = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in read] == [each.id for each in made]
+    for sample, each in zip(read, made, strict=True):
+        assert sample[each.extension] == each.payload and sample["txt"].decode() == each.report
+        assert json.loads(sample["json"])["sha256"] == each.meta()["sha256"]
+        if each.shape is not None:
+            assert tuple(np.frombuffer(sample["shape"], "<i8")) == each.shape
+
+
+def test_index_is_that_of_dali(tmp_path) -> None:
+    pytest.importorskip("nvidia.dali")
+    cohort(tmp_path, "ecg", 4)
+    cohort(tmp_path, "retina", 4)
+    script = Path(sys.executable).with_name("wds2idx")
+    for modality in ("ecg", "retina"):
+        (path,) = shard_paths(tmp_path, modality, "train")
+        subprocess.run([str(script), str(path), str(tmp_path / "idx")], check=True)
+        ours = path.with_suffix(".idx").read_text().splitlines()
+        truth = (tmp_path / "idx").read_text().splitlines()
+        assert [line.split() for line in ours] == [line.split() for line in truth]
+
+
+def test_writer_refuses_what_does_not_belong(tmp_path) -> None:
+    with ShardWriter(tmp_path, "t", "ecg", "train") as writer:
+        writer.write(record("ecg", 0, noise("ecg", 0)))
+        with pytest.raises(ValueError, match="written before"):
+            writer.write(record("ecg", 0, noise("ecg", 0)))
+        with pytest.raises(ValueError, match="is of ecg/val"):
+            writer.write(record("ecg", 1, noise("ecg", 0), split="val"))
+    with pytest.raises(ValueError, match="split 'dev'"):
+        ShardWriter(tmp_path, "t", "ecg", "dev")
+
+
+def test_no_shard_under_its_name_before_it_is_whole(tmp_path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "t", "ecg", "train", 2) as writer:
+        for number in range(3):
+            writer.write(record("ecg", number, noise("ecg", number)))
+        assert len(shard_paths(tmp_path, "ecg", "train")) == 1
+        raise RuntimeError
+    assert [p.name for p in sorted((tmp_path / "ecg" / "train").iterdir())] == [
+        "t-ecg-train-000000.idx", "t-ecg-train-000000.tar",
+    ]  # fmt: skip
+
+
+def test_audit_counts(tmp_path) -> None:
+    write(tmp_path, [record("ecg", i, noise("ecg", i), labels=("none",)) for i in range(3)])
+    write(tmp_path, [record("ecg", 9, noise("ecg", 9), split="val")])
+    assert audit(described(tmp_path, "ecg")) == {"ecg/train": 3, "ecg/val": 1}
+
+
+def test_audit_finds_a_patient_in_two_splits_also_across_modalities(tmp_path) -> None:
+    write(tmp_path, [record("ecg", 1, noise("ecg", 1))])
+    write(tmp_path, [record("retina", 1, noise("retina", 1), split="test")])
+    with pytest.raises(M3BindError, match="patient p1 stands in the splits train and test"):
+        audit(described(tmp_path, "ecg", "retina"))
+
+
+def test_audit_finds_an_unknown_label(tmp_path) -> None:
+    write(tmp_path, [record("ecg", 1, noise("ecg", 1), labels=("gout",))])
+    with pytest.raises(M3BindError, match=r"ecg-0001 has the label 'gout'"):
+        audit(described(tmp_path, "ecg"))
+
+
+# Every 512 bytes: within a header, within a payload, and between two samples.
+def test_audit_finds_a_tar_cut_anywhere(tmp_path) -> None:
+    write(tmp_path, [record("retina", i, noise("retina", i)[:4, :4]) for i in range(3)])
+    described(tmp_path, "retina")
+    (path,) = shard_paths(tmp_path, "retina", "train")
+    whole = path.read_bytes()
+    last = int(path.with_suffix(".idx").read_text().split()[-2])  # of the last component
+    for size in [*range(512, last, 512), last + 3, 700, 0]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(M3BindError, match=r"retina-train-000000\.tar"):
+            audit(tmp_path)
+    path.write_bytes(whole)
+    assert audit(tmp_path) == {"retina/train": 3}
+
+
+def test_audit_finds_a_changed_byte(tmp_path) -> None:
+    made = [record("ecg", i, noise("ecg", i)) for i in range(2)]
+    described(write(tmp_path, made), "ecg")
+    (path,) = shard_paths(tmp_path, "ecg", "train")
+    content = bytearray(path.read_bytes())
+    content[content.find(made[1].payload) + 1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(M3BindError, match="ecg-0001: its bytes do not match its checksum"):
+        audit(tmp_path)
+
+
+def test_description_round_trip_and_faults(tmp_path) -> None:
+    prompts = {"name": {"none": ["no abnormality", "caf\u00e9"]}}
+    info = ModalityInfo(kind="image2d", labels=["none"], prompts=prompts)
+    made = Dataset(
+        root=tmp_path, name="t", simulated=False, labels=["none"], modalities={"xray": info},
+        extra={"seed": 3},
+    )  # fmt: skip
+    made.write()
+    assert Dataset.load(tmp_path) == made
+    path = tmp_path / "dataset.yaml"
+    good = path.read_text(encoding="utf-8")
+    for bad, words in [
+        (good.replace("kind: image2d", "kind: film"), "kind 'film'"),
+        (good.replace("modalities:", "modality:"), "modalities"),
+        ("labels: [", "description"), ("", "description"),
+        (good.replace("labels:\n- none", "labels: [some]", 1), "'none' is not among"),
+    ]:  # fmt: skip
+        path.write_text(bad, encoding="utf-8")
+        with pytest.raises(M3BindError, match=words):
+            Dataset.load(tmp_path)
+    path.unlink()
+    with pytest.raises(M3BindError, match=r"no dataset\.yaml"):
+        Dataset.load(tmp_path)
