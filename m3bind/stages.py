@@ -342,7 +342,10 @@ class Run:
             SplitEmbedder(
                 expert,
                 split,
-                self._loader(expert, split, 64, train=False),
+                # a batch of CTs at their own resolution takes gigabytes
+                self._loader(
+                    expert, split, 8 if expert.preprocess.kind == "volume" else 64, train=False
+                ),
                 self.dataset.modalities[modality].prompts,
             )
             for modality, expert in experts.items()

@@ -90,6 +90,8 @@ class Loader:
         self.num_samples = last - first
         if self.num_samples == 0:
             raise M3BindError(f"{folder} holds {total} samples: too few for {num_shards} processes")
+        if not train:  # DALI fills the last batch up, and would decode each copy
+            self.batch_size = min(batch_size, self.num_samples)
         self._total = total
         self._pipeline: Any = None
         self._batches = 0  # handed out since the stream, or in one pass since its start, began
