@@ -145,9 +145,13 @@ def _entry(line: int, values: Mapping[str, Any], modalities: tuple[str, ...]) ->
     report = cells["report"] or compose(cells["findings"], cells["impression"])
     entry = Entry(
         line=line,
+        path=cells["path"],
+        modality=cells["modality"],
+        patient=cells["patient"],
+        split=cells["split"],
         report=report,
         labels=tuple(dict.fromkeys(name for name in map(_text, names) if name)),
-        **{name: cells[name] for name in (*REQUIRED, "part")},
+        part=cells["part"],
     )
     for name in REQUIRED:
         if not cells[name]:

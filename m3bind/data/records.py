@@ -19,7 +19,7 @@ class Record:
     """One sample, as its bytes stand in a shard.
 
     ``payload`` is an encoded image (``png``, ``jpg``), Hounsfield units (``hu``: int16, little
-    endian, [D, H, W] from foot to head or head to foot as ``source`` tells) or microvolt (``uv``:
+    endian, [D, H, W] from head to foot) or microvolt (``uv``:
     int16, little endian, [12, T] at 500 Hz in the order of `LEADS`).
 
     Raises ValueError for values that do not go together.
@@ -104,7 +104,9 @@ class Record:
 
 def _int16(array: NDArray[Any], ndim: int, unit: str) -> dict[str, Any]:
     if array.ndim != ndim or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{unit} must be integers with {ndim} axes, not {array.dtype} {array.shape}")
+        raise ValueError(
+            f"{unit} must be integers with {ndim} axes, not {array.dtype} {array.shape}"
+        )
     if array.size == 0 or array.min() < -32768 or array.max() > 32767:
         raise ValueError(f"{unit} are empty or beyond int16: look at slope and intercept")
     return {"payload": np.ascontiguousarray(array, "<i2").tobytes(), "shape": tuple(array.shape)}

@@ -165,7 +165,7 @@ def _record(job: Job, reading: Reading, source: dict[str, Any]) -> Record:
             extension, payload = reading.encoded
             return Record(kind=job.kind, extension=extension, payload=payload, **values)
         assert reading.array is not None
-        make = {
+        make: dict[str, Any] = {
             "image2d": Record.from_image,
             "volume": Record.from_volume,
             "signal": Record.from_signal,

@@ -70,6 +70,6 @@ def _is_slide(path: Path) -> bool:
     try:
         with tifffile.TiffFile(path) as tiff:
             page = tiff.pages.first
-            return max(page.imagewidth, page.imagelength) >= _LARGE_TIFF  # type: ignore[union-attr]
+            return max(page.imagewidth, page.imagelength) >= _LARGE_TIFF
     except Exception:  # the image reader will say what is wrong with it
         return False

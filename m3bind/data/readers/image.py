@@ -25,6 +25,7 @@ def read(path: Path, part: str = "") -> list[Reading]:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     raw = path.read_bytes()
+    image: Any
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
         image.load()
@@ -36,7 +37,7 @@ def read(path: Path, part: str = "") -> list[Reading]:
         raise Unreadable(f"the image cannot be decoded: {one_line(error)}", _AGAIN) from None
     if getattr(image, "n_frames", 1) > 1:
         raise Unreadable(
-            f"the file holds {image.n_frames} images",  # type: ignore[attr-defined]
+            f"the file holds {image.n_frames} images",
             "save the one that is meant as its own file",
         )
     turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
