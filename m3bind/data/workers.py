@@ -169,7 +169,8 @@ def _record(job: Job, reading: Reading, source: dict[str, Any]) -> Record:
             "image2d": Record.from_image,
             "volume": Record.from_volume,
             "signal": Record.from_signal,
-        }[job.kind]
-        return make(reading.array, **values)
+        }
+        record: Record = make[job.kind](reading.array, **values)
+        return record
     except ValueError as error:
         raise Unreadable(one_line(error), "look at the file's values in a viewer") from None
