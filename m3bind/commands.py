@@ -79,13 +79,18 @@ def prepare(
     manifest: Annotated[Path, typer.Argument(help="CSV or JSON lines: path, modality, patient...")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     name: Annotated[str, typer.Option(help="Name of the data set, part of the file names.")] = "",
+    description: Annotated[
+        Path | None, typer.Option(help="YAML with labels, prompts and kinds of own modalities.")
+    ] = None,
     workers: Workers = None,
 ) -> None:
     """Turn medical files into shards; what cannot be read is listed in rejects.jsonl (exit 3)."""
     from m3bind.cli import EXIT_REJECTS
     from m3bind.data.prepare import prepare as run
 
-    result = run(manifest, out, name=name or out.resolve().name, workers=workers)
+    result = run(
+        manifest, out, name=name or out.resolve().name, workers=workers, description=description
+    )
     say(f"{result.written} samples: {out}")
     if result.rejected:
         say(f"{result.rejected} rejected, reasons in {out / 'rejects.jsonl'}")
