@@ -1,12 +1,16 @@
 """The commands: each reads its arguments, calls one function, and says where the result is."""
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from m3bind.config import Config, load_config
+
+if TYPE_CHECKING:
+    from m3bind.train import FitResult
 
 app = typer.Typer(
     name="m3bind",
@@ -30,6 +34,12 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Continue exactly from the last checkpoint.")
 ]
 Workers = Annotated[int | None, typer.Option(help="Processes; every core by default.")]
+
+
+def _best(result: "FitResult") -> str:
+    if math.isnan(result.best_score):
+        return f"no validation split: the weights of the last step, {result.steps}, are kept"
+    return f"best score {result.best_score:.3f} at step {result.best_step}"
 
 
 def _config(path: Path, overrides: list[str] | None) -> Config:
@@ -108,7 +118,7 @@ def pretrain(
     run = Run(_config(config, overrides))
     for name in modality or list(run.modalities):
         result = run.pretrain(name, resume=resume)
-        say(f"{name}: best score {result.best_score:.3f} at step {result.best_step}")
+        say(f"{name}: {_best(result)}")
     say(f"experts: {run.folder / 'pretrain'}")
 
 
@@ -119,7 +129,7 @@ def align(config: ConfigPath, overrides: Overrides = None, resume: Resume = Fals
 
     run = Run(_config(config, overrides))
     result = run.align(resume=resume)
-    say(f"best score {result.best_score:.3f} at step {result.best_step}: {run.folder / 'align'}")
+    say(f"{_best(result)}: {run.folder / 'align'}")
 
 
 @app.command()
@@ -135,7 +145,7 @@ def distill(
     run = Run(_config(config, overrides))
     result = run.distill(control=control, resume=resume)
     folder = run.folder / ("control" if control else "distill")
-    say(f"best score {result.best_score:.3f} at step {result.best_step}: {folder}")
+    say(f"{_best(result)}: {folder}")
 
 
 @app.command()

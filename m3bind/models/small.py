@@ -5,6 +5,7 @@ they learn in a third of the steps that group norm takes; once frozen, as stage 
 an embedding does not depend on the other samples of its batch.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -86,5 +87,8 @@ class SmallTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.kind == "image2d":
             images = images.contiguous(memory_format=torch.channels_last)
-        x = self.layers(images).flatten(2)
+        # torch 2.15's bfloat16 conv3d gives wrong, even infinite, weight gradients on a CPU.
+        unsafe = self.kind == "volume" and images.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if unsafe else contextlib.nullcontext():
+            x = self.layers(images).flatten(2)
         return torch.cat([x.mean(2), x.amax(2)], dim=1)
