@@ -76,12 +76,20 @@ class TextTowerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ExpertConfig:
-    """One modality's image tower and text tower; ``seed`` None derives one from the name."""
+    """One modality's image tower and text tower; ``seed`` None derives one from the name.
+
+    ``head_hidden`` is the width of a hidden layer in both heads (0: linear heads, which keep what
+    a pre-trained pair of towers is aligned to).
+    """
 
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     lora: LoraConfig | None = None
+    head_hidden: int = 0
     seed: int | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _below(self, head_hidden=0)
 
 
 @dataclass(kw_only=True, slots=True)

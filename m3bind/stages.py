@@ -267,7 +267,11 @@ class Run:
         # The shared encoder is built like the first expert's text tower, and trained anew.
         settings = self._expert_config(self.modalities[0])
         return build_text_encoder(
-            settings.text, settings.lora, width=self.config.width, seed=self.config.seed
+            settings.text,
+            settings.lora,
+            width=self.config.width,
+            seed=self.config.seed,
+            head_hidden=settings.head_hidden,
         )
 
     def _save_expert(self, expert: Expert, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What several test files share: a small simulated cohort and settings for it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,19 @@ def small_cohort(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def write_settings(small_cohort) -> Callable[[Path], Path]:
+    """Writes, into a folder, settings that train on the small cohort into ``<folder>/run``."""
+
+    def write(folder: Path) -> Path:
+        path = folder / "settings.yaml"
+        path.write_text(SETTINGS.format(data=small_cohort, output=folder / "run"))
+        return path
+
+    return write
+
+
 @pytest.fixture
-def settings(small_cohort, tmp_path) -> Path:
-    """A YAML file that trains on the small cohort, into ``<tmp_path>/run``."""
-    path = tmp_path / "settings.yaml"
-    path.write_text(SETTINGS.format(data=small_cohort, output=tmp_path / "run"))
-    return path
+def settings(write_settings, tmp_path) -> Path:
+    """Settings of a run into ``<tmp_path>/run``."""
+    return write_settings(tmp_path)

@@ -24,14 +24,9 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def finished(small_cohort, tmp_path_factory) -> Run:
+def finished(write_settings, tmp_path_factory) -> Run:
     """A run that went through every stage once."""
-    from conftest import SETTINGS
-
-    folder = tmp_path_factory.mktemp("finished")
-    path = folder / "settings.yaml"
-    path.write_text(SETTINGS.format(data=small_cohort, output=folder / "run"))
-    run = Run(load_config(path))
+    run = Run(load_config(write_settings(tmp_path_factory.mktemp("finished"))))
     for modality in run.modalities:
         run.pretrain(modality)
     run.align()

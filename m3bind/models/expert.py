@@ -94,8 +94,14 @@ def build_expert(
         tower = build_text_tower(config.text, config.lora)
     # A pre-trained pair is aligned already, and one start for both heads keeps it so.
     paired = config.image.source == config.text.source and image.width == tower.width
-    image_head = Head(image.width, width, seeded(own, "head" if paired else "image head"))
-    text_head = Head(tower.width, width, seeded(own, "head" if paired else "text head"))
+    if paired and config.head_hidden:
+        raise ValueError(
+            f"head_hidden = {config.head_hidden}: the towers of {modality} are a pre-trained pair "
+            f"({config.image.source}), which a hidden layer would take apart: set it to 0"
+        )
+    hidden = config.head_hidden
+    image_head = Head(image.width, width, seeded(own, "head" if paired else "image head"), hidden)
+    text_head = Head(tower.width, width, seeded(own, "head" if paired else "text head"), hidden)
     if not paired:
         image.initial_scale = None
     return Expert(modality, image, image_head, TextEncoder(tower, text_head))
@@ -107,10 +113,12 @@ def build_text_encoder(
     *,
     width: int = 256,
     seed: int = 0,
+    head_hidden: int = 0,
 ) -> TextEncoder:
     """Build a text encoder alone, as stage 2 trains one."""
     own = derive_seed(seed, "shared text encoder")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(own)
         tower = build_text_tower(config, lora)
-    return TextEncoder(tower, Head(tower.width, width, seeded(own, "text head")))
+    head = Head(tower.width, width, seeded(own, "text head"), head_hidden)
+    return TextEncoder(tower, head)

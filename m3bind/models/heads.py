@@ -14,10 +14,24 @@ class Head(nn.Module):
     least the tower's own, so an image and a text head that start from the same ``generator``
     keep the alignment that a pre-trained pair of towers brings along. Heads of two *experts*
     must never start alike: they would be bound before any training.
+
+    ``hidden`` above 0 puts ``F.gelu(inner(features))``, that wide, before the projection: over a
+    frozen tower a linear head cannot bring a finding and the name of its condition together.
     """
 
-    def __init__(self, in_features: int, width: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, in_features: int, width: int, generator: torch.Generator, hidden: int = 0
+    ) -> None:
         super().__init__()
+        self.inner: nn.Linear | None = None
+        if hidden:
+            self.inner = nn.Linear(in_features, hidden)
+            spread = in_features**-0.5
+            with torch.no_grad():
+                drawn = torch.rand(hidden, in_features, generator=generator)
+                self.inner.weight.copy_((2 * drawn - 1) * spread)
+                self.inner.bias.zero_()
+            in_features = hidden
         gauss = torch.randn(max(in_features, width), min(in_features, width), generator=generator)
         basis, upper = torch.linalg.qr(gauss)
         basis = basis * upper.diagonal().sign()
@@ -25,7 +39,10 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:  # [B, in_features] -> [B, width]
         with torch.autocast(features.device.type, enabled=False):
-            return F.normalize(F.linear(features.float(), self.weight), dim=-1)
+            features = features.float()
+            if self.inner is not None:
+                features = F.gelu(self.inner(features))
+            return F.normalize(F.linear(features, self.weight), dim=-1)
 
 
 def derive_seed(*parts: object) -> int:

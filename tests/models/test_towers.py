@@ -102,6 +102,19 @@ def test_head_is_semi_orthogonal(inner: int, width: int) -> None:
     assert torch.allclose(square, torch.eye(min(inner, width)), atol=1e-5)
 
 
+def test_head_with_a_hidden_layer() -> None:
+    head, features = Head(24, 16, seeded("test"), hidden=40), torch.randn(5, 24)
+    assert head.inner is not None
+    inner = features @ head.inner.weight.T + head.inner.bias
+    gelu = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+    expected = gelu @ head.weight.T
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    assert torch.allclose(head(features), expected, atol=1e-6)
+    again, other = Head(24, 16, seeded("test"), hidden=40), Head(24, 16, seeded("x"), hidden=40)
+    assert torch.equal(head(features), again(features))
+    assert not torch.allclose(head(features), other(features), atol=0.1)
+
+
 def test_frozen_trunk_has_no_gradient_and_the_head_has() -> None:
     expert = build_expert(ExpertConfig(lora=LoraConfig()), "ecg", width=64)
     expert.freeze_trunk()

@@ -68,6 +68,15 @@ def test_open_clip_pair_keeps_its_own_similarities(open_clip_folder: Path) -> No
     assert expert.preprocess.mean == (0.4, 0.5, 0.6) and expert.preprocess.fit == "pad"
 
 
+def test_hidden_layers_are_refused_for_a_pair(open_clip_folder: Path) -> None:
+    source = f"open_clip:{open_clip_folder}"
+    config = ExpertConfig(
+        image=ImageTowerConfig(source=source), text=TextTowerConfig(source=source), head_hidden=8
+    )
+    with pytest.raises(ValueError, match="head_hidden = 8: .* pre-trained pair .* set it to 0"):
+        build_expert(config, "xray", width=64)
+
+
 def test_hf_pair_keeps_its_own_similarities(hf_clip_folder: Path) -> None:
     from transformers import AutoTokenizer, CLIPModel
 
