@@ -73,7 +73,7 @@ def test_hidden_layers_are_refused_for_a_pair(open_clip_folder: Path) -> None:
     config = ExpertConfig(
         image=ImageTowerConfig(source=source), text=TextTowerConfig(source=source), head_hidden=8
     )
-    with pytest.raises(ValueError, match="head_hidden = 8: .* pre-trained pair .* set it to 0"):
+    with pytest.raises(ValueError, match=r"head_hidden = 8: .* pre-trained pair .* set it to 0"):
         build_expert(config, "xray", width=64)
 
 
