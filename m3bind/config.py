@@ -78,8 +78,7 @@ class TextTowerConfig:
 class ExpertConfig:
     """One modality's image tower and text tower; ``seed`` None derives one from the name.
 
-    ``head_hidden`` is the width of a hidden layer in both heads (0: linear heads, which keep what
-    a pre-trained pair of towers is aligned to).
+    ``head_hidden`` is the width of a hidden layer beside the projection in both heads (0: none).
     """
 
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)

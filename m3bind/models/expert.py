@@ -94,11 +94,6 @@ def build_expert(
         tower = build_text_tower(config.text, config.lora)
     # A pre-trained pair is aligned already, and one start for both heads keeps it so.
     paired = config.image.source == config.text.source and image.width == tower.width
-    if paired and config.head_hidden:
-        raise ValueError(
-            f"head_hidden = {config.head_hidden}: the towers of {modality} are a pre-trained pair "
-            f"({config.image.source}), which a hidden layer would take apart: set it to 0"
-        )
     hidden = config.head_hidden
     image_head = Head(image.width, width, seeded(own, "head" if paired else "image head"), hidden)
     text_head = Head(tower.width, width, seeded(own, "head" if paired else "text head"), hidden)

@@ -15,34 +15,36 @@ class Head(nn.Module):
     keep the alignment that a pre-trained pair of towers brings along. Heads of two *experts*
     must never start alike: they would be bound before any training.
 
-    ``hidden`` above 0 puts ``F.gelu(inner(features))``, that wide, before the projection: over a
+    ``hidden`` above 0 adds ``outer(F.gelu(inner(features)))``, that wide, before the norm: over a
     frozen tower a linear head cannot bring a finding and the name of its condition together.
+    ``outer`` starts at zero, so the head starts as the linear one does.
     """
 
     def __init__(
         self, in_features: int, width: int, generator: torch.Generator, hidden: int = 0
     ) -> None:
         super().__init__()
-        self.inner: nn.Linear | None = None
-        if hidden:
-            self.inner = nn.Linear(in_features, hidden)
-            spread = in_features**-0.5
-            with torch.no_grad():
-                drawn = torch.rand(hidden, in_features, generator=generator)
-                self.inner.weight.copy_((2 * drawn - 1) * spread)
-                self.inner.bias.zero_()
-            in_features = hidden
         gauss = torch.randn(max(in_features, width), min(in_features, width), generator=generator)
         basis, upper = torch.linalg.qr(gauss)
         basis = basis * upper.diagonal().sign()
         self.weight = nn.Parameter(basis if width >= in_features else basis.T.contiguous())
+        self.hidden: nn.Sequential | None = None
+        if hidden:
+            inner, outer = nn.Linear(in_features, hidden), nn.Linear(hidden, width, bias=False)
+            with torch.no_grad():
+                drawn = torch.rand(hidden, in_features, generator=generator)
+                inner.weight.copy_((2 * drawn - 1) * in_features**-0.5)
+            nn.init.zeros_(inner.bias)
+            nn.init.zeros_(outer.weight)
+            self.hidden = nn.Sequential(inner, nn.GELU(), outer)
 
     def forward(self, features: Tensor) -> Tensor:  # [B, in_features] -> [B, width]
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
-            if self.inner is not None:
-                features = F.gelu(self.inner(features))
-            return F.normalize(F.linear(features, self.weight), dim=-1)
+            projected = F.linear(features, self.weight)
+            if self.hidden is not None:
+                projected = projected + self.hidden(features)
+            return F.normalize(projected, dim=-1)
 
 
 def derive_seed(*parts: object) -> int:

@@ -104,15 +104,18 @@ def test_head_is_semi_orthogonal(inner: int, width: int) -> None:
 
 def test_head_with_a_hidden_layer() -> None:
     head, features = Head(24, 16, seeded("test"), hidden=40), torch.randn(5, 24)
-    assert head.inner is not None
-    inner = features @ head.inner.weight.T + head.inner.bias
-    gelu = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
-    expected = gelu @ head.weight.T
+    assert torch.equal(head(features), Head(24, 16, seeded("test"))(features))  # it starts linear
+    assert head.hidden is not None
+    inner, _, outer = head.hidden
+    torch.nn.init.normal_(outer.weight)
+    hidden = features @ inner.weight.T + inner.bias
+    gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    expected = features @ head.weight.T + gelu @ outer.weight.T
     expected = expected / expected.norm(dim=1, keepdim=True)
     assert torch.allclose(head(features), expected, atol=1e-6)
     again, other = Head(24, 16, seeded("test"), hidden=40), Head(24, 16, seeded("x"), hidden=40)
-    assert torch.equal(head(features), again(features))
-    assert not torch.allclose(head(features), other(features), atol=0.1)
+    assert torch.equal(inner.weight, again.hidden[0].weight)
+    assert not torch.allclose(inner.weight, other.hidden[0].weight, atol=0.1)
 
 
 def test_frozen_trunk_has_no_gradient_and_the_head_has() -> None:
