@@ -307,11 +307,11 @@ class Run:
             train=train, seed=self.config.seed, num_threads=threads,
         )  # fmt: skip
 
-    def _training_texts(self, modality: str) -> set[str]:
-        """Every section, and every whole report, of the training split."""
+    def _training_texts(self, modality: str) -> list[str]:
+        """Every section, and every whole report, of the training split, as often as it occurs."""
         reports = iter_reports(self.dataset.root, modality, "train")
         parts = [sections(report) for report in reports]
-        return {text for p in parts for text in (p.findings, p.impression, p.whole) if text}
+        return [text for p in parts for text in (p.findings, p.impression, p.whole) if text]
 
     def _prepared_texts(self, experts: dict[str, Expert]) -> list[str]:
         """The training texts of all these modalities.
@@ -325,13 +325,13 @@ class Run:
         for cache in caches.values():
             for modality, texts in centre.items():
                 path = self.folder / "text_cache" / f"{modality}-{cache.fingerprint}.safetensors"
-                wanted = texts | self._evaluation_texts(modality)
+                wanted = {*texts, *self._evaluation_texts(modality)}
                 cache.load(path)
                 if any(text not in cache for text in wanted):
                     bar = partial(tqdm, desc=f"{modality}: frozen text layers")
                     cache.precompute(wanted, bar)
                     cache.save(path, wanted)
-        return sorted(set().union(*centre.values()))
+        return [text for texts in centre.values() for text in texts]
 
     def _evaluation_texts(self, modality: str) -> set[str]:
         root = self.dataset.root

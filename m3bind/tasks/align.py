@@ -92,7 +92,9 @@ class Align(Task):
         if len(experts) < 2:
             raise ValueError(f"stage 1 needs at least two experts, found {sorted(experts)}")
         _check_heads(experts)
-        self.centre_texts = sorted({text.strip() for text in centre_texts} - {""})
+        # Repetitions stay: an impression that many reports share is drawn as often as they occur,
+        # and what names a condition is what binds.
+        self.centre_texts = [text.strip() for text in centre_texts if text.strip()]
         if not self.centre_texts:
             raise ValueError("stage 1 needs centre texts: every report given is empty")
         self.config = config
@@ -108,7 +110,7 @@ class Align(Task):
     def forward(self, batches: Batches, rng: random.Random) -> tuple[Losses, Report]:
         take(batches, self.experts)
         count = min(self.config.centre_batch, len(self.centre_texts))
-        centre = rng.sample(self.centre_texts, count)
+        centre = list(dict.fromkeys(rng.sample(self.centre_texts, count)))
         losses: Losses = {}
         report: Report = {}
         centres, preserved = {}, []
