@@ -174,6 +174,7 @@ class Run:
         with measured(self.folder, f"embed/{stage}"):
             experts = self.experts(stage)
             text = self.text_encoder(stage) if SOURCES[stage][1] else None
+            self._prepared_texts(experts)
             # The few-shot probe fits on training images, and stage 2 leaves images as they are.
             for split in ("test",) if text else ("train", "test"):
                 bar = tqdm(self._embedders(experts, split), desc=f"embed {stage}, {split}")
