@@ -41,12 +41,15 @@ class ImageTowerConfig:
 
     ``size`` is [H, W], [D, H, W] or [T]; None takes the tower's or the modality's own.
     ``freeze`` keeps the trunk as it is; the head into the shared width is always trained.
+    ``cache`` keeps what a frozen trunk gives for each image: stages 1 and 2 then train on features
+    of images as they are, without augmentation, in a hundredth of the time.
     """
 
     source: str = "small"
     weights: str | None = None
     size: list[int] | None = None
     freeze: bool = False
+    cache: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def problems(self) -> Iterator[Problem]:
@@ -89,6 +92,9 @@ class ExpertConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from _below(self, head_hidden=0)
+        image = self.image
+        if image.cache and self.lora is not None and image.source != "small" and not image.freeze:
+            yield "image.cache", True, "must be false where lora trains the trunk (or freeze it)"
 
 
 @dataclass(kw_only=True, slots=True)

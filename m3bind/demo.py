@@ -79,4 +79,6 @@ def _pretrain_all(run: Run, resume: bool) -> None:
 
 def _pretrain(settings: Config, modality: str, resume: bool) -> None:
     settings.threads = 1
-    Run(settings).pretrain(modality, resume=resume)
+    run = Run(settings)
+    run.pretrain(modality, resume=resume)
+    run.prepare_features(modality)

@@ -3,7 +3,7 @@
 A run's folder holds::
 
     pretrain/<modality>/  align/<modality>/  distill/  control/    weights; logs and checkpoints
-    text_cache/         hidden states of frozen text layers, where a tower keeps them
+    text_cache/  features/    what frozen text layers and image trunks give, where it is kept
     embeddings/<stage>/<modality>-<split>.safetensors
     stages.json  metrics.json  report.html
 """
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from m3bind.checkpoint import export_weights, import_weights
 from m3bind.config import Config, ExpertConfig, TrainConfig
+from m3bind.data.features import FeatureLoader, Features
 from m3bind.data.loader import Loader
 from m3bind.data.reports import sections
 from m3bind.data.shards import Dataset, iter_reports, shard_paths
@@ -76,6 +77,14 @@ class Run:
         """Compute what frozen text layers give for every text, so that each stage finds it."""
         self._prepared_texts({modality: self._build(modality) for modality in self.modalities})
 
+    def prepare_features(self, modality: str) -> None:
+        """Compute what the pretrained, then frozen trunk gives for every image, if it is kept."""
+        if self._expert_config(modality).image.cache:
+            expert = self.experts("before", [modality])[modality]
+            for split in ("train", "val", "test"):
+                if shard_paths(self.dataset.root, modality, split):
+                    self._loader(expert, split, 1, train=False)
+
     def pretrain(self, modality: str, *, resume: bool = False) -> FitResult:
         """Train one expert on its own modality; weights go to ``pretrain/<modality>``."""
         if modality not in self.modalities:
@@ -127,11 +136,11 @@ class Run:
 
     # What was trained
 
-    def experts(self, stage: str) -> dict[str, Expert]:
-        """The experts of a stage; ``before`` without weights of ours they are as built."""
+    def experts(self, stage: str, modalities: list[str] | None = None) -> dict[str, Expert]:
+        """The experts of a stage, their trunks frozen; ``before`` without weights: as built."""
         source = SOURCES[stage][0]
         experts = {}
-        for modality in self.modalities:
+        for modality in modalities or self.modalities:
             experts[modality] = self._build(modality)
             path = self.folder / source / modality / WEIGHTS
             if path.is_file():
@@ -143,6 +152,7 @@ class Run:
                     "%s: no expert at %s: starting from its towers as configured; run m3bind "
                     "pretrain first unless their weights are pre-trained", modality, path,
                 )  # fmt: skip
+            experts[modality].freeze_trunk()
         return experts
 
     def text_encoder(self, stage: str) -> TextEncoder:
@@ -301,12 +311,37 @@ class Run:
             )
         expert.load_trainable_state(weights)
 
-    def _loader(self, expert: Expert, split: str, batch_size: int, *, train: bool) -> Loader:
-        threads = self.config.pretrain.num_threads
-        return Loader(
-            self.dataset.root, expert.modality, split, expert.preprocess, batch_size,
-            train=train, seed=self.config.seed, num_threads=threads,
+    def _loader(
+        self, expert: Expert, split: str, batch_size: int, *, train: bool
+    ) -> Loader | FeatureLoader:
+        """Batches of images; of features where the trunk is frozen and they are kept."""
+        kept = expert.image.frozen and self._expert_config(expert.modality).image.cache
+        streamed = train and not kept
+        # One pass takes small batches of volumes: CTs at their own resolution take gigabytes.
+        small = 8 if expert.preprocess.kind == "volume" else 64
+        images = Loader(
+            self.dataset.root, expert.modality, split, expert.preprocess,
+            batch_size if streamed else small,
+            train=streamed, seed=self.config.seed, num_threads=self.config.pretrain.num_threads,
         )  # fmt: skip
+        if not kept:
+            return images
+        features = self._features(expert, split, images)
+        return FeatureLoader(features, batch_size, train=train, seed=self.config.seed)
+
+    def _features(self, expert: Expert, split: str, images: Loader) -> Features:
+        """What a frozen trunk gives for a split: read, or computed and kept."""
+        path = self.folder / "features" / f"{expert.modality}-{split}.safetensors"
+        fingerprint = f"{expert.image.fingerprint()}/{images.content()}"
+        found = Features.load(path, expert.modality, fingerprint)
+        if found is None:
+            device = expert.logit_scale.device
+            bar = tqdm(images, desc=f"{expert.modality}, {split}: image features")
+            found = Features.compute(
+                bar, lambda batch: expert.eval().image_features(batch.to(device)), fingerprint
+            )
+            found.save(path)
+        return found
 
     def _training_texts(self, modality: str) -> list[str]:
         """Every section, and every whole report, of the training split, as often as it occurs."""
@@ -347,10 +382,7 @@ class Run:
             SplitEmbedder(
                 expert,
                 split,
-                # a batch of CTs at their own resolution takes gigabytes
-                self._loader(
-                    expert, split, 8 if expert.preprocess.kind == "volume" else 64, train=False
-                ),
+                self._loader(expert, split, 64, train=False),
                 self.dataset.modalities[modality].prompts,
             )
             for modality, expert in experts.items()

@@ -29,7 +29,7 @@ from m3bind.checkpoint import (
     unpack_random,
 )
 from m3bind.config import TrainConfig
-from m3bind.data.loader import Batch, Loader
+from m3bind.data.loader import Batch
 from m3bind.errors import Interrupted, M3BindError
 from m3bind.tracking import Tracker
 
@@ -50,6 +50,18 @@ class Task(Protocol):
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `trainable_state`."""
+
+
+class Loader(Protocol):
+    """An endless stream of batches that can be taken up again (m3bind.data has two)."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, and under "stream" bytes, after the batch that was handed out last."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on with the batch after it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -267,7 +279,7 @@ class _Fit:
             sections["optimizer"], data["optimizer"] = pack_optimizer(self.optimizer)
             sections["random"], data["random"] = pack_random(self.rng)
             states = {name: loader.state() for name, loader in self.loaders.items()}
-            sections["loader"] = {name: pack_bytes(s.pop("dali")) for name, s in states.items()}
+            sections["loader"] = {name: pack_bytes(s.pop("stream")) for name, s in states.items()}
             data["loaders"], data["config"] = states, self._settings()
         save_checkpoint(path, sections, data)
 
@@ -298,8 +310,8 @@ class _Fit:
         except ValueError as error:
             raise M3BindError(f"{self.last} does not fit the model: {error}") from None
         for name, loader in self.loaders.items():
-            dali = unpack_bytes(sections["loader"][name])
-            loader.load_state({**data["loaders"][name], "dali": dali})
+            stream = unpack_bytes(sections["loader"][name])
+            loader.load_state({**data["loaders"][name], "stream": stream})
         unpack_random(self.rng, sections["random"], data["random"])
         self.step, self.validated = data["step"], data["validated"]
         self.best_step, self.best_score = data["best_step"], data["best_score"]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from m3bind.data.features import FeatureLoader
 from m3bind.data.loader import Loader
 from m3bind.eval.embed import embed_split
 from m3bind.eval.evaluate import evaluate
@@ -26,7 +27,7 @@ class SplitEmbedder:
         self,
         expert: Expert,
         split: str,
-        loader: Loader,
+        loader: Loader | FeatureLoader,
         prompts: dict[str, dict[str, list[str]]],
     ) -> None:
         self.expert, self.split, self.loader, self.prompts = expert, split, loader, prompts

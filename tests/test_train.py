@@ -41,10 +41,10 @@ class StubLoader:
             yield Batch(images=images, reports=["r"], meta=[{}], modality="stub")
 
     def state(self) -> dict:
-        return {"dali": bytes([self.number]), "batches": self.number, "signature": "s"}
+        return {"stream": bytes([self.number]), "batches": self.number, "signature": "s"}
 
     def load_state(self, state: dict) -> None:
-        self.number = state["dali"][0]
+        self.number = state["stream"][0]
 
 
 class Stub(nn.Module):

@@ -23,7 +23,7 @@ _DALI_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)  # as its opera
 class Batch:
     """Samples of one modality, with the report and the metadata of each."""
 
-    images: Tensor  # float32 [B, C, H, W], [B, 1, D, H, W] or [B, 12, T]
+    images: Tensor  # float32 [B, C, H, W], [B, C, D, H, W], [B, 12, T], or features [B, width]
     reports: list[str]
     meta: list[dict[str, Any]]
     modality: str
@@ -119,7 +119,7 @@ class Loader:
         if not self.train:
             raise ValueError("only a training loader has a state: one pass starts anew")
         checkpoint = self._built().checkpoint()
-        return {"dali": checkpoint, "batches": self._batches, "signature": self._signature()}
+        return {"stream": checkpoint, "batches": self._batches, "signature": self._signature()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises M3BindError if data or settings changed since."""
@@ -131,7 +131,7 @@ class Loader:
                 "size, seed, preprocessing, DALI's version) are not those of the checkpoint: "
                 "restore them, or start without resuming"
             )
-        self._restored, self._batches, self._pipeline = state["dali"], state["batches"], None
+        self._restored, self._batches, self._pipeline = state["stream"], state["batches"], None
 
     def _signature(self) -> str:
         from importlib.metadata import distributions
@@ -140,11 +140,16 @@ class Loader:
             f"{d.name}=={d.version}" for d in distributions(name="nvidia-dali-cuda130")
         ) or ["unknown"]
         parts = [
-            [_content(path) for path in self.paths],
+            self.content(),
             [self.modality, self.split, self.preprocess.fingerprint(), self.batch_size],
             [self.augment, self.shard_id, self.num_shards, self.seed, versions],
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def content(self) -> str:
+        """Sixteen hexadecimal digits that change when the shards do."""
+        parts = json.dumps([_content(path) for path in self.paths])
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def _built(self) -> Any:
         if self._pipeline is None:

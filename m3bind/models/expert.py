@@ -46,7 +46,12 @@ class Expert(nn.Module):
         return self.logit_scale.exp()
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Features of the trunk [B, trunk width], without a graph where the trunk is frozen."""
+        """Features of the trunk [B, trunk width], without a graph where the trunk is frozen.
+
+        What has two axes are features already, as a cache of a frozen trunk hands them out.
+        """
+        if images.ndim == 2:
+            return images
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image.frozen):
             return self.image(images)
 

@@ -1,5 +1,8 @@
 """What every image tower offers, and how one is chosen by its source."""
 
+import hashlib
+
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -47,6 +50,14 @@ class ImageTower(nn.Module):
                 if isinstance(part, _BatchNorm):
                     part.eval()
         return self
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change with any weight or with the preprocessing."""
+        digest = hashlib.sha256(self.preprocess.fingerprint().encode())
+        for name, tensor in self.state_dict().items():
+            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(name.encode() + values.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def forward(self, images: Tensor) -> Tensor:
         raise NotImplementedError
