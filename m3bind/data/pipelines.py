@@ -213,35 +213,30 @@ def _volume(payload: Node, shape: Node, p: Preprocess, augment: bool, gpu: bool)
     shape = fn.cat(fn.cast(shape, dtype=types.INT32), types.Constant([1], dtype=types.INT32))
     voxels = fn.reshape(payload.gpu() if gpu else payload, shape=shape, layout="DHWC")
     # Clipped as int16, before the resampling: metal must not bleed into its surroundings.
-    low, high = (float(np.clip(round(bound), -32768, 32767)) for bound in p.hu_window)
+    bounds = [bound for window in p.hu_windows for bound in window]
+    low, high = (float(np.clip(round(b), -32768, 32767)) for b in (min(bounds), max(bounds)))
     hu = math.clamp(voxels, np.int16(low), np.int16(high))
     hu = _resize(hu, p, low, high, roi=_another_position() if augment else {})
-    volumes = _minmax(hu) if p.minmax else hu * (2.0 / (high - low)) - (high + low) / (high - low)
-    if augment:
-        volumes = _augment_volume(volumes, p, gpu)
-    if any(p.mean) or set(p.std) != {1.0}:
-        volumes = volumes * (1 / p.std[0]) - p.mean[0] / p.std[0]
-    return fn.reshape(volumes, shape=[1, *p.size], layout="CDHW")
+    hu = fn.reshape(hu, shape=[*p.size], layout="DHW")
+    if augment:  # another scanner's calibration
+        hu = hu + _between(-15.0, 15.0)
+    channels = [_minmax(hu)] if p.minmax else [_windowed(hu, *window) for window in p.hu_windows]
+    means, stds = (v * (len(channels) // len(v)) for v in (p.mean, p.std))
+    channels = [
+        c if (mean, std) == (0, 1) else c * (1 / std) - mean / std
+        for c, mean, std in zip(channels, means, stds, strict=True)
+    ]
+    return fn.stack(*channels, axis=0, axis_name="C")
+
+
+def _windowed(hu: Node, low: float, high: float) -> Node:
+    return math.clamp(hu, low, high) * (2.0 / (high - low)) - (high + low) / (high - low)
 
 
 def _another_position() -> dict[str, Node]:
     """A patient who lies a little elsewhere, in a field of view a little smaller."""
     start, end = ([_between(low, low + 0.04) for _ in range(3)] for low in (0.0, 0.96))
     return {"roi_start": fn.stack(*start), "roi_end": fn.stack(*end), "roi_relative": True}
-
-
-def _augment_volume(volumes: Node, p: Preprocess, gpu: bool) -> Node:
-    """Another scanner's calibration, and noise with the grain that reconstruction gives it."""
-    coarse = [-(-length // 2) for length in p.size]
-    # In units of half the window: at +-1000 HU, 15 HU of offset and up to 20 HU of noise.
-    noise = fn.random.normal(
-        shape=[*coarse, 1], stddev=_between(0.0, 0.02), dtype=types.FLOAT, device=_device(gpu)
-    )
-    noise = fn.resize(
-        fn.reshape(noise, layout="DHWC"), size=[*p.size], interp_type=types.INTERP_LINEAR
-    )
-    lowest = 0.0 if p.minmax else -1.0
-    return math.clamp(volumes + (noise + _between(-0.015, 0.015)), lowest, 1.0)
 
 
 def _signal(payload: Node, shape: Node, p: Preprocess, augment: bool, gpu: bool) -> Node:

@@ -20,6 +20,8 @@ KIND = {
 }
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 SIGNAL_HZ = 500  # the rate at which signals stand in the shards
+# Aerated lung; soft tissue; calcium and bone: what a radiologist reads one after the other.
+CHEST_WINDOWS = ((-1000.0, -400.0), (-160.0, 240.0), (100.0, 1000.0))
 _AXES = {"image2d": 2, "volume": 3, "signal": 1}
 
 
@@ -31,11 +33,12 @@ class Preprocess:
     Before ``mean`` and ``std`` (one value, or one a channel) the numbers are
 
     - image2d: [0, 1], whatever the bit depth of the file;
-    - volume: Hounsfield units clipped to ``hu_window`` and mapped linearly to [-1, 1];
+    - volume: for each of ``hu_windows`` a channel, Hounsfield units clipped to it and mapped
+      linearly to [-1, 1];
     - signal: millivolt, leads in the order ``LEADS``.
 
-    ``minmax`` maps each image, volume or record to its own [0, 1] instead. ``fit`` brings a
-    shape to ``size``: "stretch" scales each axis on its own, "crop" scales until both axes
+    ``minmax`` maps each image, volume (of one window) or record to its own [0, 1] instead.
+    ``fit`` brings a shape to ``size``: "stretch" scales each axis on its own, "crop" scales until both axes
     cover the size and cuts the centre, "pad" scales until both fit and fills with black (CT:
     air). A signal is never scaled in time: it is cut or filled with 0 mV. ``resize``, for
     "crop" of an image2d, is the length of the shorter side before the cut.
@@ -52,7 +55,7 @@ class Preprocess:
     fit: str = "pad"
     resize: int | None = None
     minmax: bool = False
-    hu_window: tuple[float, float] = (-1000.0, 1000.0)
+    hu_windows: tuple[tuple[float, float], ...] = ((-1000.0, 1000.0),)
     rate_hz: int = 250
 
     def __post_init__(self) -> None:
@@ -73,8 +76,15 @@ class Preprocess:
             raise ValueError(f"fit {self.fit!r} is not pad, crop or stretch")
         if self.resize is not None and (self.fit != "crop" or self.resize < max(self.size)):
             raise ValueError(f"resize {self.resize} needs fit 'crop' and at least {self.size}")
-        if not self.hu_window[0] < self.hu_window[1]:
-            raise ValueError(f"hu_window {self.hu_window} must be (lower, upper) in HU")
+        if not all(low < high for low, high in self.hu_windows):
+            raise ValueError(f"hu_windows {self.hu_windows} must be pairs (lower, upper) in HU")
+        if self.kind == "volume" and self.channels != len(self.hu_windows):
+            raise ValueError(
+                f"channels {self.channels} of kind volume must be the number of hu_windows, "
+                f"{len(self.hu_windows)}"
+            )
+        if self.kind == "volume" and self.minmax and self.channels != 1:
+            raise ValueError(f"minmax of kind volume needs one window, not {self.hu_windows}")
         if not 1 <= self.rate_hz <= SIGNAL_HZ:
             raise ValueError(f"rate_hz {self.rate_hz} must be from 1 to {SIGNAL_HZ}")
 
@@ -91,7 +101,10 @@ class Preprocess:
             )
         defaults: dict[str, Any]
         if kind == "volume":
-            defaults = {"size": (32, 64, 64), "channels": 1, "fit": "stretch"}
+            defaults = {
+                "size": (32, 80, 80), "channels": len(CHEST_WINDOWS), "fit": "stretch",
+                "hu_windows": CHEST_WINDOWS,
+            }  # fmt: skip
         elif kind == "signal":
             defaults = {"size": (2500,), "channels": len(LEADS), "std": (0.5,)}
         else:
@@ -108,18 +121,17 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` takes them back."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
-        }
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocess":
         """The inverse of `to_dict`."""
-        plain: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**plain)
+
+        def frozen(value: Any) -> Any:
+            return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+        return cls(**{key: frozen(value) for key, value in values.items()})
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change whenever any of the values does."""

@@ -35,7 +35,7 @@ class SmallShape:
 
 SHAPES = {
     "image2d": SmallShape(stem=((16, 3, 2), (32, 3, 2)), blocks=((64, 2), (128, 2), (256, 2))),
-    "volume": SmallShape(stem=((32, 4, 4),), blocks=((64, 2), (128, 2), (128, 1))),
+    "volume": SmallShape(stem=((48, 4, 4),), blocks=((64, 2), (128, 2))),
     "signal": SmallShape(stem=((32, 15, 4),), blocks=((64, 2), (128, 2), (192, 2)), kernel=7),
 }
 

@@ -103,18 +103,20 @@ def test_mean_std_and_minmax(tmp_path) -> None:
 
 
 def volume(size, **values) -> Preprocess:
-    return Preprocess(kind="volume", size=size, channels=1, **values)
+    channels = len(values.get("hu_windows", (None,)))
+    return Preprocess(kind="volume", size=size, channels=channels, **values)
 
 
-@pytest.mark.parametrize("window", [(-1000.0, 1000.0), (-160.0, 240.0)])
-def test_hounsfield_units_are_windowed(tmp_path, window) -> None:
+@pytest.mark.parametrize("windows", [((-1000.0, 1000.0),), ((-1000.0, -400.0), (-160.0, 240.0))])
+@pytest.mark.parametrize(("mean", "std"), [((0.0,), (1.0,)), ((0.1,), (0.5,))])
+def test_hounsfield_units_are_windowed(tmp_path, windows, mean, std) -> None:
     hu = RNG.integers(-2000, 3000, (5, 12, 14)).astype(np.int16)
-    preprocess = volume((5, 12, 14), fit="stretch", hu_window=window)
+    preprocess = volume((5, 12, 14), fit="stretch", hu_windows=windows, mean=mean, std=std)
     found = load(tmp_path, record("ct", 0, hu), preprocess)
-    low, high = window
-    expected = (np.clip(hu.astype(float), low, high) - low) / (high - low) * 2 - 1
-    assert found.shape == (1, 5, 12, 14)
-    np.testing.assert_allclose(found[0], expected, atol=1e-6)
+    assert found.shape == (len(windows), 5, 12, 14)
+    for channel, (low, high) in zip(found, windows, strict=True):
+        expected = (np.clip(hu.astype(float), low, high) - low) / (high - low) * 2 - 1
+        np.testing.assert_allclose(channel, (expected - mean) / std, atol=1e-5)
 
 
 def test_a_volume_is_padded_with_air_and_resampled_along_its_own_axes(tmp_path) -> None:

@@ -27,7 +27,7 @@ def test_the_fingerprint_changes_with_every_field() -> None:
     base = Preprocess(**GOOD)
     others = {
         "size": (64, 64), "channels": 1, "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic",
-        "fit": "crop", "minmax": True, "hu_window": (-160.0, 240.0), "rate_hz": 100,
+        "fit": "crop", "minmax": True, "hu_windows": ((-160.0, 240.0),), "rate_hz": 100,
     }  # fmt: skip
     prints = {base.fingerprint()}
     prints |= {dataclasses.replace(base, **{k: v}).fingerprint() for k, v in others.items()}
@@ -49,7 +49,18 @@ def test_the_fingerprint_changes_with_every_field() -> None:
         ({"fit": "squash"}, "'squash'"),
         ({"resize": 100}, "resize 100 needs fit 'crop'"),
         ({"fit": "crop", "resize": 50}, "at least"),
-        ({"hu_window": (100.0, -100.0)}, "hu_window"),
+        ({"hu_windows": ((100.0, -100.0),)}, "hu_windows"),
+        ({"kind": "volume", "size": (4, 4, 4), "channels": 2}, "number of hu_windows, 1"),
+        (
+            {
+                "kind": "volume",
+                "size": (4, 4, 4),
+                "channels": 2,
+                "minmax": True,
+                "hu_windows": ((-1000.0, 0.0), (0.0, 1000.0)),
+            },
+            "minmax of kind volume needs one window",
+        ),
         ({"rate_hz": 1000}, "rate_hz 1000"),
     ],
 )

@@ -13,10 +13,10 @@ from m3bind.models.small import SmallTower
 # Odd sizes: nothing in a tower may depend on the input being a multiple of its strides.
 SHAPES = {
     "image2d": [(3, 96, 96), (3, 97, 65), (1, 112, 112)],
-    "volume": [(1, 32, 64, 64), (1, 33, 50, 61)],
+    "volume": [(3, 32, 80, 80), (1, 33, 50, 61)],
     "signal": [(12, 2500), (12, 1237)],
 }
-IMAGES = {"xray": (1, 48, 48), "retina": (3, 48, 48), "ct": (1, 16, 32, 32), "ecg": (12, 500)}
+IMAGES = {"xray": (1, 48, 48), "retina": (3, 48, 48), "ct": (3, 16, 32, 32), "ecg": (12, 500)}
 
 
 @pytest.mark.parametrize(("kind", "shape"), [(k, s) for k, v in SHAPES.items() for s in v])
