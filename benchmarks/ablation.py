@@ -5,6 +5,7 @@ Writes ablation.md and ablation.json under benchmarks/results/.
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,9 @@ ROWS = (
 
 def run(seed: int) -> dict:
     folder = OUT / f"seed-{seed}"
+    for kept in OUT.glob("seed-*/text_cache"):  # frozen text layers do not depend on the seed
+        shutil.copytree(kept, folder / kept.name, dirs_exist_ok=True)
+        break
     command = [sys.executable, "-m", "m3bind", "demo", "--output", str(folder)]
     command += [f"data={OUT / 'cohort'}", f"seed={seed}"]
     subprocess.run(command, check=True)

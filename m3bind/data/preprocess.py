@@ -38,10 +38,10 @@ class Preprocess:
     - signal: millivolt, leads in the order ``LEADS``.
 
     ``minmax`` maps each image, volume (of one window) or record to its own [0, 1] instead.
-    ``fit`` brings a shape to ``size``: "stretch" scales each axis on its own, "crop" scales until both axes
-    cover the size and cuts the centre, "pad" scales until both fit and fills with black (CT:
-    air). A signal is never scaled in time: it is cut or filled with 0 mV. ``resize``, for
-    "crop" of an image2d, is the length of the shorter side before the cut.
+    ``fit`` brings a shape to ``size``: "stretch" scales each axis on its own, "crop" scales
+    until both axes cover the size and cuts the centre, "pad" scales until both fit and fills with
+    black (CT: air). A signal is never scaled in time: it is cut or filled with 0 mV.
+    ``resize``, for "crop" of an image2d, is the length of the shorter side before the cut.
 
     Raises ValueError for values that do not go together.
     """
