@@ -1,7 +1,7 @@
 """The demonstration with several seeds, and its table: python benchmarks/ablation.py [seeds...]
 
 One simulated cohort, made once; the seed changes initial weights, batches and few-shot draws.
-Writes ablation.md and ablation.json under benchmarks/results/.
+A seed that was run before is not run again: remove runs/ablation after a change. Writes ablation.md and ablation.json under benchmarks/results/.
 """
 
 import json
@@ -36,13 +36,17 @@ ROWS = (
 
 def run(seed: int) -> dict:
     folder = OUT / f"seed-{seed}"
+    metrics = folder / "metrics.json"
+    if metrics.is_file():
+        print(f"{metrics} is there: seed {seed} is not run again")
+        return json.loads(metrics.read_text())
     for kept in OUT.glob("seed-*/text_cache"):  # frozen text layers do not depend on the seed
-        shutil.copytree(kept, folder / kept.name, dirs_exist_ok=True)
-        break
+        if not (folder / kept.name).exists():
+            shutil.copytree(kept, folder / kept.name)
     command = [sys.executable, "-m", "m3bind", "demo", "--output", str(folder)]
     command += [f"data={OUT / 'cohort'}", f"seed={seed}"]
     subprocess.run(command, check=True)
-    return json.loads((folder / "metrics.json").read_text())
+    return json.loads(metrics.read_text())
 
 
 def main(seeds: list[int]) -> None:

@@ -255,10 +255,19 @@ class Run:
             f"{', '.join(sorted(texts))}, all in {self.config.width} dimensions. "
             f"Agreement of stage 1: {self.config.align.agreement}."
         )
-        if any(self._expert_config(m).text.cache for m in self.modalities):
+        experts = [self._expert_config(modality) for modality in self.modalities]
+        if any(e.text.cache for e in experts):
+            layers = max(e.text.train_layers for e in experts)
             said += (
-                " The text towers' frozen layers are computed once for each text and their "
-                "hidden states kept; only the last layers (by low-rank adapters) and heads train."
+                " The text towers' frozen layers are computed once for each text and their hidden "
+                f"states kept; their last {layers} layers and the heads train."
+                if layers
+                else " The text towers are frozen, computed once for each text; their heads train."
+            )
+        if any(e.image.cache for e in experts):
+            said += (
+                " Stages 1 and 2 train the heads on features of the frozen image trunks, computed "
+                "once for each image, without augmentation."
             )
         return said
 
