@@ -1,7 +1,8 @@
 """The demonstration with several seeds, and its table: python benchmarks/ablation.py [seeds...]
 
 One simulated cohort, made once; the seed changes initial weights, batches and few-shot draws.
-A seed that was run before is not run again: remove runs/ablation after a change. Writes ablation.md and ablation.json under benchmarks/results/.
+A seed that was run before is not run again: remove runs/ablation after a change. Writes
+ablation.md and ablation.json under benchmarks/results/.
 """
 
 import json
