@@ -63,7 +63,11 @@ def _pretrain_all(run: Run, resume: bool) -> None:
     bar = tqdm(total=run.config.pretrain.steps * len(logs), desc="pretrain, all", unit="step")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, bar:
-        jobs = {pool.submit(_pretrain, run.config, name, resume) for name in run.modalities}
+        # Volumes take longest: started last, they would leave the other cores idle.
+        longest_first = sorted(
+            run.modalities, key=lambda m: run.dataset.modalities[m].kind != "volume"
+        )
+        jobs = {pool.submit(_pretrain, run.config, name, resume) for name in longest_first}
         while jobs:
             done, jobs = wait(jobs, timeout=1, return_when=FIRST_EXCEPTION)
             try:

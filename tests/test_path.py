@@ -1,5 +1,6 @@
 """The whole path on a small cohort: what each stage writes, and what stopping it leaves."""
 
+import copy
 import json
 import os
 import signal
@@ -69,6 +70,22 @@ def test_saved_experts_embed_as_those_in_memory(finished):
         assert np.array_equal(again.text, stored[again.modality].text)
 
 
+def test_kept_features_embed_as_the_images_themselves(finished, tmp_path):
+    config = copy.deepcopy(finished.config)
+    config.output = str(tmp_path)
+    for name in ("pretrain", "align"):
+        (tmp_path / name).symlink_to(finished.folder.resolve() / name)
+    for expert in config.experts.values():
+        expert.image.cache = True
+    for _ in ("computed", "read"):
+        Run(config).embed("aligned")
+        found = load_stage(tmp_path / "embeddings", "aligned")
+        for modality, stored in load_stage(finished.folder / "embeddings", "aligned").items():
+            np.testing.assert_allclose(found[modality].image, stored.image, atol=1e-6)
+            assert (found[modality].ids, found[modality].labels) == (stored.ids, stored.labels)
+    assert len(list((tmp_path / "features").glob("*-test.safetensors"))) == 3
+
+
 def test_stage_2_leaves_the_images_as_they_are(finished):
     root = finished.folder / "embeddings"
     aligned, distilled = load_stage(root, "aligned"), load_stage(root, "distilled")
@@ -131,8 +148,13 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 LONG = ("align.steps=24", "align.validate_every=8", "align.checkpoint_every=2")
 
 
-def test_sigkill_then_resume_gives_the_same_losses_to_the_bit(settings, tmp_path):
-    whole = start_align(settings, *LONG)
+CACHED = tuple(f"experts.{m}.image.cache=true" for m in ("xray", "retina", "ecg"))
+
+
+@pytest.mark.parametrize("more", [(), CACHED], ids=["images", "kept features"])
+def test_sigkill_then_resume_gives_the_same_losses_to_the_bit(settings, tmp_path, more):
+    long = (*LONG, *more)
+    whole = start_align(settings, *long)
     assert whole.wait(180) == 0, whole.communicate()[1]
     folder = tmp_path / "run" / "align"
     undisturbed = losses(folder)
@@ -141,12 +163,12 @@ def test_sigkill_then_resume_gives_the_same_losses_to_the_bit(settings, tmp_path
 
     other = f"output={tmp_path / 'killed'}"
     folder = tmp_path / "killed" / "align"
-    killed = start_align(settings, *LONG, other)
+    killed = start_align(settings, *long, other)
     wait_for_step(folder, 7, killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert losses(folder)[-1][0] < 24
-    resumed = start_align(settings, *LONG, other, "--resume")
+    resumed = start_align(settings, *long, other, "--resume")
     assert resumed.wait(180) == 0, resumed.communicate()[1]
     assert losses(folder) == undisturbed
     assert (folder / "xray" / "model.safetensors").read_bytes() == weights
