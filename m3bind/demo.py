@@ -53,7 +53,9 @@ def demo(config: Path | None, output: Path, overrides: list[str], *, resume: boo
 
 def _pretrain_all(run: Run, resume: bool) -> None:
     """Experts do not need each other: one process a core, one thread each, is fastest."""
-    run.prepare_texts()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:  # its memory ends with it
+        pool.submit(_prepare_texts, run.config).result()
     workers = min(len(run.modalities), len(os.sched_getaffinity(0)))
     logs = [run.folder / "pretrain" / modality / "metrics.jsonl" for modality in run.modalities]
     if not resume:
@@ -61,8 +63,7 @@ def _pretrain_all(run: Run, resume: bool) -> None:
             log.unlink(missing_ok=True)
     os.environ["TQDM_DISABLE"] = "1"  # for the workers: their bars would write over each other
     bar = tqdm(total=run.config.pretrain.steps * len(logs), desc="pretrain, all", unit="step")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool, bar:
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool, bar:
         # Volumes take longest: started last, they would leave the other cores idle.
         longest_first = sorted(
             run.modalities, key=lambda m: run.dataset.modalities[m].kind != "volume"
@@ -79,6 +80,10 @@ def _pretrain_all(run: Run, resume: bool) -> None:
             bar.n = sum(line["step"] for log in logs for line in read_history(log)[-1:])
             bar.refresh()
     del os.environ["TQDM_DISABLE"]
+
+
+def _prepare_texts(settings: Config) -> None:
+    Run(settings).prepare_texts()
 
 
 def _pretrain(settings: Config, modality: str, resume: bool) -> None:
