@@ -52,7 +52,10 @@ class Target(NamedTuple):
 
 def versions() -> dict[str, str]:
     """Versions of Python, the platform and of the installed packages that decide the figures."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
