@@ -1,8 +1,7 @@
 """The whole path on a simulated cohort, in the order in which a user would run the commands."""
 
-import multiprocessing
 import os
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from m3bind.config import Config, load_config
 from m3bind.data.phantom import make_cohort
 from m3bind.eval.tables import summary
 from m3bind.measure import measured
+from m3bind.processes import spawned_pool
 from m3bind.resources import configs_dir
 from m3bind.stages import SOURCES, Run
 from m3bind.tracking import read_history
@@ -59,8 +59,7 @@ def demo(config: Path | None, output: Path, overrides: list[str], *, resume: boo
 
 def _pretrain_all(run: Run, resume: bool) -> None:
     """Experts do not need each other: one process a core, one thread each, is fastest."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:  # its memory ends with it
+    with spawned_pool(1) as pool:  # its memory ends with it
         pool.submit(_prepare_texts, run.config).result()
     workers = min(len(run.modalities), len(os.sched_getaffinity(0)))
     logs = [run.folder / "pretrain" / modality / "metrics.jsonl" for modality in run.modalities]
@@ -72,7 +71,7 @@ def _pretrain_all(run: Run, resume: bool) -> None:
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
     bar = tqdm(total=run.config.pretrain.steps * len(logs), desc="pretrain, all", unit="step")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool, bar:
+    with spawned_pool(workers, max_tasks_per_child=1) as pool, bar:
         # Volumes take longest: started last, they would leave the other cores idle.
         longest_first = sorted(
             run.modalities, key=lambda m: run.dataset.modalities[m].kind != "volume"

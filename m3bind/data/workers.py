@@ -1,12 +1,11 @@
 """Reading files in processes: bounded, in order, and safe from a decoder that crashes."""
 
 import logging
-import multiprocessing
 import signal
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from m3bind.data.readers.common import (
     versions,
 )
 from m3bind.data.records import Record
+from m3bind.processes import spawned_pool
 
 _TALKATIVE = ("pydicom", "nibabel", "nibabel.global", "tifffile", "tiffslide", "PIL")
 
@@ -53,7 +53,7 @@ def run(jobs: list[Job], workers: int) -> Generator[Outcome, None, None]:
         yield from map(read_job, jobs)
         return
     left, ahead = deque(jobs), deque[tuple[Job, Future[Outcome]]]()
-    pool = _pool(workers)
+    pool = spawned_pool(workers, initializer=_ignore_interrupt)
     try:
         while left or ahead:
             # Volumes are large: what is read ahead waits in memory.
@@ -75,31 +75,25 @@ def run(jobs: list[Job], workers: int) -> Generator[Outcome, None, None]:
                 ahead.clear()
                 pool.shutdown()
                 yield from _one_by_one(suspects)
-                pool = _pool(workers)
+                pool = spawned_pool(workers, initializer=_ignore_interrupt)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Spawned, since the caller may hold threads (torch, DALI) that do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
-
-
-def _start() -> None:
+def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the work
 
 
 def _one_by_one(jobs: list[Job]) -> Iterator[Outcome]:
     """So that a process that ends tells which file it ended on."""
-    pool = _pool(1)
+    pool = spawned_pool(1, initializer=_ignore_interrupt)
     try:
         for job in jobs:
             try:
                 yield pool.submit(read_job, job).result()
             except BrokenProcessPool:
                 pool.shutdown()
-                pool = _pool(1)
+                pool = spawned_pool(1, initializer=_ignore_interrupt)
                 reason = "the process that read the file crashed (a decoder's fault, or no memory)"
                 remedy = "fetch the file again; with a very large file use fewer workers"
                 yield Outcome(entry=job.entry, problem=(reason, remedy))
