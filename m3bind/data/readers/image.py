@@ -135,7 +135,7 @@ def _check_jpeg(raw: bytes) -> None:
 
     try:
         imagecodecs.jpegxl_encode_jpeg(raw)
-    except Exception:
+    except imagecodecs.JpegxlError:
         raise Unreadable(
             "the JPEG's compressed data are damaged, or not of a kind in common use",
             _AGAIN + "; if it looks right in a viewer, save it as PNG",
