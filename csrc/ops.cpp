@@ -4,21 +4,23 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/row_kernels.h"
-#include "cpu/similarity_lse.h"
+#include "cpu/similarity_stats.h"
 
 STABLE_TORCH_LIBRARY(m3bind_native, m) {
   m.def(
-      "similarity_lse_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? row_ids,"
-      " Tensor? col_ids) -> (Tensor, Tensor)");
+      "similarity_stats_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? row_class,"
+      " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, float margin, bool totals)"
+      " -> (Tensor, Tensor)");
   m.def(
-      "similarity_lse_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? row_ids,"
-      " Tensor? col_ids, Tensor row_lse, Tensor col_lse, Tensor grad_row, Tensor grad_col,"
-      " bool need_x, bool need_y) -> (Tensor, Tensor, Tensor)");
+      "similarity_stats_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? row_class,"
+      " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, float margin, bool totals,"
+      " Tensor row_lse, Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x,"
+      " bool need_y) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
-  m.impl("similarity_lse_fwd", TORCH_BOX(&m3bind::cpu::similarity_lse_fwd));
-  m.impl("similarity_lse_bwd", TORCH_BOX(&m3bind::cpu::similarity_lse_bwd));
+  m.impl("similarity_stats_fwd", TORCH_BOX(&m3bind::cpu::similarity_stats_fwd));
+  m.impl("similarity_stats_bwd", TORCH_BOX(&m3bind::cpu::similarity_stats_bwd));
 }
 
 PYBIND11_MODULE(_C, m) {

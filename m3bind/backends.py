@@ -65,32 +65,37 @@ def _no_kernels() -> str:
     return "no kernel of this kind yet; none has yet run on a GPU"
 
 
-_UNWRITTEN = Entry(load=_no_kernels, devices=("cuda",), missing=_no_kernels)
+_UNWRITTEN = Entry(load=_no_kernels, missing=_no_kernels)
 
-TABLE: dict[str, dict[str, Entry]] = {
-    "similarity_lse": {
+
+def _row(**others: Entry) -> dict[str, Entry]:
+    """One primitive: what every one has, and its entries for the other backends."""
+    always = {
         "reference": Entry(load=lambda: reference, note="materialises; differentiable twice"),
         "chunked": Entry(load=lambda: chunked, note="panels in plain PyTorch"),
-        "cpp": Entry(
-            load=_native_ops,
-            devices=("cpu",),
-            dtypes=(torch.float32, torch.bfloat16, torch.float16),
-            note="16-bit inputs are widened to float32",
-            missing=_native_missing,
-        ),
-        "triton": _UNWRITTEN,
-        "cuda": _UNWRITTEN,
-    },
+    }
+    return {name: (always | others).get(name, _UNWRITTEN) for name in BACKENDS}
+
+
+def _native(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
+    return Entry(
+        load=_native_ops, devices=("cpu",), dtypes=dtypes, note=note, missing=_native_missing
+    )
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TABLE: dict[str, dict[str, Entry]] = {
+    "similarity_stats": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
 }
 # Public operators that are a primitive of the table plus terms of O((N + M) * D).
-BUILT_ON = {"clip_loss": "similarity_lse", "similarity_lse": "similarity_lse"}
+BUILT_ON = {"clip_loss": "similarity_stats", "similarity_lse": "similarity_stats"}
 
 _override: str | None = os.environ.get("M3BIND_BACKEND") or None
 
 
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on such tensors; None where it can."""
-    entry = TABLE[BUILT_ON[op]][backend]
+    entry = TABLE[BUILT_ON.get(op, op)][backend]
     reason = entry.missing()
     if reason is not None:
         return reason

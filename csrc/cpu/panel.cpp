@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <utility>
 
 namespace m3bind::cpu {
 namespace {
@@ -47,44 +47,18 @@ double largest_norm(const Tensor& t) {
 
 }  // namespace
 
-Exclusions::Exclusions(const std::optional<Tensor>& row_ids, const std::optional<Tensor>& col_ids) {
-  STD_TORCH_CHECK(row_ids.has_value() == col_ids.has_value(), "row_ids and col_ids go together");
-  if (!row_ids) return;
-  STD_TORCH_CHECK(
-      row_ids->scalar_type() == ScalarType::Long && col_ids->scalar_type() == ScalarType::Long,
-      "ids must be int64");
-  row_ids_ = torch::stable::contiguous(*row_ids);
-  const Tensor ids = torch::stable::contiguous(*col_ids);
-  const int64_t* data = static_cast<const int64_t*>(ids.const_data_ptr());
-  columns_.reserve(ids.numel());
-  for (int64_t j = 0; j < ids.numel(); ++j) columns_.emplace_back(data[j], j);
-  if (!std::is_sorted(columns_.begin(), columns_.end()))
-    std::sort(columns_.begin(), columns_.end());
-}
-
-void Exclusions::apply(float* s, int64_t ld, int64_t first, int64_t rows) const {
-  if (!row_ids_) return;
-  const int64_t* ids = static_cast<const int64_t*>(row_ids_->const_data_ptr()) + first;
-  for (int64_t i = 0; i < rows; ++i) {
-    auto found =
-        std::lower_bound(columns_.begin(), columns_.end(), std::pair<int64_t, int64_t>(ids[i], 0));
-    for (; found != columns_.end() && found->first == ids[i]; ++found)
-      s[i * ld + found->second] = -std::numeric_limits<float>::infinity();
-  }
-}
-
-Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
-               const std::optional<Tensor>& row_ids, const std::optional<Tensor>& col_ids)
+Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
+               double margin)
     : x_(as_float_rows(x)),
       y_(as_float_rows(y)),
       y_transposed_(torch::stable::transpose(y_, 0, 1)),
-      exclusions_(row_ids, col_ids),
+      rules_(std::move(rules)),
       rows_(x_.size(0)),
       cols_(y_.size(0)),
-      scale_(read_scalar(logit_scale)) {
+      scale_(read_scalar(logit_scale)),
+      margin_(margin) {
   STD_TORCH_CHECK(x_.size(1) == y_.size(1), "x and y must have the same number of features");
-  STD_TORCH_CHECK(!row_ids || (row_ids->numel() == rows_ && (*col_ids).numel() == cols_),
-                  "one id for each row");
+  rules_.check(rows_, cols_);
   log2_longest_ = std::log2(static_cast<double>(std::max({rows_, cols_, int64_t{1}})));
   const int64_t wanted = kPanelElements / std::max<int64_t>(1, cols_);
   step_ = std::min(rows_, std::clamp(wanted, kMinPanelRows, kMaxPanelRows));
@@ -101,7 +75,8 @@ Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
 }
 
 float Panels::common_shift() const {
-  const double bound = std::abs(scale_) * largest_norm(x_) * largest_norm(y_) * kLog2E;
+  const double largest = largest_norm(x_) * largest_norm(y_) + std::abs(margin_);
+  const double bound = std::abs(scale_) * largest * kLog2E;
   return static_cast<float>(std::ceil(std::max(0.0, bound + log2_longest_ - kLargestLog2Sum)));
 }
 
@@ -112,7 +87,7 @@ Tensor Panels::part(const Tensor& t, int64_t first, int64_t count) {
   return torch::stable::narrow(whole, 0, first, count);
 }
 
-void Panels::compute(int64_t first, int64_t count) {
+void Panels::multiply(int64_t first, int64_t count) {
   mm_out(tensor(count), part(x_, first, count), y_transposed_);
   if (scale_in_panel_) {
     for_row_blocks(count, [&](int64_t begin, int64_t end) {
@@ -120,7 +95,6 @@ void Panels::compute(int64_t first, int64_t count) {
                              static_cast<float>(scale_));
     });
   }
-  exclusions_.apply(data_, cols_, first, count);
 }
 
 }  // namespace m3bind::cpu

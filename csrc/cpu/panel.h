@@ -1,12 +1,13 @@
-// A panel of rows of the similarity matrix: its dot products by a library GEMM, pairs left out.
+// A panel of rows of the similarity matrix: its dot products by a library GEMM, with the rules for
+// pairs applied.
 #pragma once
 
 #include <cstdint>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "gemm.h"
+#include "pair_rules.h"
 #include "row_kernels.h"
 
 namespace m3bind::cpu {
@@ -24,28 +25,17 @@ void for_row_blocks(int64_t rows, const F& f) {
   });
 }
 
-// Which columns a row leaves out: those whose id is equal to its own.
-class Exclusions {
- public:
-  Exclusions(const std::optional<Tensor>& row_ids, const std::optional<Tensor>& col_ids);
-  // Sets the excluded entries of rows [first, first + rows) in the panel `s` to -inf.
-  void apply(float* s, int64_t ld, int64_t first, int64_t rows) const;
-
- private:
-  std::optional<Tensor> row_ids_;
-  std::vector<std::pair<int64_t, int64_t>> columns_;  // (id, column), sorted
-};
-
 // x, y and scale of one call, float32 and contiguous, with a buffer for one panel.
 class Panels {
  public:
-  Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
-         const std::optional<Tensor>& row_ids, const std::optional<Tensor>& col_ids);
+  Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
+         double margin);
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
   int64_t step() const { return step_; }  // rows a panel
   double scale() const { return scale_; }
+  double margin() const { return margin_; }
   Factor factor() const { return factor_; }
   const Tensor& x() const { return x_; }
   const Tensor& y() const { return y_; }
@@ -57,18 +47,36 @@ class Panels {
   // float32's rounding.
   double smallest_log2_sum() const;
 
-  // Computes the dot products of rows [first, first + count); they lie in data(), and in tensor().
-  void compute(int64_t first, int64_t count);
+  // Computes the dot products of rows [first, first + count); they lie in data(), and in tensor(),
+  // with -inf where a pair is left out. Calls masked(row, column, logit) on masked pairs.
+  template <class F>
+  void compute(int64_t first, int64_t count, const F& masked) {
+    multiply(first, count);
+    rules_.apply(data_, cols_, first, count, static_cast<float>(margin_ * in_panel()), positives_,
+                 [&](int64_t i, int64_t j, float value) { masked(i, j, logit(value)); });
+  }
+  // The positive pairs of the panel, row by row.
+  const std::vector<Positive>& positives() const { return positives_; }
+  const PairRules& rules() const { return rules_; }
+
+  // What a value of the panel is as a logit, and times log2(e).
+  double logit(float value) const { return value * (scale_in_panel_ ? 1.0 : scale_); }
+  double log2_logit(float value) const { return logit(value) * kLog2E; }
+
   float* data() const { return data_; }
   Tensor tensor(int64_t count) const { return part(buffer_, 0, count); }
 
   static Tensor part(const Tensor& t, int64_t first, int64_t count);
 
  private:
+  void multiply(int64_t first, int64_t count);
+  double in_panel() const { return scale_in_panel_ ? scale_ : 1.0; }
+
   Tensor x_, y_, y_transposed_, buffer_;
-  Exclusions exclusions_;
+  PairRules rules_;
+  std::vector<Positive> positives_;
   int64_t rows_, cols_, step_;
-  double scale_, log2_longest_;
+  double scale_, margin_, log2_longest_;
   bool scale_in_panel_;
   Factor factor_;
   float* data_;

@@ -1,9 +1,11 @@
 """Checks and conversions that every operator's wrapper does before it calls a backend."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from m3bind.reference import accumulation_dtype
+from m3bind.dtypes import accumulation_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,6 +66,100 @@ def ids(op: str, name: str, value: Tensor, like: Tensor) -> Tensor:
             f"pass [{like.shape[0]}] on {like.device}"
         )
     return value
+
+
+def id_pair(
+    op: str, name: str, value: Tensor | tuple[Tensor, Tensor], x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ids of the rows and of the columns; one tensor stands for both."""
+    both = (value, value) if isinstance(value, Tensor) else value
+    if not isinstance(both, tuple | list) or len(both) != 2:
+        raise ValueError(
+            f"{op}: {name} must be one tensor, or two: ids of the rows and of the columns; "
+            f"not {type(value).__name__}"
+        )
+    return ids(op, f"{name} of the rows", both[0], x), ids(op, f"{name} of the columns", both[1], y)
+
+
+def labels(op: str, value: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The column of each row's positive; below 0: none."""
+    value = ids(op, "labels", value, x)
+    below(op, "labels", value, y.shape[0])
+    return value
+
+
+def below(op: str, name: str, value: Tensor, bound: int) -> None:
+    """Every value names one of `bound` columns. On a GPU the kernel itself asserts it."""
+    inside = (value < bound).all()
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(inside, f"{op}: {name} must be below {bound}, the number of columns")
+    elif not inside:
+        raise ValueError(
+            f"{op}: {name} contains {int(value.max())}, but there are {bound} columns; pass 0 to "
+            f"{bound - 1}, or -100 for none"
+        )
+
+
+def negatives(op: str, value: Tensor, x: Tensor) -> Tensor:
+    """Further columns, [K, D] for all rows or [N, K, D]."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{op}: negatives must be a floating-point tensor, not {kind}")
+    rows, features = x.shape
+    fits = value.dim() in (2, 3) and value.shape[-1] == features
+    if not fits or (value.dim() == 3 and value.shape[0] != rows) or value.device != x.device:
+        raise ValueError(
+            f"{op}: negatives has shape {tuple(value.shape)} on {value.device}; pass "
+            f"[K, {features}] or [{rows}, K, {features}] on {x.device}"
+        )
+    return value.to(x.dtype)
+
+
+def soft_targets(
+    op: str, value: tuple[Tensor, Tensor], x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Columns [N, K] and their weights [N, K]."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(
+            f"{op}: soft_targets must be (columns, weights), not {type(value).__name__}"
+        )
+    columns, weights = value
+    for name, tensor in (("columns", columns), ("weights", weights)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.shape[0] != x.shape[0]:
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"{op}: {name} of soft_targets: {shape}; pass a tensor [{x.shape[0]}, K]"
+            )
+    if columns.dtype != torch.int64 or not weights.is_floating_point():
+        raise ValueError(
+            f"{op}: soft_targets are {columns.dtype} and {weights.dtype}; pass int64 columns and "
+            "floating-point weights"
+        )
+    if columns.shape != weights.shape or {columns.device, weights.device} != {x.device}:
+        raise ValueError(
+            f"{op}: soft_targets have shapes {tuple(columns.shape)} and {tuple(weights.shape)} on "
+            f"{columns.device} and {weights.device}; pass the same shape on {x.device}"
+        )
+    below(op, "columns of soft_targets", columns, y.shape[0])
+    return columns, weights.detach()
+
+
+def number(
+    op: str, name: str, value: float, low: float = -math.inf, high: float = math.inf
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{op}: {name} must be a number, not {type(value).__name__}")
+    if not low <= value <= high:
+        limits = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+        raise ValueError(f"{op}: {name}={value}; pass a number {limits}")
+    return float(value)
+
+
+def one_of(op: str, **given: object) -> None:
+    """At most one of the arguments is given."""
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{op}: {' and '.join(names)} exclude each other; pass one of them")
 
 
 def choice(op: str, name: str, value: str, known: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "panel.h"
-#include "similarity_lse.h"
+#include "similarity_stats.h"
 
 namespace m3bind::cpu {
 namespace {
@@ -16,22 +16,32 @@ using torch::headeronly::ScalarType;
 // Weights above this could make inf * 0 out of an exponential that underflows.
 constexpr double kLargestWeight = 1e37;
 
-// One direction's LSE (base 2) and upstream gradient.
-struct Direction {
-  std::vector<double> lse, grad;
+std::vector<double> read(const Tensor& t) {
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
+  const double* data = static_cast<const double*>(wide.const_data_ptr());
+  return {data, data + wide.numel()};
+}
 
-  Direction(const Tensor& lse_in, const Tensor& grad_in) : lse(read(lse_in)), grad(read(grad_in)) {
-    STD_TORCH_CHECK(lse.size() == grad.size(), "one upstream gradient for each LSE");
+// One direction's LSE (base 2) and the upstream gradients of its statistics.
+struct Direction {
+  std::vector<double> lse, grad, positive, total;
+
+  Direction(const Tensor& lse_in, const Tensor& grads) : lse(read(lse_in)) {
+    const std::vector<double> all = read(grads);
+    const auto count = static_cast<std::ptrdiff_t>(lse.size());
+    STD_TORCH_CHECK(all.size() == 3 * lse.size(), "three upstream gradients for each LSE");
+    grad.assign(all.begin(), all.begin() + count);
+    positive.assign(all.begin() + count, all.begin() + 2 * count);
+    total.assign(all.begin() + 2 * count, all.end());
     for (double& v : lse) {
       // Where nothing was summed every logit is -inf, and any finite shift gives zeros.
       v = v == -std::numeric_limits<double>::infinity() ? 0.0 : v * kLog2E;
     }
   }
 
-  static std::vector<double> read(const Tensor& t) {
-    const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
-    const double* data = static_cast<const double*>(wide.const_data_ptr());
-    return {data, data + wide.numel()};
+  // grad * softmax at one logit
+  double weight(int64_t i, double log2_logit) const {
+    return grad[i] == 0 ? 0 : grad[i] * std::exp2(log2_logit - lse[i]);
   }
 
   // grad * 2^(shift - lse), so that times 2^(logit - shift) it is grad * softmax. Empty where an
@@ -57,13 +67,11 @@ struct Direction {
   }
 };
 
-// The derivative of the LSEs by every logit of a panel, in place of its dot products.
+// The derivative by every logit of a panel, in place of its dot products.
 class Gradient {
  public:
-  Gradient(const Panels& panels, const Tensor& row_lse, const Tensor& col_lse,
-           const Tensor& grad_row, const Tensor& grad_col)
-      : shift_(panels.common_shift()) {
-    const Direction rows(row_lse, grad_row), cols(col_lse, grad_col);
+  Gradient(const Panels& panels, const Direction& rows, const Direction& cols, bool totals)
+      : shift_(panels.common_shift()), rows_(rows), cols_(cols), totals_(totals) {
     if (std::isfinite(shift_)) {
       const double smallest = shift_ + panels.smallest_log2_sum();
       row_weight_ = rows.weights(shift_, smallest);
@@ -78,7 +86,7 @@ class Gradient {
     col_shift_ = cols.own_shifts();
   }
 
-  void apply(const Panels& panels, int64_t first, int64_t count) const {
+  void apply(const Panels& panels, int64_t first, int64_t count) {
     const int64_t cols = panels.cols();
     for_row_blocks(count, [&](int64_t begin, int64_t end) {
       float* s = panels.data() + begin * cols;
@@ -90,10 +98,32 @@ class Gradient {
             s, cols, end - begin, cols, panels.factor(), row_shift_.data() + first + begin,
             row_weight_.data() + first + begin, col_shift_.data(), col_weight_.data());
     });
+    for (const Positive& p : panels.positives()) {
+      const double logit = panels.log2_logit(p.dot);
+      double grad = rows_.positive[p.row] + cols_.positive[p.col];
+      if (p.bits == kOneRow) grad += rows_.weight(p.row, logit);
+      if (p.bits == kOneColumn) grad += cols_.weight(p.col, logit);
+      float& value = panels.data()[(p.row - first) * cols + p.col];
+      value += static_cast<float>(grad);
+      at_positives_ += value;
+      if (totals_) at_positives_ += rows_.total[p.row] + cols_.total[p.col];
+    }
+    // The totals' gradient is added to all pairs alike (see add_totals), so taken back here.
+    if (totals_)
+      panels.rules().for_each_masked(first, count, [&](int64_t i, int64_t j) {
+        const double back = rows_.total[i] + cols_.total[j];
+        panels.data()[(i - first) * cols + j] -= static_cast<float>(back);
+      });
   }
+
+  // The sum of the derivatives at the positives, which the margin moves with the scale.
+  double at_positives() const { return at_positives_; }
 
  private:
   float shift_;
+  const Direction &rows_, &cols_;
+  bool totals_;
+  double at_positives_ = 0;
   bool one_exponential_ = false;
   std::vector<float> row_weight_, col_weight_;  // upstream gradients with the shifts folded in
   std::vector<float> row_shift_, col_shift_;    // only where each has its own
@@ -122,17 +152,37 @@ void multiply(const Tensor& t, double factor) {
   });
 }
 
+// out[i] += own[i] * (sum of all b) + (sum of other[j] * b[j]): what a derivative of own[i] +
+// other[j] by every logit makes of the features.
+void add_totals(const Tensor& out, const std::vector<double>& own, const std::vector<double>& other,
+                const Tensor& b) {
+  const int64_t rows = out.size(0), others = b.size(0), features = b.size(1);
+  const float* q = static_cast<const float*>(b.const_data_ptr());
+  float* data = static_cast<float*>(out.mutable_data_ptr());
+  std::vector<double> all(features), weighted(features);
+  for (int64_t j = 0; j < others; ++j)
+    for (int64_t d = 0; d < features; ++d) {
+      all[d] += q[j * features + d];
+      weighted[d] += other[j] * q[j * features + d];
+    }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < features; ++d)
+      data[i * features + d] += static_cast<float>(own[i] * all[d] + weighted[d]);
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> similarity_lse_bwd(
+std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale,
-    const std::optional<Tensor>& row_ids, const std::optional<Tensor>& col_ids,
-    const Tensor& row_lse, const Tensor& col_lse, const Tensor& grad_row, const Tensor& grad_col,
-    bool need_x, bool need_y) {
-  Panels panels(x, y, logit_scale, row_ids, col_ids);
+    const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
+    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
+    bool totals, const Tensor& row_lse, const Tensor& col_lse, const Tensor& grad_rows,
+    const Tensor& grad_cols, bool need_x, bool need_y) {
+  Panels panels(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
   STD_TORCH_CHECK(row_lse.numel() == panels.rows() && col_lse.numel() == panels.cols(),
                   "one LSE for each row and each column");
-  const Gradient gradient(panels, row_lse, col_lse, grad_row, grad_col);
+  const Direction rows(row_lse, grad_rows), cols(col_lse, grad_cols);
+  Gradient gradient(panels, rows, cols, totals);
   const int64_t features = panels.x().size(1);
   // The gradient of the scale is a dot product of x with its own (or y with its own).
   const bool compute_x = need_x || !need_y;
@@ -140,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_lse_bwd(
   Tensor grad_y = torch::stable::new_zeros(panels.y(), {need_y ? panels.cols() : 0, features});
   for (int64_t first = 0; first < panels.rows(); first += panels.step()) {
     const int64_t count = std::min(panels.step(), panels.rows() - first);
-    panels.compute(first, count);
+    panels.compute(first, count, [](int64_t, int64_t, double) {});
     gradient.apply(panels, first, count);
     const Tensor grad = panels.tensor(count);
     if (compute_x) mm_out(Panels::part(grad_x, first, count), grad, panels.y());
@@ -150,7 +200,10 @@ std::tuple<Tensor, Tensor, Tensor> similarity_lse_bwd(
              Panels::part(panels.x(), first, count));
     }
   }
-  const double by_scale = compute_x ? dot(grad_x, panels.x()) : dot(grad_y, panels.y());
+  if (totals && compute_x) add_totals(grad_x, rows.total, cols.total, panels.y());
+  if (totals && need_y) add_totals(grad_y, cols.total, rows.total, panels.x());
+  double by_scale = compute_x ? dot(grad_x, panels.x()) : dot(grad_y, panels.y());
+  if (margin != 0) by_scale -= margin * gradient.at_positives();
   if (!need_x) grad_x = torch::stable::new_empty(panels.x(), {0, features});
   multiply(grad_x, panels.scale());
   multiply(grad_y, panels.scale());

@@ -1,0 +1,79 @@
+"""Soft targets: a few weighted columns a row, in O(N * K * D) time and O(N * K) memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3bind.ops.direction import Side
+from m3bind.ops.pairs import Pairs
+
+
+class _ListedDots(torch.autograd.Function):
+    """`(x[:, None] * y[columns]).sum(2)`, without the [N, K, D] that it would keep."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, columns: Tensor) -> Tensor:
+        return torch.stack([(x * y[at]).sum(1) for at in columns.unbind(1)], 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, y, columns = ctx.saved_tensors
+        grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
+        for at, weight in zip(columns.unbind(1), grad.unbind(1), strict=True):
+            grad_x = grad_x + weight[:, None] * y[at]
+            grad_y = grad_y.index_add(0, at, weight[:, None] * x)
+        return grad_x, grad_y, None
+
+
+def add_targets(
+    rows: Side,
+    cols: Side,
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    columns: Tensor,  # [N, K], below 0: no target
+    weights: Tensor,  # [N, K]
+    which: Pairs,
+) -> None:
+    """Puts the targets into both sides, and into the denominators where a mask took them out."""
+    stats = rows.lse.dtype
+    there = (columns >= 0) & (weights > 0)
+    at = columns.clamp(min=0)
+    if columns.shape[1] == 0 or y.shape[0] == 0:
+        logits = x.new_zeros(columns.shape, dtype=stats) + 0 * scale
+    else:
+        logits = scale.to(stats) * _ListedDots.apply(x, y, at).to(stats)
+    weights = weights.to(stats).where(there, 0)
+    flat = at.flatten()
+
+    def by_column(values: Tensor) -> Tensor:
+        return values.new_zeros(y.shape[0]).index_add(0, flat, values.flatten())
+
+    for side, total, aimed in (
+        (rows, weights.sum(1), (weights * logits).sum(1)),
+        (cols, by_column(weights), by_column(weights * logits)),
+    ):
+        side.valid = total > 0
+        side.target = aimed / total.where(side.valid, 1)
+    if which.row_mask is None or which.col_mask is None:
+        return
+    back = there & (which.row_mask[:, None] == which.col_mask[at])
+    masked = logits.where(back, -torch.inf)
+    rows.lse = torch.logaddexp(rows.lse, masked.logsumexp(1))
+    # A log-sum-exp over the rows of each column, shifted by a maximum that needs no gradient.
+    lowest = masked.new_full((y.shape[0],), -torch.inf)
+    peak = lowest.scatter_reduce(0, flat, masked.detach().flatten(), "amax")
+    peak = peak.where(peak.isfinite(), 0)
+    col_sum = by_column((masked - peak[at]).exp())
+    some = col_sum > 0
+    col_lse = peak + col_sum.where(some, 1).log()
+    cols.lse = torch.logaddexp(cols.lse, col_lse.where(some, -torch.inf))
+    returned = logits.where(back, 0)
+    rows.total, cols.total = rows.total + returned.sum(1), cols.total + by_column(returned)
+    rows.unmasked = rows.unmasked + back.sum(1)
+    cols.unmasked = cols.unmasked + by_column(back.to(torch.int64))
