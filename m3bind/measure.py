@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from m3bind.files import atomic_write
+
 SAMPLE_SECONDS = 0.2
 
 
@@ -67,6 +69,5 @@ def measured(folder: Path, stage: str) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # stages of one run may end in several processes at once
         stages = read_stages(folder)
         stages[stage] = {"seconds": round(seconds, 2), "peak_rss_mib": round(memory.stop(), 1)}
-        partial = folder / "stages.json.part"
-        partial.write_text(json.dumps(stages, indent=2) + "\n")
-        partial.replace(folder / "stages.json")
+        with atomic_write(folder / "stages.json") as partial:
+            partial.write_text(json.dumps(stages, indent=2) + "\n")

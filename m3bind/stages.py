@@ -22,7 +22,7 @@ from m3bind.config import Config, ExpertConfig, TrainConfig
 from m3bind.data.features import FeatureLoader, Features
 from m3bind.data.loader import Loader
 from m3bind.data.reports import sections
-from m3bind.data.shards import Dataset, iter_reports, shard_paths
+from m3bind.data.shards import Dataset, check_patients, iter_reports, shard_paths
 from m3bind.errors import M3BindError
 from m3bind.eval.evaluate import evaluate
 from m3bind.eval.gallery import fetch_from
@@ -60,6 +60,7 @@ class Run:
         self.config = config
         self.folder = Path(config.output)
         self.dataset = Dataset.load(config.data)
+        check_patients(config.data)
         known = self.dataset.modalities
         for modality in config.experts:
             if modality not in known:

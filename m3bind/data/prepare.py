@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m3bind.data.constants import SPLITS
 from m3bind.data.description import Description
 from m3bind.data.manifest import Entry, read_manifest
 from m3bind.data.records import Record
-from m3bind.data.shards import SPLITS, Dataset, ShardWriter
+from m3bind.data.shards import Dataset, ShardWriter
 from m3bind.data.workers import Job, Outcome, run
 from m3bind.errors import M3BindError
 
@@ -205,7 +206,7 @@ def _claim(out: Path) -> None:
         own = Dataset.load(out).extra.get("made_by") == MADE_BY
     foreign = [] if own else sorted(out.iterdir())[:1]
     for entry in sorted(out.iterdir()):
-        if entry.name in (SALT, REJECTS, UNFINISHED, DATASET, f".{DATASET}.part"):
+        if entry.name in (SALT, REJECTS, UNFINISHED, DATASET):
             continue
         if not entry.is_dir():
             foreign.append(entry)

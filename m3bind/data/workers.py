@@ -1,7 +1,6 @@
 """Reading files in processes: bounded, in order, and safe from a decoder that crashes."""
 
 import logging
-import signal
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -53,7 +52,7 @@ def run(jobs: list[Job], workers: int) -> Generator[Outcome, None, None]:
         yield from map(read_job, jobs)
         return
     left, ahead = deque(jobs), deque[tuple[Job, Future[Outcome]]]()
-    pool = spawned_pool(workers, initializer=_ignore_interrupt)
+    pool = spawned_pool(workers, ignore_interrupt=True)
     try:
         while left or ahead:
             # Volumes are large: what is read ahead waits in memory.
@@ -75,25 +74,21 @@ def run(jobs: list[Job], workers: int) -> Generator[Outcome, None, None]:
                 ahead.clear()
                 pool.shutdown()
                 yield from _one_by_one(suspects)
-                pool = spawned_pool(workers, initializer=_ignore_interrupt)
+                pool = spawned_pool(workers, ignore_interrupt=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the work
-
-
 def _one_by_one(jobs: list[Job]) -> Iterator[Outcome]:
     """So that a process that ends tells which file it ended on."""
-    pool = spawned_pool(1, initializer=_ignore_interrupt)
+    pool = spawned_pool(1, ignore_interrupt=True)
     try:
         for job in jobs:
             try:
                 yield pool.submit(read_job, job).result()
             except BrokenProcessPool:
                 pool.shutdown()
-                pool = spawned_pool(1, initializer=_ignore_interrupt)
+                pool = spawned_pool(1, ignore_interrupt=True)
                 reason = "the process that read the file crashed (a decoder's fault, or no memory)"
                 remedy = "fetch the file again; with a very large file use fewer workers"
                 yield Outcome(entry=job.entry, problem=(reason, remedy))

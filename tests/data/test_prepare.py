@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3bind.data.constants import LEADS
 from m3bind.data.manifest import Entry
 from m3bind.data.prepare import prepare
-from m3bind.data.preprocess import LEADS
 from m3bind.data.readers import image
 from m3bind.data.shards import Dataset, audit, iter_records
 from m3bind.data.workers import Job

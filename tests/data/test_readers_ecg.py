@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import wfdb
 
-from m3bind.data.preprocess import LEADS
+from m3bind.data.constants import LEADS
 from m3bind.data.readers import common, reader_for
 from m3bind.data.readers.common import Unreadable
 from m3bind.data.readers.ecg import lead_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3bind.data.preprocess import KIND
+from m3bind.data.constants import KIND
 from m3bind.data.shards import (
     Dataset,
     ModalityInfo,

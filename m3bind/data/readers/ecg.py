@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from m3bind.data.preprocess import LEADS, SIGNAL_HZ
+from m3bind.data.constants import LEADS, SIGNAL_HZ
 from m3bind.data.readers.common import Reading, Unreadable, slices, thin
 
 WINDOW_S = 10
