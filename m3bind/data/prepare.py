@@ -51,8 +51,9 @@ def prepare(
     """Write the manifest's files as shards and dataset.yaml into ``out``.
 
     See `m3bind.data.manifest` for the columns and `m3bind.data.description` for the YAML. A file
-    that cannot be read becomes one line of ``<out>/rejects.jsonl`` (line, path, reason, remedy),
-    and the rest goes on. ``out`` must be new, empty, or an earlier result, which is replaced once
+    that cannot be read becomes one line of ``<out>/rejects.jsonl`` (the manifest's line, reason,
+    remedy; no path, which may name the patient), and the rest goes on. ``out`` must be new, empty,
+    or an earlier result, which is replaced once
     the new one is complete. ``workers`` are processes, one a core by default; they do not change
     the bytes.
 
@@ -163,9 +164,7 @@ def _write(
             problem = outcome.problem or _twin(outcome.records, splits)
             if problem:
                 reason, remedy = problem
-                rejects.append(
-                    {"line": entry.line, "path": entry.path, "reason": reason, "remedy": remedy}
-                )
+                rejects.append({"line": entry.line, "reason": reason, "remedy": remedy})
                 continue
             for record in outcome.records:
                 key = (record.modality, record.split)

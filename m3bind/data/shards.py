@@ -202,9 +202,7 @@ def read_index(shard: Path) -> list[dict[str, tuple[int, int]]]:
     except FileNotFoundError:
         raise M3BindError(f"{path} is missing: {AGAIN}") from None
     except ValueError as error:
-        raise M3BindError(
-            f"{path} is not a whole index (v1.2): {error}: {AGAIN}"
-        ) from None
+        raise M3BindError(f"{path} is not a whole index (v1.2): {error}: {AGAIN}") from None
     return samples
 
 

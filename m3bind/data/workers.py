@@ -1,6 +1,7 @@
 """Reading files in processes: bounded, in order, and safe from a decoder that crashes."""
 
 import logging
+import re
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -15,11 +16,11 @@ from m3bind.data.readers import reader_for
 from m3bind.data.readers.common import (
     Reading,
     Unreadable,
-    names_patient,
     one_line,
     sha256_of,
     versions,
 )
+from m3bind.data.readers.identity import names_patient
 from m3bind.data.records import Record
 from m3bind.processes import spawned_pool
 
@@ -113,7 +114,18 @@ def read_job(job: Job) -> Outcome:
         # Damaged files make libraries fail in any way; one of them must not end the work.
         phrase = f"it cannot be read: {type(error).__name__}: {one_line(error)}"
         problem = (phrase, "look at the file in a viewer; if it is whole, report this")
-    return Outcome(entry=job.entry, problem=problem)
+    reason, remedy = problem
+    return Outcome(entry=job.entry, problem=(_without_path(reason, job.path), remedy))
+
+
+def _without_path(reason: str, path: Path) -> str:
+    """Libraries name the file in their errors; its path may name the patient."""
+    forms = [str(form) for form in (path, path.absolute(), path.resolve())]
+    forms += [form.removesuffix(path.suffix) for form in forms if "/" in form]
+    forms.append(path.name)
+    for form in sorted(forms, key=len, reverse=True):
+        reason = re.sub(rf"(?<!\w){re.escape(form)}[^\s'\":,;)]*", "the file", reason)
+    return reason
 
 
 def _records(job: Job) -> list[Record]:
