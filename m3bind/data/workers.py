@@ -121,8 +121,10 @@ def read_job(job: Job) -> Outcome:
 def _without_path(reason: str, path: Path) -> str:
     """Libraries name the file in their errors; its path may name the patient."""
     forms = [str(form) for form in (path, path.absolute(), path.resolve())]
-    forms += [form.removesuffix(path.suffix) for form in forms if "/" in form]
-    forms.append(path.name)
+    forms += [form.removesuffix(path.suffix) for form in forms]
+    forms = [form for form in forms if "/" in form]  # a bare name may be any word
+    if path.suffix:
+        forms.append(path.name)
     for form in sorted(forms, key=len, reverse=True):
         reason = re.sub(rf"(?<!\w){re.escape(form)}[^\s'\":,;)]*", "the file", reason)
     return reason

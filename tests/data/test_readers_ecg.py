@@ -25,7 +25,7 @@ def refuse(path, words, part=""):
 
 
 def wave(seconds=10.0, rate=500, amplitude=0.8):
-    """Millivolt [samples, 12]: slow sines, so that leads cannot be confused; limb leads that fit."""
+    """Millivolt [samples, 12]: slow sines that tell the leads apart, and limb leads that fit."""
     t = np.arange(int(seconds * rate)) / rate
     return limb_leads([amplitude * np.sin(2 * np.pi * (k + 1) * t + k) for k in range(12)]).T
 

@@ -105,12 +105,12 @@ def to_readings(
             )
         if values.min() == values.max():
             raise Unreadable(f"lead {lead} is flat: its electrode was off", "leave it out")
-    _check_limb_leads(uv, rate_hz)
     if rate_hz != SIGNAL_HZ:
         ratio = Fraction(SIGNAL_HZ / rate_hz).limit_denominator(1000)
         # "line": the ends are not 0 mV, and a filter that takes them for it would ring there.
         uv = resample_poly(uv, ratio.numerator, ratio.denominator, axis=1, padtype="line")
         steps.append(f"{rate_hz:g} to {SIGNAL_HZ} Hz by {ratio.numerator}/{ratio.denominator}")
+    _check_limb_leads(uv)
     whole = np.rint(uv)
     if np.abs(whole).max() > 32767:
         raise Unreadable(
@@ -119,12 +119,11 @@ def to_readings(
     return _windows(whole.astype(np.int16), rate_hz, part, steps)
 
 
-def _check_limb_leads(uv: NDArray[np.float64], rate_hz: float) -> None:
+def _check_limb_leads(uv: NDArray[np.float64]) -> None:
     """Raises Unreadable where the six limb leads contradict each other."""
-    second = int(rate_hz)
-    whole = uv.shape[1] // second * second
+    whole = uv.shape[1] // SIGNAL_HZ * SIGNAL_HZ
     # Second by second and its median: neither drift nor a loose electrode's artefact decides.
-    beats = uv[:6, :whole].reshape(6, -1, second)
+    beats = uv[:6, :whole].reshape(6, -1, SIGNAL_HZ)
     leads = dict(zip(LEADS[:6], beats - beats.mean(axis=2, keepdims=True), strict=True))
     for lead, (formula, derive) in _LIMB.items():
         derived = derive(leads)
