@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 
@@ -35,7 +36,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def _sweep(path: Path) -> None:
     """Remove what processes left that were killed while they wrote this file."""
-    for partial in path.parent.glob(f".{path.name}.*.part"):
+    for partial in path.parent.glob(f".{escape(path.name)}.*.part"):
         pid = partial.name.split(".")[-2]
         if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
             partial.unlink(missing_ok=True)

@@ -190,7 +190,7 @@ class Deadly:
 def test_a_process_that_is_killed_is_one_error():
     jobs = [("ecg", "train", i, 0) for i in range(40)]
     jobs[20] = ("ecg", "train", Deadly(), 0)
-    with pytest.raises(M3BindError, match="one of 2 processes .* was killed.*--workers"):
+    with pytest.raises(M3BindError, match=r"one of 2 processes .* was killed.*--workers"):
         list(cohort_module._records(jobs, 2))
 
 
