@@ -1,7 +1,9 @@
 """Whether a report names its patient: as people write names and numbers, and what is no name."""
 
 import pytest
+from pydicom.dataset import Dataset
 
+from m3bind.data.readers.dicom import identifiers
 from m3bind.data.readers.identity import names_patient
 
 
@@ -40,3 +42,15 @@ def test_names(identifier, report) -> None:
 )  # fmt: skip
 def test_does_not_name(identifier, report) -> None:
     assert not names_patient(report, (identifier,))
+
+
+def test_identifiers_of_a_header() -> None:
+    data = Dataset()
+    data.PatientName = "Yamada^Tarou=山田^太郎"
+    data.OtherPatientNames = ["Smith-Jones^Anna", "Doe^Jane"]
+    data.PatientID, data.AccessionNumber = "MRN-7741902", "exam number"
+    found = identifiers(data)
+    assert set(found) - {""} == {
+        "Yamada^Tarou=山田^太郎", "Smith-Jones^Anna", "Doe^Jane", "MRN-7741902",
+    }  # fmt: skip
+    assert names_patient("Jane Doe", found) and identifiers(Dataset()) is not None

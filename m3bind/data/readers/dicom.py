@@ -35,8 +35,10 @@ def identifiers(data: Any) -> tuple[str, ...]:
 
 
 def _values(data: Any, name: str) -> list[str]:
-    value = data.get(name) or []
-    return [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
+    from pydicom.multival import MultiValue
+
+    value = data.get(name) or ""
+    return [str(each) for each in (value if isinstance(value, MultiValue) else [value])]
 
 
 def pixels(data: Any) -> NDArray[Any]:
