@@ -78,10 +78,17 @@ def truth(x: Tensor, y: Tensor, scale: float, bias: float, upstream=None, **kwar
     )  # fmt: skip
 
 
-def sizes(x: Tensor, y: Tensor, scale: float, bias: float, **kwargs) -> dict[str, float]:
-    """What the gradients of scale and bias are sums of, by absolute value: they cancel."""
-    logits = (scale * x.double() @ y.double().T + bias).requires_grad_()
+def sizes(x: Tensor, y: Tensor, scale: float, bias: float, **kwargs) -> dict[str, Tensor]:
+    """What every result is a sum of, by absolute value: gradients cancel."""
+    x, y = x.double(), y.double()
+    logits = (scale * x @ y.T + bias).requires_grad_()
     losses = float64_loss(logits, torch.eye(len(y)).double(), 1.0, 0.0, **kwargs)
     (grad,) = torch.autograd.grad(losses.sum(), logits)
-    dots = x.double() @ y.double().T
-    return {"scale": (grad * dots).abs().sum().item(), "bias": grad.abs().sum().item()}
+    grad = grad.abs()
+    return {
+        "loss": losses.detach(),
+        "x": abs(scale) * grad @ y.abs(),
+        "y": abs(scale) * grad.T @ x.abs(),
+        "scale": (grad * (x @ y.T).abs()).sum(),
+        "bias": grad.sum(),
+    }
