@@ -12,6 +12,10 @@ struct Factor {
   float low;
 };
 
+struct SigmoidSums {
+  double softplus, sigmoid, by_dot;
+};
+
 // A panel S of `rows` x `cols` dot products, `ld` floats from row to row. Where a pair is left out,
 // S holds -inf. Row sums are added in double, column sums in float over at most kBlockRows rows.
 struct RowKernels {
@@ -38,6 +42,13 @@ struct RowKernels {
   void (*row_dots)(const float* a, const float* b, int64_t rows, int64_t cols, double* out);
   // s *= factor, element by element.
   void (*multiply)(float* s, int64_t count, float factor);
+  // logits = dots * factor + summand, rounded once.
+  void (*affine)(const float* dots, float* logits, int64_t count, float factor, float summand);
+  // The sum of softplus(logits).
+  double (*softplus_sum)(const float* logits, int64_t count);
+  // dots = weight * sigmoid(logits). The sums have no weight: of softplus(logits), of
+  // sigmoid(logits), and of that times the dots that were there.
+  SigmoidSums (*sigmoid)(const float* logits, float* dots, int64_t count, float weight);
 };
 
 // Rows that one thread takes at a time: the sums do not depend on the number of threads.
