@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from m3bind import ops
+from m3bind import distributed, ops
 
 
 class ClipLoss(nn.Module):
@@ -34,11 +34,7 @@ class ClipLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if world_size != 1:
-            raise ValueError(
-                f"ClipLoss: world_size={world_size}: losses over several ranks are not in this "
-                "version yet; use world_size=1, or open_clip's ClipLoss"
-            )
+        distributed.require_one_rank("ClipLoss", world_size, "open_clip's ClipLoss")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels

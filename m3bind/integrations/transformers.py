@@ -1,0 +1,158 @@
+"""Image-text models of Hugging Face transformers train without the matrix of logits.
+
+Their forward returns `logits_per_image`, so a loss put in the place of theirs would come too late:
+the matrix is there already. `contrastive_loss` computes what a training step needs and no more;
+`apply` makes `model(..., return_loss=True)` do the same, for `Trainer` and loops that exist.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3bind import losses
+from m3bind.integrations.patching import Patch, Switch
+
+# Softmax over the batch, both directions; and a sigmoid of every pair.
+SOFTMAX = ("CLIPModel", "MetaClip2Model", "ChineseCLIPModel", "AltCLIPModel")
+SIGMOID = ("SiglipModel", "Siglip2Model")
+
+
+def contrastive_loss(model: torch.nn.Module, **batch: Any) -> Tensor:
+    """The loss of a transformers image-text model, in O(N + M) memory.
+
+    Equivalent to::
+
+        model(**batch, return_loss=True).loss
+
+    Args:
+        model: a CLIPModel, MetaClip2Model, ChineseCLIPModel, AltCLIPModel (symmetric InfoNCE),
+            SiglipModel or Siglip2Model (pairwise sigmoid), or of a class derived from them. Not a
+            wrapper: under DistributedDataParallel use `apply`, so that its hooks run.
+        batch: what the model's processor returns.
+
+    The towers run as in the model's own forward. Logits are formed in float32, where a 16-bit
+    model forms them in 16 bit. As in transformers, each process sees its own batch alone.
+
+    Raises:
+        ValueError: another kind of model.
+    """
+    batch.pop("return_loss", None)
+    return _forward(model, batch)["loss"]
+
+
+def apply() -> Patch:
+    """`model(..., return_loss=True)` gives the fused loss; a `with` block or `undo()` ends it.
+
+    For the models that `contrastive_loss` knows. Where a loss is asked for, the output holds the
+    loss, the embeddings and the towers' outputs, and `logits_per_image` and `logits_per_text` are
+    None: they are the matrix. Calls without `return_loss=True` are the model's own.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+    """
+    return Patch(_SWITCH)
+
+
+def _forward(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the model's output, without the logits."""
+    loss_of = _loss_of(model)
+    only_image = _parameters(model.get_image_features)
+    only_text = _parameters(model.get_text_features)
+    shared = {k: v for k, v in batch.items() if k not in only_image | only_text}
+    vision, text = (
+        tower(**{k: v for k, v in batch.items() if k in names}, **shared, return_dict=True)
+        for tower, names in (
+            (model.get_image_features, only_image),
+            (model.get_text_features, only_text),
+        )
+    )
+    image_embeds, text_embeds = (
+        output.pooler_output / output.pooler_output.norm(dim=-1, keepdim=True)
+        for output in (vision, text)
+    )
+    return {
+        "loss": loss_of(model, text_embeds, image_embeds.to(text_embeds.device)),
+        "text_embeds": text_embeds,
+        "image_embeds": image_embeds,
+        "text_model_output": text,
+        "vision_model_output": vision,
+    }
+
+
+def _softmax_loss(model: Any, text: Tensor, image: Tensor) -> Any:
+    return losses.ClipLoss()(text, image, model.logit_scale.exp())
+
+
+def _sigmoid_loss(model: Any, text: Tensor, image: Tensor) -> Any:
+    return losses.SigLipLoss()(text, image, model.logit_scale.exp(), model.logit_bias)
+
+
+def _loss_of(model: Any) -> Callable[[Any, Tensor, Tensor], Any]:
+    for base in type(model).__mro__:
+        if base.__module__.startswith("transformers."):
+            if base.__name__ in SOFTMAX:
+                return _softmax_loss
+            if base.__name__ in SIGMOID:
+                return _sigmoid_loss
+    raise ValueError(
+        f"contrastive_loss: the model is a {type(model).__name__}; pass one of "
+        f"{', '.join(SOFTMAX + SIGMOID)} itself (of a wrapped model, the module within)"
+    )
+
+
+@functools.cache
+def _names(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD) - {"self"}
+
+
+def _parameters(method: Any) -> frozenset[str]:
+    return _names(method.__func__)
+
+
+# Class -> its own forward, while the patch is on.
+_forwards: dict[type, Callable[..., Any]] = {}
+
+
+def _install() -> None:
+    import transformers
+
+    for name in SOFTMAX + SIGMOID:
+        model_class = getattr(transformers, name, None)
+        if model_class is not None:  # an older release does not have all of them
+            _forwards[model_class] = model_class.forward
+            model_class.forward = _without_logits(model_class)
+
+
+def _remove() -> None:
+    while _forwards:
+        model_class, forward = _forwards.popitem()
+        model_class.forward = forward  # type: ignore[attr-defined]
+
+
+def _without_logits(model_class: Any) -> Callable[..., Any]:
+    own = model_class.forward
+    names = [name for name in inspect.signature(own).parameters if name != "self"]
+    output_class = getattr(
+        sys.modules[model_class.__module__], model_class.__name__.removesuffix("Model") + "Output"
+    )
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = dict(zip(names, args, strict=False)) | kwargs
+        if not batch.pop("return_loss", None):
+            return own(self, *args, **kwargs)
+        return_dict = batch.pop("return_dict", None)
+        output = output_class(**_forward(self, batch))
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    return forward
+
+
+_SWITCH = Switch(_install, _remove)
