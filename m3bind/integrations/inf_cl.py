@@ -8,8 +8,8 @@ Names, arguments and values are Inf-CL's. What differs:
   itself a power of 2 from 16 up: with other values its kernels address the wrong rows silently.
 - 16-bit features stay 16-bit and their logits are float32. Inf-CL rounds `scale * q` to 16 bit,
   and float32 features to TF32.
-- Logits far below 0 keep their value. In Inf-CL, columns that only fill up a block enter the maximum
-  with 0: 65 logits of -120 give a log-sum-exp of -inf instead of -115.8.
+- Logits far below 0 keep their value. In Inf-CL, columns that only fill up a block enter the
+  maximum with 0: 65 logits of -120 give a log-sum-exp of -inf instead of -115.8.
 - The gradients are right. Where the number of rows is not a multiple of 64, Inf-CL's backward reads
   beyond the end of the incoming gradient; the scale of its cal_ring_loss and cal_inf_loss has no
   gradient without a process group (backward raises), and one W times too large over W ranks.

@@ -11,17 +11,17 @@ NAMES = ("ClipLoss", "SigLipLoss", "DistillClipLoss")
 
 
 def apply() -> Patch:
-    """Puts m3bind's losses in the place of open_clip's; the end of a `with` block or `undo()` ends it.
+    """Puts m3bind's losses in the place of open_clip's, until a `with` block ends or `undo()`.
 
     Equivalent to::
 
         open_clip.ClipLoss = open_clip.loss.ClipLoss = open_clip.factory.ClipLoss = m3bind.ClipLoss
         ...  # and so on: SigLipLoss, DistillClipLoss, CoCaLoss, every module that holds one of them
 
-    `open_clip.create_loss(args)`, `open_clip.loss.ClipLoss(...)`, and, where open_clip has them, the
-    losses that its tasks make (`open_clip.task.CLIPTask(model)`) are then m3bind's. CoCaLoss keeps
-    open_clip's caption loss. What was made before stays as it was made, and so does a class that
-    your own module imported by name before: import it, or make the loss, within the context.
+    `open_clip.create_loss(args)`, `open_clip.loss.ClipLoss(...)`, and the losses that the tasks of
+    open_clip's development head make (`open_clip.task.CLIPTask(model)`) are then m3bind's. CoCaLoss
+    keeps open_clip's caption loss. A loss that exists already stays what it is, and so does a class
+    that your own module has imported by name.
 
     Raises:
         ModuleNotFoundError: open_clip is not installed (`pip install open_clip_torch`).

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers import losses as theirs
+from sentence_transformers.sentence_transformer import losses as theirs
 from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor
 
@@ -17,10 +17,10 @@ from m3bind.ops.direction import SOFTPLUS_LINEAR
 
 SIMILARITIES = (cos_sim, dot_score)
 # The arguments that the loss below takes into account; a later release may have more.
-KNOWN = frozenset(
-    ("self", "model", "scale", "similarity_fct", "gather_across_devices", "directions")
-    + ("partition_mode", "hardness_mode", "hardness_strength")
-)
+KNOWN = (
+    "self", "model", "scale", "similarity_fct", "gather_across_devices", "directions",
+    "partition_mode", "hardness_mode", "hardness_strength",
+)  # fmt: skip
 # A sum of nothing: -inf, but with a gradient of 0 instead of NaN.
 NOTHING = -1e30
 
@@ -43,7 +43,7 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
             `gather_across_devices` over several ranks, which this version cannot do yet.
     """
 
-    @functools.wraps(theirs.MultipleNegativesRankingLoss.__init__)
+    @functools.wraps(theirs.MultipleNegativesRankingLoss.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         signature = inspect.signature(theirs.MultipleNegativesRankingLoss.__init__)
@@ -108,7 +108,7 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
         harder = self._hardness() if self.hardness_mode != "hard_negatives" else 0.0
         # scale * s + harder * stop_gradient(s) is (scale + harder) * s, whose gradients are too
         # large by one factor for all of them.
-        factor = 1 + harder / float(self.scale)
+        factor = 1 + harder / float(torch.as_tensor(self.scale).detach())
         to_docs, from_docs = lse(queries, docs, own_docs, factor)
         if harder:
             to_docs = to_docs.detach() + (to_docs - to_docs.detach()) / factor

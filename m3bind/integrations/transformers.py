@@ -46,11 +46,11 @@ def contrastive_loss(model: torch.nn.Module, **batch: Any) -> Tensor:
 
 
 def apply() -> Patch:
-    """`model(..., return_loss=True)` gives the fused loss; a `with` block or `undo()` ends it.
+    """`model(..., return_loss=True)` gives the fused loss, until a `with` block ends or `undo()`.
 
     For the models that `contrastive_loss` knows. Where a loss is asked for, the output holds the
-    loss, the embeddings and the towers' outputs, and `logits_per_image` and `logits_per_text` are
-    None: they are the matrix. Calls without `return_loss=True` are the model's own.
+    loss, the embeddings and what `get_image_features` and `get_text_features` return. The logits
+    are None: they are the matrix. Calls without `return_loss=True` are the model's own.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -58,7 +58,7 @@ def apply() -> Patch:
     return Patch(_SWITCH)
 
 
-def _forward(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+def _forward(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """The fields of the model's output, without the logits."""
     loss_of = _loss_of(model)
     only_image = _parameters(model.get_image_features)

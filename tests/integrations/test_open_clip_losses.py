@@ -26,19 +26,19 @@ KINDS = {"clip": "ClipLoss", "siglip": "SigLipLoss", "distill": "DistillClipLoss
 
 def arguments(kind="clip", **changes):
     """What open_clip's training script passes to its factory."""
-    values = dict(
-        model="coca" if kind == "coca" else "ViT",
-        distill=kind == "distill",
-        siglip=kind == "siglip",
-        local_loss=False,
-        gather_with_grad=False,
-        rank=0,
-        world_size=1,
-        horovod=False,
-        loss_dist_impl=None,
-        coca_caption_loss_weight=2.0,
-        coca_contrastive_loss_weight=1.0,
-    )
+    values = {
+        "model": "coca" if kind == "coca" else "ViT",
+        "distill": kind == "distill",
+        "siglip": kind == "siglip",
+        "local_loss": False,
+        "gather_with_grad": False,
+        "rank": 0,
+        "world_size": 1,
+        "horovod": False,
+        "loss_dist_impl": None,
+        "coca_caption_loss_weight": 2.0,
+        "coca_contrastive_loss_weight": 1.0,
+    }
     return types.SimpleNamespace(**values | changes)
 
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from sentence_transformers import losses as theirs
+from sentence_transformers.sentence_transformer import losses as theirs
 from sentence_transformers.util import cos_sim, dot_score, euclidean_sim
 
 from m3bind.integrations.sentence_transformers import MultipleNegativesRankingLoss
@@ -58,7 +58,7 @@ def test_joint_directions(negatives, directions):
 
 
 @pytest.mark.parametrize("negatives", (0, 1, 3))
-@pytest.mark.parametrize("directions", DIRECTIONS[:1] + [("query_to_doc", "doc_to_query")])
+@pytest.mark.parametrize("directions", (ALL[:1], ("query_to_doc", "doc_to_query")))
 def test_a_softmax_per_direction(negatives, directions):
     compare(17, negatives, directions=directions, partition_mode="per_direction")
 
@@ -67,7 +67,7 @@ def test_a_softmax_per_direction(negatives, directions):
 @pytest.mark.parametrize("hardness_mode", HARDNESS[1:])
 @pytest.mark.parametrize("directions", (ALL[:1], ALL), ids=("one", "all"))
 def test_hardness(negatives, hardness_mode, directions):
-    options = dict(hardness_mode=hardness_mode, hardness_strength=5.0, directions=directions)
+    options = {"hardness_mode": hardness_mode, "hardness_strength": 5.0, "directions": directions}
     compare(17, negatives, **options)
 
 
@@ -83,7 +83,7 @@ def test_dot_products_and_scale():
 
 
 def test_float64():
-    options = dict(dtype=torch.float64, directions=ALL, hardness_mode="all_negatives")
+    options = {"dtype": torch.float64, "directions": ALL, "hardness_mode": "all_negatives"}
     compare(17, 2, rtol=1e-12, hardness_strength=3.0, **options)
 
 
@@ -91,7 +91,7 @@ def test_float64():
 @pytest.mark.parametrize("hardness_mode", HARDNESS)
 @pytest.mark.parametrize("directions", DIRECTIONS, ids="+".join)
 def test_one_row_has_nothing_to_compete_with(negatives, hardness_mode, directions):
-    options = dict(hardness_mode=hardness_mode, hardness_strength=2.0, directions=directions)
+    options = {"hardness_mode": hardness_mode, "hardness_strength": 2.0, "directions": directions}
     compare(1, negatives, atol=1e-6, **options)
 
 
@@ -100,7 +100,7 @@ def test_a_learned_scale():
     for loss_class in (theirs.MultipleNegativesRankingLoss, MultipleNegativesRankingLoss):
         scale = torch.tensor(15.0, requires_grad=True)
         run(
-            loss_class, 17, 2, scale=scale, directions=ALL,
+            loss_class, 17, 2, scale=scale, directions=("query_to_doc", "doc_to_query"),
             hardness_mode="all_negatives", hardness_strength=4.0,
         )  # fmt: skip
         grads.append(scale.grad)
@@ -109,31 +109,26 @@ def test_a_learned_scale():
 
 @pytest.mark.parametrize("directions", (ALL[:1], ALL), ids=("one", "all"))
 def test_a_separated_batch_keeps_its_gradient(directions):
-    """Positives that equal their anchors at scale 100: exact to a float64 evaluation, where
-    theirs in float32 loses the gradient altogether with one direction."""
-    results = {}
-    for dtype in (torch.float32, torch.float64):
-        loss_class = (
-            MultipleNegativesRankingLoss
-            if dtype == torch.float32
-            else theirs.MultipleNegativesRankingLoss
-        )
+    """Positives that equal their anchors: theirs in float64 tells the value and the gradient."""
+
+    def separated(loss_class, dtype):
         model = Model(24, 32, dtype)
         with torch.no_grad():
             model.table[:12] = torch.eye(12, 32) + 0.1 * Model(12, 32).table
             model.table[12:] = model.table[:12]
-        loss = loss_class(model, scale=60.0, directions=directions)(columns(12, 0), None)
+        loss = loss_class(model, scale=25.0, directions=directions)(columns(12, 0), None)
         loss.backward()
-        results[dtype] = loss.detach().double(), model.table.grad.double()
-    value, grad = results[torch.float64]
-    assert value > 0 and grad.norm() > 0
-    torch.testing.assert_close(results[torch.float32][0], value, rtol=1e-3, atol=0)
-    assert (results[torch.float32][1] - grad).norm() <= 1e-3 * grad.norm()
+        return loss.detach().double(), model.table.grad.double()
+
+    value, grad = separated(theirs.MultipleNegativesRankingLoss, torch.float64)
+    got, got_grad = separated(MultipleNegativesRankingLoss, torch.float32)
+    torch.testing.assert_close(got, value, rtol=1e-4, atol=0)
+    assert (got_grad - grad).norm() <= 1e-3 * grad.norm()
 
 
 @pytest.mark.parametrize("directions", (ALL[:1], ALL), ids=("one", "all"))
 def test_bfloat16_embeddings_have_float32_scores(directions):
-    options = dict(num=40, negatives=1, directions=directions)
+    options = {"num": 40, "negatives": 1, "directions": directions}
     exact = None
     errors = {}
     model = Model(120, 24, torch.bfloat16)
@@ -152,10 +147,16 @@ def test_bfloat16_embeddings_have_float32_scores(directions):
 
 def test_the_constructor_is_theirs():
     ours, own = (
-        inspect.signature(c) for c in (MultipleNegativesRankingLoss, theirs.MultipleNegativesRankingLoss)
+        inspect.signature(c)
+        for c in (MultipleNegativesRankingLoss, theirs.MultipleNegativesRankingLoss)
     )
     assert ours == own
-    options = dict(scale=7.0, similarity_fct=dot_score, directions=ALL, hardness_strength=2.0)
+    options = {
+        "scale": 7.0,
+        "similarity_fct": dot_score,
+        "directions": ALL,
+        "hardness_strength": 2.0,
+    }
     loss = MultipleNegativesRankingLoss(None, **options)
     want = theirs.MultipleNegativesRankingLoss(None, **options)
     assert loss.get_config_dict() == want.get_config_dict()
@@ -163,7 +164,7 @@ def test_the_constructor_is_theirs():
 
 
 def test_what_cannot_be_done_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="similarity_fct=.*pass cos_sim or dot_score"):
+    with pytest.raises(ValueError, match=r"similarity_fct=.*pass cos_sim or dot_score"):
         MultipleNegativesRankingLoss(None, similarity_fct=euclidean_sim)
     with pytest.raises(ValueError, match="'query_to_doc' direction is required"):
         MultipleNegativesRankingLoss(None, directions=("doc_to_query",))
@@ -185,5 +186,5 @@ def test_an_argument_of_a_later_release_is_refused(monkeypatch):
 
     monkeypatch.setattr(theirs.MultipleNegativesRankingLoss, "__init__", later)
     assert MultipleNegativesRankingLoss(None, 5.0).scale == 5.0
-    with pytest.raises(ValueError, match="twist=1.0 is an argument of a later"):
+    with pytest.raises(ValueError, match=r"twist=1\.0 is an argument of a later"):
         MultipleNegativesRankingLoss(None, twist=1.0)
