@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/row_kernels.h"
+#include "cpu/siglip.h"
 #include "cpu/similarity_stats.h"
 
 STABLE_TORCH_LIBRARY(m3bind_native, m) {
@@ -16,11 +17,25 @@ STABLE_TORCH_LIBRARY(m3bind_native, m) {
       " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, float margin, bool totals,"
       " Tensor row_lse, Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x,"
       " bool need_y) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "siglip_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? row_class,"
+      " Tensor? col_class, Tensor? row_mask, Tensor? col_mask) -> Tensor");
+  m.def(
+      "siglip_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? row_class,"
+      " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, Tensor grad_rows, bool need_x,"
+      " bool need_y) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "siglip_sum_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias,"
+      " Tensor? row_class, Tensor? col_class, Tensor? row_mask, Tensor? col_mask, bool need_x,"
+      " bool need_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
   m.impl("similarity_stats_fwd", TORCH_BOX(&m3bind::cpu::similarity_stats_fwd));
   m.impl("similarity_stats_bwd", TORCH_BOX(&m3bind::cpu::similarity_stats_bwd));
+  m.impl("siglip_fwd", TORCH_BOX(&m3bind::cpu::siglip_fwd));
+  m.impl("siglip_bwd", TORCH_BOX(&m3bind::cpu::siglip_bwd));
+  m.impl("siglip_sum_fwd", TORCH_BOX(&m3bind::cpu::siglip_sum_fwd));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -60,3 +60,61 @@ class ClipLoss(nn.Module):
         )
         assert isinstance(loss, Tensor)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """Drop-in for `open_clip.SigLipLoss` that never holds the N x N logits.
+
+    Equivalent to::
+
+        logits = logit_scale * image_features @ text_features.T + logit_bias
+        z = 2 * torch.eye(len(logits)) - 1
+        return -F.logsigmoid(z * logits).sum() / len(logits)
+
+    Constructor and forward take what open_clip 3.3.0's take. `cache_labels` is accepted and has
+    nothing to do, as has `dist_impl`, which says how several ranks exchange features. For shapes,
+    dtypes and errors see `m3bind.ops.siglip_loss`.
+
+    Raises:
+        ValueError: world_size > 1, which this version cannot do yet; an unknown dist_impl.
+    """
+
+    DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if world_size != 1:
+            raise ValueError(
+                f"SigLipLoss: world_size={world_size}: losses over several ranks are not in this "
+                "version yet; use world_size=1, or open_clip's SigLipLoss"
+            )
+        if dist_impl is not None and dist_impl not in self.DIST_IMPLS:
+            raise ValueError(
+                f"SigLipLoss: dist_impl={dist_impl!r}: choose one of {', '.join(self.DIST_IMPLS)}"
+            )
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        self.backend = backend
+
+    def forward(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,  # [] or [1], already exponentiated
+        logit_bias: Tensor | float | None,  # [] or [1]
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        loss = ops.siglip_loss(
+            image_features, text_features, logit_scale, logit_bias, backend=self.backend
+        )
+        return {"contrastive_loss": loss} if output_dict else loss

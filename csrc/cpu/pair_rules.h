@@ -82,6 +82,12 @@ class PairRules {
     });
   }
 
+  // f(row, column) on the positive pairs of these rows.
+  template <class F>
+  void for_each_positive(int64_t first, int64_t count, const F& f) const {
+    classes_.for_each(first, count, f);
+  }
+
   // f(row, column) on the masked pairs of these rows.
   template <class F>
   void for_each_masked(int64_t first, int64_t count, const F& f) const {

@@ -18,12 +18,6 @@ constexpr int64_t kMaxPanelRows = 1024;
 constexpr double kSmallestFactor = 1e-30;
 constexpr double kLargestLog2Sum = 126.0;  // float32 overflows at 128
 
-double read_scalar(const Tensor& t) {
-  STD_TORCH_CHECK(t.numel() == 1, "logit_scale must have one element");
-  const Tensor wide = torch::stable::to(t, ScalarType::Double);
-  return *static_cast<const double*>(wide.const_data_ptr());
-}
-
 Tensor as_float_rows(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, "features must be matrices");
   return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
@@ -47,15 +41,46 @@ double largest_norm(const Tensor& t) {
 
 }  // namespace
 
+double read_scalar(const Tensor& t) {
+  STD_TORCH_CHECK(t.numel() == 1, "a scale or bias must have one element");
+  const Tensor wide = torch::stable::to(t, ScalarType::Double);
+  return *static_cast<const double*>(wide.const_data_ptr());
+}
+
+double dot(const Tensor& a, const Tensor& b) {
+  const int64_t rows = a.size(0), cols = a.size(1);
+  const float* p = static_cast<const float*>(a.const_data_ptr());
+  const float* q = static_cast<const float*>(b.const_data_ptr());
+  std::vector<double> parts(rows);
+  for_row_blocks(rows, [&](int64_t begin, int64_t end) {
+    row_kernels().row_dots(p + begin * cols, q + begin * cols, end - begin, cols,
+                           parts.data() + begin);
+  });
+  double total = 0;
+  for (const double part : parts) total += part;
+  return total;
+}
+
+void multiply(const Tensor& t, double factor) {
+  float* data = static_cast<float*>(t.mutable_data_ptr());
+  const int64_t cols = t.size(1);
+  for_row_blocks(t.size(0), [&](int64_t begin, int64_t end) {
+    row_kernels().multiply(data + begin * cols, (end - begin) * cols, static_cast<float>(factor));
+  });
+}
+
 Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
                double margin)
+    : Panels(x, y, read_scalar(logit_scale), std::move(rules), margin) {}
+
+Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin)
     : x_(as_float_rows(x)),
       y_(as_float_rows(y)),
       y_transposed_(torch::stable::transpose(y_, 0, 1)),
       rules_(std::move(rules)),
       rows_(x_.size(0)),
       cols_(y_.size(0)),
-      scale_(read_scalar(logit_scale)),
+      scale_(scale),
       margin_(margin) {
   STD_TORCH_CHECK(x_.size(1) == y_.size(1), "x and y must have the same number of features");
   rules_.check(rows_, cols_);

@@ -25,11 +25,20 @@ void for_row_blocks(int64_t rows, const F& f) {
   });
 }
 
+// The one value of a tensor.
+double read_scalar(const Tensor& t);
+// Sum over all elements of a * b, in an order that does not depend on the threads.
+double dot(const Tensor& a, const Tensor& b);
+// t *= factor
+void multiply(const Tensor& t, double factor);
+
 // x, y and scale of one call, float32 and contiguous, with a buffer for one panel.
 class Panels {
  public:
   Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
          double margin);
+  // Dot products alone: scale 1, and no rules for pairs.
+  Panels(const Tensor& x, const Tensor& y) : Panels(x, y, 1.0, PairRules({}, {}, {}, {}), 0.0) {}
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
@@ -69,6 +78,7 @@ class Panels {
   static Tensor part(const Tensor& t, int64_t first, int64_t count);
 
  private:
+  Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin);
   void multiply(int64_t first, int64_t count);
   double in_panel() const { return scale_in_panel_ ? scale_ : 1.0; }
 

@@ -12,6 +12,10 @@ struct Factor {
   float low;
 };
 
+struct SigmoidSums {
+  double softplus, sigmoid;
+};
+
 // A panel S of `rows` x `cols` dot products, `ld` floats from row to row. Where a pair is left out,
 // S holds -inf. Row sums are added in double, column sums in float over at most kBlockRows rows.
 struct RowKernels {
@@ -37,6 +41,12 @@ struct RowKernels {
   void (*row_dots)(const float* a, const float* b, int64_t rows, int64_t cols, double* out);
   // s *= factor, element by element.
   void (*multiply)(float* s, int64_t count, float factor);
+  // s = s * factor + summand, rounded once.
+  void (*affine)(float* s, int64_t count, float factor, float summand);
+  // The sum of softplus(s).
+  double (*softplus_sum)(const float* s, int64_t count);
+  // s = sigmoid(s) * weight; the sums are of softplus(s) and of sigmoid(s) alone.
+  SigmoidSums (*sigmoid)(float* s, int64_t count, float weight);
 };
 
 // Rows that one thread takes at a time: the sums do not depend on the number of threads.

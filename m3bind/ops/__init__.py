@@ -2,5 +2,6 @@
 
 from m3bind.ops.clip import clip_loss
 from m3bind.ops.lse import similarity_lse
+from m3bind.ops.siglip import siglip_loss
 
-__all__ = ["clip_loss", "similarity_lse"]
+__all__ = ["clip_loss", "siglip_loss", "similarity_lse"]
