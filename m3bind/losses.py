@@ -71,9 +71,9 @@ class SigLipLoss(nn.Module):
         z = 2 * torch.eye(len(logits)) - 1
         return -F.logsigmoid(z * logits).sum() / len(logits)
 
-    Constructor and forward take what open_clip 3.3.0's take. `cache_labels` is accepted and has
-    nothing to do, as has `dist_impl`, which says how several ranks exchange features. For shapes,
-    dtypes and errors see `m3bind.ops.siglip_loss`.
+    Constructor and forward take what open_clip 3.3.0's take, and `chunk_size` of its development
+    head. It and `cache_labels` are accepted and have nothing to do, as has `dist_impl`, which says
+    how several ranks exchange features. For shapes, dtypes and errors see `m3bind.ops.siglip_loss`.
 
     Raises:
         ValueError: world_size > 1, which this version cannot do yet; an unknown dist_impl.
@@ -88,14 +88,11 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         *,
+        chunk_size: int | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if world_size != 1:
-            raise ValueError(
-                f"SigLipLoss: world_size={world_size}: losses over several ranks are not in this "
-                "version yet; use world_size=1, or open_clip's SigLipLoss"
-            )
+        distributed.require_one_rank("SigLipLoss", world_size, "open_clip's SigLipLoss")
         if dist_impl is not None and dist_impl not in self.DIST_IMPLS:
             raise ValueError(
                 f"SigLipLoss: dist_impl={dist_impl!r}: choose one of {', '.join(self.DIST_IMPLS)}"
