@@ -9,6 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def contrastive_loss(model: torch.nn.Module, **batch: Any) -> Tensor:
         ValueError: another kind of model.
     """
     batch.pop("return_loss", None)
-    return _forward(model, batch)["loss"]
+    return _forward(model, batch, _kind(type(model)))["loss"]
 
 
 def apply() -> Patch:
@@ -58,30 +59,32 @@ def apply() -> Patch:
     return Patch(_SWITCH)
 
 
-def _forward(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the model's output, without the logits."""
-    loss_of = _loss_of(model)
-    only_image = _parameters(model.get_image_features)
-    only_text = _parameters(model.get_text_features)
-    shared = {k: v for k, v in batch.items() if k not in only_image | only_text}
-    vision, text = (
-        tower(**{k: v for k, v in batch.items() if k in names}, **shared, return_dict=True)
-        for tower, names in (
-            (model.get_image_features, only_image),
-            (model.get_text_features, only_text),
-        )
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What tells the models apart."""
+
+    loss: Callable[[Any, Tensor, Tensor], Any]
+    image_inputs: frozenset[str]
+    text_inputs: frozenset[str]
+
+
+def _kind(model_class: Any) -> _Kind:
+    for base in model_class.__mro__:
+        if base.__module__.startswith("transformers.") and base.__name__ in SOFTMAX + SIGMOID:
+            return _Kind(
+                _softmax_loss if base.__name__ in SOFTMAX else _sigmoid_loss,
+                _inputs(model_class.get_image_features),
+                _inputs(model_class.get_text_features),
+            )
+    raise ValueError(
+        f"contrastive_loss: the model is a {model_class.__name__}; pass one of "
+        f"{', '.join(SOFTMAX + SIGMOID)} itself (of a wrapped model, the module within)"
     )
-    image_embeds, text_embeds = (
-        output.pooler_output / output.pooler_output.norm(dim=-1, keepdim=True)
-        for output in (vision, text)
-    )
-    return {
-        "loss": loss_of(model, text_embeds, image_embeds.to(text_embeds.device)),
-        "text_embeds": text_embeds,
-        "image_embeds": image_embeds,
-        "text_model_output": text,
-        "vision_model_output": vision,
-    }
+
+
+def _inputs(method: Callable[..., Any]) -> frozenset[str]:
+    parameters = list(inspect.signature(method).parameters.values())[1:]  # without self
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
 
 
 def _softmax_loss(model: Any, text: Tensor, image: Tensor) -> Any:
@@ -92,27 +95,25 @@ def _sigmoid_loss(model: Any, text: Tensor, image: Tensor) -> Any:
     return losses.SigLipLoss()(text, image, model.logit_scale.exp(), model.logit_bias)
 
 
-def _loss_of(model: Any) -> Callable[[Any, Tensor, Tensor], Any]:
-    for base in type(model).__mro__:
-        if base.__module__.startswith("transformers."):
-            if base.__name__ in SOFTMAX:
-                return _softmax_loss
-            if base.__name__ in SIGMOID:
-                return _sigmoid_loss
-    raise ValueError(
-        f"contrastive_loss: the model is a {type(model).__name__}; pass one of "
-        f"{', '.join(SOFTMAX + SIGMOID)} itself (of a wrapped model, the module within)"
+def _forward(model: Any, batch: dict[str, Any], kind: _Kind) -> dict[str, Any]:
+    """The fields of the model's output, without the logits."""
+    options = {k: v for k, v in batch.items() if k not in kind.image_inputs | kind.text_inputs}
+    options["return_dict"] = True
+    images = {k: v for k, v in batch.items() if k in kind.image_inputs}
+    texts = {k: v for k, v in batch.items() if k in kind.text_inputs}
+    vision = model.get_image_features(**images, **options)
+    text = model.get_text_features(**texts, **options)
+    image_embeds, text_embeds = (
+        output.pooler_output / output.pooler_output.norm(dim=-1, keepdim=True)
+        for output in (vision, text)
     )
-
-
-@functools.cache
-def _names(function: Callable[..., Any]) -> frozenset[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD) - {"self"}
-
-
-def _parameters(method: Any) -> frozenset[str]:
-    return _names(method.__func__)
+    return {
+        "loss": kind.loss(model, text_embeds, image_embeds.to(text_embeds.device)),
+        "text_embeds": text_embeds,
+        "image_embeds": image_embeds,
+        "text_model_output": text,
+        "vision_model_output": vision,
+    }
 
 
 # Class -> its own forward, while the patch is on.
@@ -136,7 +137,7 @@ def _remove() -> None:
 
 
 def _without_logits(model_class: Any) -> Callable[..., Any]:
-    own = model_class.forward
+    own, kind = model_class.forward, _kind(model_class)
     names = [name for name in inspect.signature(own).parameters if name != "self"]
     output_class = getattr(
         sys.modules[model_class.__module__], model_class.__name__.removesuffix("Model") + "Output"
@@ -148,7 +149,7 @@ def _without_logits(model_class: Any) -> Callable[..., Any]:
         if not batch.pop("return_loss", None):
             return own(self, *args, **kwargs)
         return_dict = batch.pop("return_dict", None)
-        output = output_class(**_forward(self, batch))
+        output = output_class(**_forward(self, batch, kind))
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 

@@ -145,6 +145,25 @@ def test_bfloat16_embeddings_have_float32_scores(directions):
     assert errors[MultipleNegativesRankingLoss] <= errors[theirs.MultipleNegativesRankingLoss]
 
 
+@pytest.mark.parametrize("directions", (ALL[:1], ALL), ids=("one", "all"))
+def test_no_matrix_is_kept(directions):
+    num, kept = 300, []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    embeddings = [torch.randn(num, 8, requires_grad=True) for _ in range(4)]
+    for loss_class in (MultipleNegativesRankingLoss, theirs.MultipleNegativesRankingLoss):
+        loss_fn = loss_class(
+            None, directions=directions, hardness_mode="all_negatives", hardness_strength=2.0
+        )
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss_fn.compute_loss_from_embeddings(embeddings, None)
+        matrices = [size for size in kept if size >= num * num]
+        assert bool(matrices) == (loss_class is theirs.MultipleNegativesRankingLoss)
+
+
 def test_the_constructor_is_theirs():
     ours, own = (
         inspect.signature(c)

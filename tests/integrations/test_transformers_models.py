@@ -139,6 +139,16 @@ def test_positional_arguments_tuples_and_options():
     assert len(want.vision_model_output.hidden_states) == 2
 
 
+def test_compiled_whole():
+    model, batch = make_model("CLIPModel"), make_batch("CLIPModel")
+    want = integration.contrastive_loss(model, **batch)
+    with integration.apply():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        got = compiled(**batch, return_loss=True).loss
+    torch.testing.assert_close(got, want)
+    assert_equal_gradients(gradients(model, got), gradients(model, want))
+
+
 def test_a_derived_model_and_the_signature():
     class Mine(transformers.CLIPModel):
         pass
