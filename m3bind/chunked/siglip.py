@@ -1,6 +1,5 @@
 """siglip: see `m3bind.ops.siglip`."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,9 @@ from torch import Tensor
 
 from m3bind.chunked.panels import panels
 from m3bind.dtypes import accumulation_dtype, statistics_dtype
+
+# log(1 + exp(t)) is t to the last bit of a float64 above this; torch's default of 20 is not.
+SOFTPLUS_LINEAR = 50.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -19,18 +21,19 @@ class _Panel:
     x: Tensor  # [R, D]
     dots: Tensor  # [R, M]
     signed: Tensor  # [R, M], the loss is softplus of it: logits, negated at positives; masked: -inf
-    positive: Tensor | None  # [R, M] bool
+    sign: Tensor | None  # [R, M], -1 at positives, else 1
 
     def row_losses(self) -> Tensor:  # [R]
-        return -F.logsigmoid(-self.signed).sum(1)
+        return F.softplus(self.signed, threshold=SOFTPLUS_LINEAR).sum(1)
 
     def gradient(self) -> Tensor:  # [R, M]
-        """The derivative of the losses by the logits."""
-        grad = torch.sigmoid(self.signed)
-        return grad if self.positive is None else torch.where(self.positive, -grad, grad)
+        """The derivative of the losses by the logits, in place of `signed`."""
+        grad = self.signed.sigmoid_()
+        return grad if self.sign is None else grad.mul_(self.sign)
 
 
-def _panels(
+def _panel(
+    at: slice,
     x: Tensor,
     wide_y: Tensor,
     logit_scale: Tensor,
@@ -39,20 +42,19 @@ def _panels(
     col_class: Tensor | None,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
-) -> Iterator[_Panel]:
-    for at in panels(x.shape[0], wide_y.shape[0]):
-        wide_x = x[at].to(wide_y.dtype)
-        dots = wide_x @ wide_y.T
-        signed = (dots * logit_scale).add_(logit_bias)
-        positive = masked = None
-        if row_class is not None and col_class is not None:
-            positive = row_class[at, None] == col_class
-            signed = torch.where(positive, -signed, signed)
-        if row_mask is not None and col_mask is not None:
-            masked = row_mask[at, None] == col_mask
-            masked = masked if positive is None else masked & ~positive
-            signed.masked_fill_(masked, -torch.inf)
-        yield _Panel(at=at, x=wide_x, dots=dots, signed=signed, positive=positive)
+) -> _Panel:
+    wide_x = x[at].to(wide_y.dtype)
+    dots = wide_x @ wide_y.T
+    signed = (dots * logit_scale).add_(logit_bias)
+    positive = sign = None
+    if row_class is not None and col_class is not None:
+        positive = row_class[at, None] == col_class
+        sign = torch.ones_like(signed).masked_fill_(positive, -1)
+        signed.mul_(sign)
+    if row_mask is not None and col_mask is not None:
+        masked = row_mask[at, None] == col_mask
+        signed.masked_fill_(masked if positive is None else masked & ~positive, -torch.inf)
+    return _Panel(at=at, x=wide_x, dots=dots, signed=signed, sign=sign)
 
 
 class _Gradients:
@@ -93,10 +95,12 @@ def siglip_fwd(
     """The sum of each row's losses."""
     losses = x.new_zeros(x.shape[0], dtype=statistics_dtype(x.device))
     wide_y = y.to(accumulation_dtype(x.dtype))
-    for panel in _panels(
-        x, wide_y, logit_scale, logit_bias, row_class, col_class, row_mask, col_mask
-    ):
-        losses[panel.at] = panel.row_losses()
+    for at in panels(x.shape[0], y.shape[0]):
+        panel = _panel(
+            at, x, wide_y, logit_scale, logit_bias, row_class, col_class, row_mask, col_mask
+        )
+        losses[at] = panel.row_losses()
+        del panel  # before the next one is made
     return losses
 
 
@@ -117,10 +121,12 @@ def siglip_bwd(
     wide_y = y.to(accumulation_dtype(x.dtype))
     weights = grad_rows.to(wide_y.dtype)
     grads = _Gradients(x, wide_y, need_x, need_y)
-    for panel in _panels(
-        x, wide_y, logit_scale, logit_bias, row_class, col_class, row_mask, col_mask
-    ):
-        grads.add(panel, panel.gradient().mul_(weights[panel.at, None]))
+    for at in panels(x.shape[0], y.shape[0]):
+        panel = _panel(
+            at, x, wide_y, logit_scale, logit_bias, row_class, col_class, row_mask, col_mask
+        )
+        grads.add(panel, panel.gradient().mul_(weights[at, None]))
+        del panel  # before the next one is made
     grad_x, grad_y, grad_scale, grad_bias = grads.scaled(logit_scale)
     return grad_x.to(x.dtype), grad_y.to(y.dtype), grad_scale, grad_bias
 
@@ -141,9 +147,11 @@ def siglip_sum_fwd(
     wide_y = y.to(accumulation_dtype(x.dtype))
     total = x.new_zeros((), dtype=statistics_dtype(x.device))
     grads = _Gradients(x, wide_y, need_x, need_y)
-    for panel in _panels(
-        x, wide_y, logit_scale, logit_bias, row_class, col_class, row_mask, col_mask
-    ):
+    for at in panels(x.shape[0], y.shape[0]):
+        panel = _panel(
+            at, x, wide_y, logit_scale, logit_bias, row_class, col_class, row_mask, col_mask
+        )
         total += panel.row_losses().sum(dtype=total.dtype)
         grads.add(panel, panel.gradient())
+        del panel  # before the next one is made
     return total, *grads.scaled(logit_scale)
