@@ -139,6 +139,35 @@ def test_positional_arguments_tuples_and_options():
     assert len(want.vision_model_output.hidden_states) == 2
 
 
+def test_trainer(tmp_path):
+    """Three steps and an evaluation of transformers' own loop."""
+    columns = make_batch("CLIPModel", 8)
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(8)]
+
+    def collate(rows):
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return batch | {"return_loss": True}
+
+    def train():
+        settings = transformers.TrainingArguments(
+            output_dir=tmp_path, max_steps=3, per_device_train_batch_size=8, learning_rate=1e-3,
+            eval_strategy="steps", eval_steps=3, logging_steps=1, save_strategy="no",
+            report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            make_model("CLIPModel"), settings, collate, train_dataset=rows, eval_dataset=rows
+        )
+        trainer.train()
+        logs = trainer.state.log_history
+        return [log[name] for log in logs for name in ("loss", "eval_loss") if name in log]
+
+    want = train()
+    with integration.apply():
+        got = train()
+    assert len(want) == 4
+    assert got == pytest.approx(want, rel=1e-4)
+
+
 def test_compiled_whole():
     model, batch = make_model("CLIPModel"), make_batch("CLIPModel")
     want = integration.contrastive_loss(model, **batch)
