@@ -1,6 +1,6 @@
 """siglip_loss, forward and backward, beside its peers and the floor of three bare GEMMs.
 
-    pytest --benchmark-only                           (M3BIND_BENCH_THREADS, default 1)
+    pytest --benchmark-only         (M3BIND_BENCH_THREADS: 1, M3BIND_BENCH_SIZES: 1024,2048)
 
 As in bench_clip.py, the numbers to compare are the minimum and median in `extra_info`, of rounds in
 which all the contestants take turns in one process.

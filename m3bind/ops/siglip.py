@@ -75,9 +75,9 @@ def siglip_loss(
     arguments.one_of(op, labels=labels, positive_ids=positive_ids)
     if labels is not None:
         labels = arguments.labels(op, labels, x, y)
-    elif positive_ids is not None:
+    if positive_ids is not None:
         positive_ids = arguments.id_pair(op, "positive_ids", positive_ids, x, y)
-    elif x.shape[0] > y.shape[0]:
+    elif labels is None and x.shape[0] > y.shape[0]:
         raise ValueError(
             f"{op}: x has {x.shape[0]} rows, y has {y.shape[0]}: row i of x belongs to row i of y, "
             "so rows are left over; pass labels or positive_ids, or swap x and y"
@@ -137,12 +137,14 @@ def _gradients(
 
 
 def _bwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _gradients(x, y, *rest[-2:], x.dtype)
+    need_x, need_y = rest[-2:]
+    return _gradients(x, y, need_x, need_y, x.dtype)
 
 
 def _sum_fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     total = x.new_empty((), dtype=statistics_dtype(x.device))
-    return total, *_gradients(x, y, *rest[-2:], accumulation_dtype(x.dtype))
+    need_x, need_y = rest[-2:]
+    return total, *_gradients(x, y, need_x, need_y, accumulation_dtype(x.dtype))
 
 
 def _sum_bwd(
