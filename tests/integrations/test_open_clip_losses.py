@@ -205,7 +205,8 @@ def test_coca_keeps_its_caption_loss(output_dict):
     for patched in (False, True):
         patch = apply() if patched else None
         try:
-            loss_fn = open_clip.create_loss(arguments("coca"))
+            loss_fn = open_clip.create_loss(arguments("coca", gather_with_grad=True))
+            assert loss_fn.gather_with_grad and loss_fn.caption_loss_weight == 2.0
             uses_ours = any(type(part) is losses.ClipLoss for part in loss_fn.modules())
             assert uses_ours == patched
             results.append(

@@ -87,6 +87,20 @@ def test_float64():
     compare(17, 2, rtol=1e-12, hardness_strength=3.0, **options)
 
 
+@pytest.mark.parametrize("scale", (13.0, 15.0, 17.0, 30.0))
+def test_positives_far_below_all_others(scale):
+    """Losses from 20 up: a softplus that is cut off there differs in the 10th digit."""
+    generator = torch.Generator().manual_seed(0)
+    anchors = torch.randn(9, 24, generator=generator, dtype=torch.float64)
+    columns = [anchors, -anchors, anchors.roll(1, 0)]
+    results = [
+        loss_class(None, scale, directions=ALL).compute_loss_from_embeddings(columns, None)
+        for loss_class in (MultipleNegativesRankingLoss, theirs.MultipleNegativesRankingLoss)
+    ]
+    assert results[1] > 20
+    torch.testing.assert_close(*results, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("negatives", (0, 2))
 @pytest.mark.parametrize("hardness_mode", HARDNESS)
 @pytest.mark.parametrize("directions", DIRECTIONS, ids="+".join)
