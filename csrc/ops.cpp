@@ -25,9 +25,9 @@ STABLE_TORCH_LIBRARY(m3bind_native, m) {
       " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, Tensor grad_rows, bool need_x,"
       " bool need_y) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "siglip_sum_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias,"
-      " Tensor? row_class, Tensor? col_class, Tensor? row_mask, Tensor? col_mask, bool need_x,"
-      " bool need_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "siglip_total_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias,"
+      " Tensor? row_class, Tensor? col_class, Tensor? row_mask, Tensor? col_mask, bool mean,"
+      " bool need_x, bool need_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
   m.impl("similarity_stats_bwd", TORCH_BOX(&m3bind::cpu::similarity_stats_bwd));
   m.impl("siglip_fwd", TORCH_BOX(&m3bind::cpu::siglip_fwd));
   m.impl("siglip_bwd", TORCH_BOX(&m3bind::cpu::siglip_bwd));
-  m.impl("siglip_sum_fwd", TORCH_BOX(&m3bind::cpu::siglip_sum_fwd));
+  m.impl("siglip_total_fwd", TORCH_BOX(&m3bind::cpu::siglip_total_fwd));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -115,10 +115,9 @@ class Siglip {
   std::vector<double> losses_;
 };
 
-template <class T>
-Tensor number(const Tensor& like, ScalarType type, double value) {
-  Tensor out = torch::stable::new_empty(like, {}, type);
-  *static_cast<T*>(out.mutable_data_ptr()) = static_cast<T>(value);
+Tensor number(const Tensor& like, double value) {
+  Tensor out = torch::stable::new_empty(like, {}, ScalarType::Float);
+  *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
   return out;
 }
 
@@ -147,22 +146,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
   const Gradients grads =
       siglip.with_gradients(static_cast<const float*>(weights.const_data_ptr()), need_x, need_y);
   return {torch::stable::to(grads.x, x.scalar_type()), torch::stable::to(grads.y, y.scalar_type()),
-          number<float>(x, ScalarType::Float, grads.scale),
-          number<float>(x, ScalarType::Float, grads.bias)};
+          number(x, grads.scale), number(x, grads.bias)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_sum_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_total_fwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
     const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
-    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, bool need_x,
-    bool need_y) {
+    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, bool mean,
+    bool need_x, bool need_y) {
   Siglip siglip(x, y, logit_scale, logit_bias, PairRules(row_class, col_class, row_mask, col_mask));
   const Gradients grads = siglip.with_gradients(nullptr, need_x, need_y);
   double total = 0;
   for (const double loss : siglip.losses()) total += loss;
-  return {number<double>(x, ScalarType::Double, total), grads.x, grads.y,
-          number<float>(x, ScalarType::Float, grads.scale),
-          number<float>(x, ScalarType::Float, grads.bias)};
+  if (mean) total /= static_cast<double>(x.size(0));
+  return {number(x, total), grads.x, grads.y, number(x, grads.scale), number(x, grads.bias)};
 }
 
 }  // namespace m3bind::cpu

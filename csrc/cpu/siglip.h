@@ -24,11 +24,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
     const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask,
     const Tensor& grad_rows, bool need_x, bool need_y);
 
-// The sum of all losses in double [], and its gradients in float, from one product x @ y.T.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_sum_fwd(
+// The sum of all losses (or that through N), and always the gradients of the sum, all in float,
+// from one product x @ y.T.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_total_fwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
     const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
-    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, bool need_x,
-    bool need_y);
+    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, bool mean,
+    bool need_x, bool need_y);
 
 }  // namespace m3bind::cpu

@@ -1,12 +1,12 @@
 """The operators in plain PyTorch, a panel of rows at a time: O(N + M) memory on any device."""
 
-from m3bind.chunked.siglip import siglip_bwd, siglip_fwd, siglip_sum_fwd
+from m3bind.chunked.siglip import siglip_bwd, siglip_fwd, siglip_total_fwd
 from m3bind.chunked.stats import similarity_stats_bwd, similarity_stats_fwd
 
 __all__ = [
     "siglip_bwd",
     "siglip_fwd",
-    "siglip_sum_fwd",
+    "siglip_total_fwd",
     "similarity_stats_bwd",
     "similarity_stats_fwd",
 ]

@@ -131,7 +131,7 @@ def siglip_bwd(
     return grad_x.to(x.dtype), grad_y.to(y.dtype), grad_scale, grad_bias
 
 
-def siglip_sum_fwd(
+def siglip_total_fwd(
     x: Tensor,  # [N, D]
     y: Tensor,  # [M, D]
     logit_scale: Tensor,  # []
@@ -140,10 +140,12 @@ def siglip_sum_fwd(
     col_class: Tensor | None,  # [M]
     row_mask: Tensor | None,  # [N]
     col_mask: Tensor | None,  # [M]
+    mean: bool,
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [], [N, D], [M, D], [], []
-    """The sum of all losses with its gradients, which stay in the accumulation dtype."""
+    """The sum of all losses (or that through N), and always the gradients of the sum, which stay in
+    the accumulation dtype."""
     wide_y = y.to(accumulation_dtype(x.dtype))
     total = x.new_zeros((), dtype=statistics_dtype(x.device))
     grads = _Gradients(x, wide_y, need_x, need_y)
@@ -154,4 +156,6 @@ def siglip_sum_fwd(
         total += panel.row_losses().sum(dtype=total.dtype)
         grads.add(panel, panel.gradient())
         del panel  # before the next one is made
-    return total, *grads.scaled(logit_scale)
+    if mean:
+        total = total / x.shape[0]
+    return total.to(wide_y.dtype), *grads.scaled(logit_scale)

@@ -2,8 +2,8 @@
 
 There is no normaliser, so the gradient of a sum over all pairs is known as soon as the logits are:
 where it will be wanted, the forward pass forms it, and the backward pass multiplies it by what
-comes from above (3 GEMMs). Where every row has its own upstream gradient (reduction="none"), the
-backward pass computes the logits again (4 GEMMs).
+comes from above (`siglip_total`, 3 GEMMs). Where every row has its own upstream gradient, with
+reduction="none", the backward pass computes the logits again (`siglip`, 4 GEMMs).
 """
 
 from typing import Any
@@ -96,7 +96,8 @@ def siglip_loss(
         elif positive_ids is not None:
             which = pairs.of_ids(*positive_ids)
         else:
-            which = pairs.diagonal(x.shape[0], y.shape[0], x.device)
+            columns = torch.arange(y.shape[0], dtype=torch.int32, device=x.device)
+            which = pairs.Pairs(row_class=columns[: x.shape[0]], col_class=columns)
         if mask_ids is not None:
             which = which.masked_by(*mask_ids)
         inputs = (
@@ -104,15 +105,14 @@ def siglip_loss(
         )  # fmt: skip
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale, bias))
         if reduction != "none" and wanted:
-            total, *_ = torch.ops.m3bind.siglip_sum_fwd(
-                *inputs, x.requires_grad, y.requires_grad, chosen
+            total, *_ = torch.ops.m3bind.siglip_total_fwd(
+                *inputs, reduction == "mean", x.requires_grad, y.requires_grad, chosen
             )
-        else:
-            rows = torch.ops.m3bind.siglip_fwd(*inputs, chosen)
-            total = rows if reduction == "none" else rows.sum()
-        if reduction == "mean":
-            total = total / x.shape[0]
-        return total.to(accumulation_dtype(x.dtype))
+            return total
+        losses = torch.ops.m3bind.siglip_fwd(*inputs, chosen)
+        if reduction != "none":
+            losses = losses.sum() / (x.shape[0] if reduction == "mean" else 1)
+        return losses.to(accumulation_dtype(x.dtype))
 
 
 _INPUTS = (
@@ -141,14 +141,15 @@ def _bwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _gradients(x, y, need_x, need_y, x.dtype)
 
 
-def _sum_fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    total = x.new_empty((), dtype=statistics_dtype(x.device))
+def _total_fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    total = x.new_empty((), dtype=accumulation_dtype(x.dtype))
     need_x, need_y = rest[-2:]
     return total, *_gradients(x, y, need_x, need_y, accumulation_dtype(x.dtype))
 
 
-def _sum_bwd(
+def _total_bwd(
     grad: Tensor,  # []
+    mean: bool,
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -160,6 +161,8 @@ def _sum_bwd(
 ) -> tuple[Tensor, ...]:
     """The same in every backend. Only the product is rounded to 16 bit: it may hold a GradScaler's
     factor, without which gradients of float16 features would be 0."""
+    if mean:
+        grad = grad / x.shape[0]
     return (
         (grad_x * grad).to(x.dtype),
         (grad_y * grad).to(y.dtype),
@@ -179,19 +182,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 5)
 
 
-def _sum_save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    # The inputs go along so that a double backward meets the refusal of siglip_sum_bwd.
+def _total_save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    # The inputs go along so that a double backward meets the refusal of siglip_total_bwd.
+    ctx.mean = inputs[8]
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _sum_backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+def _total_backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 11
-    grads = torch.ops.m3bind.siglip_sum_bwd(grad, *ctx.saved_tensors)
+        return (None,) * 12
+    grads = torch.ops.m3bind.siglip_total_bwd(grad, ctx.mean, *ctx.saved_tensors)
     need = ctx.needs_input_grad[:4]
-    return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 7)
+    return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 8)
 
 
 define("siglip", "siglip_fwd", _INPUTS + ") -> Tensor", _fwd_fake)
@@ -205,16 +209,18 @@ define(
 differentiate("siglip", _save, _backward)
 define(
     "siglip",
-    "siglip_sum_fwd",
-    _INPUTS + ", bool need_x, bool need_y) -> (Tensor total, Tensor grad_x, Tensor grad_y,"
+    "siglip_total_fwd",
+    _INPUTS
+    + ", bool mean, bool need_x, bool need_y) -> (Tensor total, Tensor grad_x, Tensor grad_y,"
     " Tensor grad_scale, Tensor grad_bias)",
-    _sum_fwd_fake,
+    _total_fwd_fake,
 )
 torch.library.define(
-    "m3bind::siglip_sum_bwd",
-    "(Tensor grad, Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor grad_x,"
-    " Tensor grad_y, Tensor grad_scale, Tensor grad_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    "m3bind::siglip_total_bwd",
+    "(Tensor grad, bool mean, Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias,"
+    " Tensor grad_x, Tensor grad_y, Tensor grad_scale, Tensor grad_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
-torch.library.impl("m3bind::siglip_sum_bwd", "CompositeExplicitAutograd")(_sum_bwd)
-torch.library.register_fake("m3bind::siglip_sum_bwd")(_sum_bwd)
-differentiate("siglip_sum", _sum_save, _sum_backward)
+torch.library.impl("m3bind::siglip_total_bwd", "CompositeExplicitAutograd")(_total_bwd)
+torch.library.register_fake("m3bind::siglip_total_bwd")(_total_bwd)
+differentiate("siglip_total", _total_save, _total_backward)

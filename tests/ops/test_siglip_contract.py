@@ -40,9 +40,13 @@ def test_opcheck(backend):
             leaves = [t.clone() for t in given[:4]]
             for leaf, wanted in zip(leaves, (*need, True, True), strict=True):
                 leaf.requires_grad_(wanted)
-            torch.library.opcheck(OPS.siglip_sum_fwd.default, (*leaves, *given[4:], *need, backend))
-    grads = OPS.siglip_sum_fwd(*given, True, True, backend)[1:]
-    torch.library.opcheck(OPS.siglip_sum_bwd.default, (torch.tensor(0.5), *given[:4], *grads))
+            torch.library.opcheck(
+                OPS.siglip_total_fwd.default, (*leaves, *given[4:], pairs, *need, backend)
+            )
+    grads = OPS.siglip_total_fwd(*given, True, True, True, backend)[1:]
+    torch.library.opcheck(
+        OPS.siglip_total_bwd.default, (torch.tensor(0.5), True, *given[:4], *grads)
+    )
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
@@ -87,8 +91,8 @@ def test_work(backend):
         return siglip_loss(x, y, scale, bias, reduction=reduction, backend=backend)
 
     cases = [
-        (3, {"siglip_sum_fwd", "siglip_sum_bwd"}, lambda: loss("mean").backward()),
-        (3, {"siglip_sum_fwd", "siglip_sum_bwd"}, lambda: loss("sum").backward()),
+        (3, {"siglip_total_fwd", "siglip_total_bwd"}, lambda: loss("mean").backward()),
+        (3, {"siglip_total_fwd", "siglip_total_bwd"}, lambda: loss("sum").backward()),
         (4, {"siglip_fwd", "siglip_bwd"}, lambda: loss("none").sum().backward()),
         (1, {"siglip_fwd"}, lambda: torch.no_grad()(loss)("mean")),
     ]
@@ -98,7 +102,7 @@ def test_work(backend):
     cases.append(
         (
             2,
-            {"siglip_sum_fwd", "siglip_sum_bwd"},
+            {"siglip_total_fwd", "siglip_total_bwd"},
             lambda: siglip_loss(*one, backend=backend).backward(),
         )
     )
@@ -208,7 +212,9 @@ def test_strided_inputs_and_gradients(backend, reduction):
     def loss(*a):
         return siglip_loss(*a, reduction=reduction, backend=backend)
 
-    upstream = torch.rand(24, 2)[:, 0] if reduction == "none" else torch.rand(3)[1]
+    upstream = torch.linspace(0.1, 1, 48).view(24, 2)[:, 0]
+    if reduction != "none":
+        upstream = upstream[1]
     plain = run(loss, x, y, 10.0, -3.0, upstream.clone())
     wide = torch.zeros(10, 48)
     wide[:, ::2] = x.T
@@ -216,7 +222,8 @@ def test_strided_inputs_and_gradients(backend, reduction):
     assert not strided.is_contiguous() and not y.T.contiguous().T.is_contiguous()
     got = run(loss, strided, y.T.contiguous().T, 10.0, -3.0, upstream)
     for name, value in plain.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-7)
+        # GEMMs of other strides may round logits of 10 otherwise, which the scale of 10 multiplies.
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=3e-6)
     x.requires_grad_()
     value = loss(x, y, 10.0, -3.0)
     grads = [

@@ -227,6 +227,9 @@ def test_empty_batch_is_as_in_torch(backend):
     none = torch.zeros(0, dtype=torch.int64)
     mean = siglip_loss(y, x, 1.0, positive_ids=(torch.zeros(3).long(), none), backend=backend)
     assert mean == 0
+    y.grad = None
+    mean.backward()
+    assert (y.grad == 0).all()
 
 
 @pytest.mark.parametrize("backend", FAST)
