@@ -32,7 +32,7 @@ def run(name, folder):
         env=environment | NO_NETWORK | {"CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
