@@ -15,6 +15,8 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kPanelElements = int64_t{1} << 22;
 constexpr int64_t kMinPanelRows = 512;
 constexpr int64_t kMaxPanelRows = 1024;
+// Of fewer derivatives the rounding to bfloat16 does not average out, and there is no time to win.
+constexpr int64_t kFewPairs = 128 * 128;
 constexpr double kSmallestFactor = 1e-30;
 constexpr double kLargestLog2Sum = 126.0;  // float32 overflows at 128
 
@@ -47,20 +49,6 @@ double read_scalar(const Tensor& t) {
   return *static_cast<const double*>(wide.const_data_ptr());
 }
 
-double dot(const Tensor& a, const Tensor& b) {
-  const int64_t rows = a.size(0), cols = a.size(1);
-  const float* p = static_cast<const float*>(a.const_data_ptr());
-  const float* q = static_cast<const float*>(b.const_data_ptr());
-  std::vector<double> parts(rows);
-  for_row_blocks(rows, [&](int64_t begin, int64_t end) {
-    row_kernels().row_dots(p + begin * cols, q + begin * cols, end - begin, cols,
-                           parts.data() + begin);
-  });
-  double total = 0;
-  for (const double part : parts) total += part;
-  return total;
-}
-
 void multiply(const Tensor& t, double factor) {
   float* data = static_cast<float*>(t.mutable_data_ptr());
   const int64_t cols = t.size(1);
@@ -76,7 +64,6 @@ Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, Pair
 Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin)
     : x_(as_float_rows(x)),
       y_(as_float_rows(y)),
-      y_transposed_(torch::stable::transpose(y_, 0, 1)),
       rules_(std::move(rules)),
       rows_(x_.size(0)),
       cols_(y_.size(0)),
@@ -88,15 +75,18 @@ Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
   const int64_t wanted = kPanelElements / std::max<int64_t>(1, cols_);
   step_ = std::min(rows_, std::clamp(wanted, kMinPanelRows, kMaxPanelRows));
   // A left-out pair is -inf in the panel and must stay -inf as a logit, so both parts of the factor
-  // must be positive. A scale that is not, or that is next to nothing, is multiplied into the
-  // panel.
-  scale_in_panel_ = !(scale_ > kSmallestFactor);
-  const double factor = (scale_in_panel_ ? 1.0 : scale_) * kLog2E;
+  // must be positive: the panel takes the sign, and a scale of 0 is next to nothing.
+  sign_ = scale_ < 0 ? -1.0 : 1.0;
+  const double magnitude = std::abs(scale_);
+  const double factor = (magnitude < kSmallestFactor ? kSmallestFactor : magnitude) * kLog2E;
   factor_.high = static_cast<float>(factor);
   if (factor_.high >= factor) factor_.high = std::nextafter(factor_.high, 0.0f);
   factor_.low = static_cast<float>(factor - factor_.high);
   buffer_ = torch::stable::new_empty(x_, {step_, cols_});
   data_ = static_cast<float*>(buffer_.mutable_data_ptr());
+  const bool narrow = x.scalar_type() == ScalarType::BFloat16 &&
+                      y.scalar_type() == ScalarType::BFloat16 && rows_ * cols_ >= kFewPairs;
+  products_ = narrow && bf16_products_available() ? bf16_products(x_, y_) : float_products(x_, y_);
 }
 
 float Panels::common_shift() const {
@@ -107,18 +97,27 @@ float Panels::common_shift() const {
 
 double Panels::smallest_log2_sum() const { return log2_longest_ - 126.0 + 24.0; }
 
-Tensor Panels::part(const Tensor& t, int64_t first, int64_t count) {
-  Tensor whole = t;
-  return torch::stable::narrow(whole, 0, first, count);
+void Panels::multiply(int64_t first, int64_t count) {
+  products_->dots(first, count, tensor(count));
+  if (sign_ < 0) {
+    for_row_blocks(count, [&](int64_t begin, int64_t end) {
+      row_kernels().multiply(data_ + begin * cols_, (end - begin) * cols_, -1.0f);
+    });
+  }
 }
 
-void Panels::multiply(int64_t first, int64_t count) {
-  mm_out(tensor(count), part(x_, first, count), y_transposed_);
-  if (scale_in_panel_) {
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      row_kernels().multiply(data_ + begin * cols_, (end - begin) * cols_,
-                             static_cast<float>(scale_));
-    });
+void add_apart(const Panels& panels, const std::vector<Apart>& apart, const Tensor& grad_x,
+               const Tensor& grad_y) {
+  const int64_t features = panels.x().size(1);
+  const auto add = [&](const Tensor& to, int64_t i, const Tensor& from, int64_t j, float grad) {
+    if (to.size(0) == 0) return;
+    float* out = static_cast<float*>(to.mutable_data_ptr()) + i * features;
+    const float* in = static_cast<const float*>(from.const_data_ptr()) + j * features;
+    for (int64_t d = 0; d < features; ++d) out[d] += grad * in[d];
+  };
+  for (const Apart& a : apart) {
+    add(grad_x, a.row, panels.y(), a.col, a.grad);
+    add(grad_y, a.col, panels.x(), a.row, a.grad);
   }
 }
 

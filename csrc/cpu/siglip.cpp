@@ -35,39 +35,52 @@ class Siglip {
   void forward() {
     for_panels([&](int64_t first, int64_t count) {
       for_row_blocks(count, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          losses_[first + i] = row_kernels().softplus_sum(logits(first, i), panels_.cols());
+        std::vector<float> logits(panels_.cols());
+        for (int64_t i = first + begin; i < first + end; ++i) {
+          fill_logits(i, row(first, i), logits.data());
+          losses_[i] = row_kernels().softplus_sum(logits.data(), panels_.cols());
+        }
       });
     });
   }
 
   // Computes the losses, and the gradients of their sum with these weights (without: all 1).
   Gradients with_gradients(const float* weights, bool need_x, bool need_y) {
-    const int64_t features = panels_.x().size(1);
-    // The gradient of the scale is a dot product of x with its own (or y with its own).
-    const bool compute_x = need_x || !need_y;
-    Gradients out{torch::stable::new_empty(panels_.x(), {compute_x ? panels_.rows() : 0, features}),
-                  torch::stable::new_zeros(panels_.y(), {need_y ? panels_.cols() : 0, features}), 0,
-                  0};
-    std::vector<double> sums(panels_.rows());
+    const int64_t rows = panels_.rows(), cols = panels_.cols(), features = panels_.x().size(1);
+    Gradients out{torch::stable::new_empty(panels_.x(), {need_x ? rows : 0, features}),
+                  torch::stable::new_zeros(panels_.y(), {need_y ? cols : 0, features}), 0, 0};
+    std::vector<double> by_scale(rows), by_bias(rows);
+    std::vector<Apart> apart;
     for_panels([&](int64_t first, int64_t count) {
       for_row_blocks(count, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          sums[first + i] = gradient(first, i, weights == nullptr ? 1.0f : weights[first + i]);
+        std::vector<float> logits(cols), dots;
+        for (int64_t i = first + begin; i < first + end; ++i) {
+          float* s = row(first, i);
+          fill_logits(i, s, logits.data());
+          dots.clear();
+          rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) { dots.push_back(s[j]); });
+          const float weight = weights == nullptr ? 1.0f : weights[i];
+          const SigmoidSums sums = row_kernels().sigmoid(logits.data(), s, cols, weight);
+          losses_[i] = sums.softplus;
+          by_bias[i] = weight * sums.sigmoid;
+          by_scale[i] = weight * sums.by_dot;
+          const float* dot = dots.data();
+          rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) {
+            by_bias[i] -= 2.0 * s[j];
+            by_scale[i] -= 2.0 * s[j] * *dot++;
+            s[j] = -s[j];
+          });
+        }
       });
-      const Tensor grad = panels_.tensor(count);
-      if (compute_x) mm_out(Panels::part(out.x, first, count), grad, panels_.y());
-      if (need_y) {
-        Tensor turned = grad;
-        mm_add(out.y, torch::stable::transpose(turned, 0, 1),
-               Panels::part(panels_.x(), first, count));
-      }
+      if (!panels_.exact()) take_apart(first, count, apart);
+      panels_.gradients(first, count, out.x, out.y);
     });
-    for (const double sum : sums) out.bias += sum;
-    out.scale = compute_x ? dot(out.x, panels_.x()) : dot(out.y, panels_.y());
-    if (!need_x) out.x = torch::stable::new_empty(panels_.x(), {0, features});
+    panels_.finish(out.y);
+    add_apart(panels_, apart, out.x, out.y);
     multiply(out.x, scale_);
     multiply(out.y, scale_);
+    for (const double sum : by_bias) out.bias += sum;
+    for (const double sum : by_scale) out.scale += sum;
     return out;
   }
 
@@ -78,35 +91,34 @@ class Siglip {
   void for_panels(const F& f) {
     for (int64_t first = 0; first < panels_.rows(); first += panels_.step()) {
       const int64_t count = std::min(panels_.step(), panels_.rows() - first);
-      panels_.compute(first, count, [](int64_t, int64_t, double) {});
+      panels_.compute(first, count, [](int64_t, int64_t, float) {});
       f(first, count);
     }
   }
 
-  // Row i of the panel that starts at `first`: logits in place of dot products, negated at
-  // positives, -inf where masked.
-  float* logits(int64_t first, int64_t i) const {
-    float* row = panels_.data() + i * panels_.cols();
-    row_kernels().affine(row, panels_.cols(), static_cast<float>(scale_),
-                         static_cast<float>(bias_));
-    rules_.for_each_masked(first + i, 1, [&](int64_t, int64_t j) {
-      row[j] = -std::numeric_limits<float>::infinity();
-    });
-    rules_.for_each_positive(first + i, 1, [&](int64_t, int64_t j) { row[j] = -row[j]; });
-    return row;
+  // Row i, in the panel that starts at `first`.
+  float* row(int64_t first, int64_t i) const {
+    return panels_.data() + (i - first) * panels_.cols();
   }
 
-  // The same row: the derivative by the logits in place of dot products. Returns its sum.
-  double gradient(int64_t first, int64_t i, float weight) {
-    float* row = logits(first, i);
-    const SigmoidSums sums = row_kernels().sigmoid(row, panels_.cols(), weight);
-    losses_[first + i] = sums.softplus;
-    double sum = weight * sums.sigmoid;
-    rules_.for_each_positive(first + i, 1, [&](int64_t, int64_t j) {
-      sum -= 2.0 * row[j];
-      row[j] = -row[j];
+  // The loss of a pair is softplus of what is written: logits, negated at positives, -inf where
+  // masked.
+  void fill_logits(int64_t i, const float* dots, float* logits) const {
+    row_kernels().affine(dots, logits, panels_.cols(), static_cast<float>(scale_),
+                         static_cast<float>(bias_));
+    rules_.for_each_masked(
+        i, 1, [&](int64_t, int64_t j) { logits[j] = -std::numeric_limits<float>::infinity(); });
+    rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) { logits[j] = -logits[j]; });
+  }
+
+  // Moves the derivatives at lone positives out of the panel.
+  void take_apart(int64_t first, int64_t count, std::vector<Apart>& apart) const {
+    rules_.for_each_positive(first, count, [&](int64_t i, int64_t j) {
+      if (!rules_.is_lone(i)) return;
+      float& grad = row(first, i)[j];
+      apart.push_back({i, j, grad});
+      grad = 0;
     });
-    return sum;
   }
 
   Panels panels_;

@@ -56,56 +56,78 @@ inline Vec log1p(Vec e) {
   return p * e;
 }
 
-// Adds softplus(s), and in `sigmoids` sigmoid(s), both by one exponential; returns the latter.
-template <bool kGradient>
-inline Vec add_softplus(Vec s, LaneSums& softplus, LaneSums& sigmoids) {
-  const Vec size = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(s) & 0x7fffffff);
-  const Vec e = exp_minus(size);
-  softplus.add((s > 0.0f ? s : Vec{}) + log1p(e));
-  if (!kGradient) return s;
-  const Vec sigmoid = (s > 0.0f ? splat(1.0f) : e) / (1.0f + e);
-  sigmoids.add(sigmoid);
-  return sigmoid;
-}
+// max(s, 0) + log(1 + e^-|s|) and its derivative, by one exponential.
+struct Softplus {
+  Vec e, value;
+  explicit Softplus(Vec s)
+      : e(exp_minus(reinterpret_cast<Vec>(reinterpret_cast<IntVec>(s) & 0x7fffffff))),
+        value((s > 0.0f ? s : Vec{}) + log1p(e)) {}
+  Vec sigmoid(Vec s) const { return (s > 0.0f ? splat(1.0f) : e) / (1.0f + e); }
+};
 
-template <bool kGradient>
-inline void softplus_row(const float* s, float* out, int64_t count, float weight,
-                         LaneSums& softplus, LaneSums& sigmoids) {
+// Calls f(first column, columns) on every vector of a row, and end_run() after kRun of them.
+template <class F, class G>
+inline void for_vectors(int64_t count, const F& f, const G& end_run) {
   int64_t j = 0;
   while (j + kLanes <= count) {
     const int64_t whole = (count - j) / kLanes;
     const int64_t end = j + (whole < kRun ? whole : kRun) * kLanes;
-    for (; j < end; j += kLanes) {
-      const Vec sigmoid = add_softplus<kGradient>(load(s + j), softplus, sigmoids);
-      if (kGradient) store(out + j, sigmoid * weight);
-    }
-    softplus.end_run();
-    if (kGradient) sigmoids.end_run();
+    for (; j < end; j += kLanes) f(j, kLanes);
+    end_run();
   }
-  if (j == count) return;
-  // Both are 0 at -inf.
-  const Vec last = load_part(s + j, count - j, -kInf);
-  const Vec sigmoid = add_softplus<kGradient>(last, softplus, sigmoids);
-  if (kGradient) store_part(out + j, sigmoid * weight, count - j);
-  softplus.end_run();
-  if (kGradient) sigmoids.end_run();
+  if (j < count) f(j, count - j);
+  end_run();
 }
 
-double softplus_sum(const float* s, int64_t count) {
-  LaneSums softplus, unused;
-  softplus_row<false>(s, nullptr, count, 1, softplus, unused);
+// The softplus and the sigmoid of -inf, which fills up the last vector, are 0.
+inline Vec load_logits(const float* p, int64_t count) {
+  return count == kLanes ? load(p) : load_part(p, count, -kInf);
+}
+inline void store_up_to(float* p, Vec v, int64_t count) {
+  if (count == kLanes)
+    store(p, v);
+  else
+    store_part(p, v, count);
+}
+
+double softplus_sum(const float* logits, int64_t count) {
+  LaneSums softplus;
+  for_vectors(
+      count,
+      [&](int64_t j, int64_t columns) {
+        softplus.add(Softplus(load_logits(logits + j, columns)).value);
+      },
+      [&] { softplus.end_run(); });
   return softplus.total();
 }
 
-SigmoidSums sigmoid(float* s, int64_t count, float weight) {
-  LaneSums softplus, sigmoids;
-  softplus_row<true>(s, s, count, weight, softplus, sigmoids);
-  return {softplus.total(), sigmoids.total()};
+SigmoidSums sigmoid(const float* logits, float* dots, int64_t count, float weight) {
+  LaneSums softplus, sigmoids, by_dot;
+  for_vectors(
+      count,
+      [&](int64_t j, int64_t columns) {
+        const Vec s = load_logits(logits + j, columns);
+        const Softplus of_s(s);
+        const Vec grad = of_s.sigmoid(s);
+        softplus.add(of_s.value);
+        sigmoids.add(grad);
+        by_dot.add(grad * load_up_to(dots + j, columns));
+        store_up_to(dots + j, grad * weight, columns);
+      },
+      [&] {
+        softplus.end_run();
+        sigmoids.end_run();
+        by_dot.end_run();
+      });
+  return {softplus.total(), sigmoids.total(), by_dot.total()};
 }
 
-void affine(float* s, int64_t count, float factor, float summand) {
-  change_row(s, count,
-             [&](Vec v, int64_t, int64_t) { return fma(v, splat(factor), splat(summand)); });
+void affine(const float* dots, float* logits, int64_t count, float factor, float summand) {
+  const Vec times = splat(factor), plus = splat(summand);
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) store(logits + j, fma(load(dots + j), times, plus));
+  if (j < count)
+    store_part(logits + j, fma(load_part(dots + j, count - j, 0), times, plus), count - j);
 }
 
 }  // namespace

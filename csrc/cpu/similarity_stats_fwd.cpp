@@ -33,7 +33,8 @@ struct Sums {
 
   // Computes a panel, and gathers what its positives and masked pairs add.
   void compute(Panels& panels, int64_t first, int64_t count) {
-    panels.compute(first, count, [&](int64_t i, int64_t j, double logit) {
+    panels.compute(first, count, [&](int64_t i, int64_t j, float value) {
+      const double logit = panels.logit(value);
       rows.surplus[i] += logit;
       cols.surplus[j] += logit;
     });

@@ -30,6 +30,9 @@ inline Vec load_part(const float* p, int64_t count, float fill) {
   for (int64_t l = 0; l < count; ++l) v[l] = p[l];
   return v;
 }
+inline Vec load_up_to(const float* p, int64_t count) {
+  return count == kLanes ? load(p) : load_part(p, count, 0);
+}
 inline void store_part(float* p, Vec v, int64_t count) {
   for (int64_t l = 0; l < count; ++l) p[l] = v[l];
 }
@@ -77,14 +80,6 @@ inline Vec exp2(Vec t) {
   const Vec bounded = t < -126.0f ? splat(-126.0f) : (t > 128.0f ? splat(128.0f) : t);
   const Vec whole = (bounded + kRounding) - kRounding;
   return t < -126.0f ? Vec{} : exp2_parts(whole, bounded - whole);
-}
-
-// Calls change(values, first column) on every vector of a row, and stores what it returns.
-template <class F>
-inline void change_row(float* p, int64_t cols, const F& change) {
-  int64_t j = 0;
-  for (; j + kLanes <= cols; j += kLanes) store(p + j, change(load(p + j), j, kLanes));
-  if (j < cols) store_part(p + j, change(load_part(p + j, cols - j, -kInf), j, cols - j), cols - j);
 }
 
 }  // namespace

@@ -96,8 +96,7 @@ def siglip_loss(
         elif positive_ids is not None:
             which = pairs.of_ids(*positive_ids)
         else:
-            columns = torch.arange(y.shape[0], dtype=torch.int32, device=x.device)
-            which = pairs.Pairs(row_class=columns[: x.shape[0]], col_class=columns)
+            which = pairs.diagonal(x.shape[0], y.shape[0], x.device)
         if mask_ids is not None:
             which = which.masked_by(*mask_ids)
         inputs = (

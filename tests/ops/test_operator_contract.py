@@ -198,7 +198,7 @@ print(_C.cpu_capability)
 
 
 @needs_native
-@pytest.mark.parametrize("capability", ("default", "avx2", "avx512"))
+@pytest.mark.parametrize("capability", ("default", "avx2", "avx512", "avx512_bf16"))
 def test_every_instruction_set(capability):
     done = subprocess.run(
         [sys.executable, "-c", CAPABILITY_SCRIPT, os.path.dirname(__file__)],
