@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/row_kernels.h"
+#include "cpu/similarity_distill.h"
 #include "cpu/similarity_stats.h"
 
 STABLE_TORCH_LIBRARY(m3bind_native, m) {
@@ -16,11 +17,22 @@ STABLE_TORCH_LIBRARY(m3bind_native, m) {
       " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, float margin, bool totals,"
       " Tensor row_lse, Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x,"
       " bool need_y) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_distill_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor teacher_x,"
+      " Tensor teacher_y, Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask, bool kl)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_distill_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor teacher_x,"
+      " Tensor teacher_y, Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask, Tensor row_lse,"
+      " Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x, bool need_y)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
   m.impl("similarity_stats_fwd", TORCH_BOX(&m3bind::cpu::similarity_stats_fwd));
   m.impl("similarity_stats_bwd", TORCH_BOX(&m3bind::cpu::similarity_stats_bwd));
+  m.impl("similarity_distill_fwd", TORCH_BOX(&m3bind::cpu::similarity_distill_fwd));
+  m.impl("similarity_distill_bwd", TORCH_BOX(&m3bind::cpu::similarity_distill_bwd));
 }
 
 PYBIND11_MODULE(_C, m) {

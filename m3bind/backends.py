@@ -86,6 +86,7 @@ def _native(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TABLE: dict[str, dict[str, Entry]] = {
     "similarity_stats": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
+    "similarity_distill": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
 }
 # Public operators that are a primitive of the table plus terms of O((N + M) * D).
 BUILT_ON = {"clip_loss": "similarity_stats", "similarity_lse": "similarity_stats"}

@@ -3,14 +3,10 @@
 
 #include <cstdint>
 
-namespace m3bind::cpu {
+#include "distill_kernels.h"
+#include "factor.h"
 
-// logit * log2(e) = dot * (high + low). The two parts keep the product exact to float32's last bit:
-// a rounded factor would shift all logits together, by 6e-6 at a scale of 100.
-struct Factor {
-  float high;
-  float low;
-};
+namespace m3bind::cpu {
 
 // A panel S of `rows` x `cols` dot products, `ld` floats from row to row. Where a pair is left out,
 // S holds -inf. Row sums are added in double, column sums in float over at most kBlockRows rows.
@@ -37,6 +33,7 @@ struct RowKernels {
   void (*row_dots)(const float* a, const float* b, int64_t rows, int64_t cols, double* out);
   // s *= factor, element by element.
   void (*multiply)(float* s, int64_t count, float factor);
+  DistillKernels distill;
 };
 
 // Rows that one thread takes at a time: the sums do not depend on the number of threads.

@@ -231,6 +231,8 @@ void multiply(float* s, int64_t count, float factor) {
   for (; j < count; ++j) s[j] *= factor;
 }
 
+#include "distill_kernels_impl.h"
+
 }  // namespace
 
 #define M3BIND_JOIN_(a, b) a##b
@@ -240,8 +242,15 @@ void multiply(float* s, int64_t count, float factor) {
 
 const RowKernels& M3BIND_JOIN(row_kernels_, M3BIND_NAME)() {
   static constexpr RowKernels kernels = {
-      M3BIND_STRING(M3BIND_NAME), sum_shifted,        maxima,   sum_own_shift,
-      gradient_shifted,           gradient_own_shift, row_dots, multiply};
+      M3BIND_STRING(M3BIND_NAME),
+      sum_shifted,
+      maxima,
+      sum_own_shift,
+      gradient_shifted,
+      gradient_own_shift,
+      row_dots,
+      multiply,
+      {sum_dual_shifted, sum_dual_own_shift, gradient_dual_shifted, gradient_dual_own_shift}};
   return kernels;
 }
 

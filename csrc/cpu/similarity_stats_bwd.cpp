@@ -6,21 +6,14 @@
 #include <vector>
 
 #include "panel.h"
+#include "reductions.h"
 #include "similarity_stats.h"
 
 namespace m3bind::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // Weights above this could make inf * 0 out of an exponential that underflows.
 constexpr double kLargestWeight = 1e37;
-
-std::vector<double> read(const Tensor& t) {
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
-  const double* data = static_cast<const double*>(wide.const_data_ptr());
-  return {data, data + wide.numel()};
-}
 
 // One direction's LSE (base 2) and the upstream gradients of its statistics.
 struct Direction {
@@ -128,29 +121,6 @@ class Gradient {
   std::vector<float> row_weight_, col_weight_;  // upstream gradients with the shifts folded in
   std::vector<float> row_shift_, col_shift_;    // only where each has its own
 };
-
-// Sum over all elements of a * b, in an order that does not depend on the threads.
-double dot(const Tensor& a, const Tensor& b) {
-  const int64_t rows = a.size(0), cols = a.size(1);
-  const float* p = static_cast<const float*>(a.const_data_ptr());
-  const float* q = static_cast<const float*>(b.const_data_ptr());
-  std::vector<double> parts(rows);
-  for_row_blocks(rows, [&](int64_t begin, int64_t end) {
-    row_kernels().row_dots(p + begin * cols, q + begin * cols, end - begin, cols,
-                           parts.data() + begin);
-  });
-  double total = 0;
-  for (const double part : parts) total += part;
-  return total;
-}
-
-void multiply(const Tensor& t, double factor) {
-  float* data = static_cast<float*>(t.mutable_data_ptr());
-  const int64_t cols = t.size(1);
-  for_row_blocks(t.size(0), [&](int64_t begin, int64_t end) {
-    row_kernels().multiply(data + begin * cols, (end - begin) * cols, static_cast<float>(factor));
-  });
-}
 
 // out[i] += own[i] * (sum of all b) + (sum of other[j] * b[j]): what a derivative of own[i] +
 // other[j] by every logit makes of the features.

@@ -4,6 +4,7 @@ Everything here is differentiable any number of times, and exact in float64.
 """
 
 from m3bind.reference.clip import clip_loss, reduce
+from m3bind.reference.distill import similarity_distill
 from m3bind.reference.lse import similarity_lse
 
-__all__ = ["clip_loss", "reduce", "similarity_lse"]
+__all__ = ["clip_loss", "reduce", "similarity_distill", "similarity_lse"]

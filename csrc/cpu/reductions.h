@@ -1,0 +1,22 @@
+// What backward passes do with whole tensors beside their GEMMs.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+namespace m3bind::cpu {
+
+using torch::stable::Tensor;
+
+// The values of a tensor of any floating dtype.
+std::vector<double> read(const Tensor& t);
+
+// Sum over all elements of a * b, float32 matrices, in an order that does not depend on the
+// threads.
+double dot(const Tensor& a, const Tensor& b);
+
+// t *= factor, a float32 matrix.
+void multiply(const Tensor& t, double factor);
+
+}  // namespace m3bind::cpu
