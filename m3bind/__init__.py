@@ -2,8 +2,16 @@
 
 from m3bind import losses, ops
 from m3bind.backends import use_backend
-from m3bind.losses import ClipLoss
-from m3bind.ops import clip_loss
+from m3bind.losses import ClipLoss, DistillClipLoss
+from m3bind.ops import clip_loss, similarity_distill
 
 __version__ = "0.1.0"
-__all__ = ["ClipLoss", "clip_loss", "losses", "ops", "use_backend"]
+__all__ = [
+    "ClipLoss",
+    "DistillClipLoss",
+    "clip_loss",
+    "losses",
+    "ops",
+    "similarity_distill",
+    "use_backend",
+]

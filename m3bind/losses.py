@@ -36,8 +36,8 @@ class ClipLoss(nn.Module):
         super().__init__()
         if world_size != 1:
             raise ValueError(
-                f"ClipLoss: world_size={world_size}: losses over several ranks are not in this "
-                "version yet; use world_size=1, or open_clip's ClipLoss"
+                f"{type(self).__name__}: world_size={world_size}: losses over several ranks are "
+                "not in this version yet; use world_size=1, or open_clip's loss of that name"
             )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
@@ -64,3 +64,50 @@ class ClipLoss(nn.Module):
         )
         assert isinstance(loss, Tensor)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class DistillClipLoss(ClipLoss):
+    """Drop-in for `open_clip.loss.DistillClipLoss`: CLIP's loss, and the teacher's distributions.
+
+    Equivalent to::
+
+        logits = logit_scale * image_features @ text_features.T
+        teacher = dist_logit_scale * dist_image_features @ dist_text_features.T
+        distill = -(teacher.softmax(1) * logits.log_softmax(1)).sum(1).mean() / 2
+        distill -= (teacher.T.softmax(1) * logits.T.log_softmax(1)).sum(1).mean() / 2
+        return ClipLoss()(image_features, text_features, logit_scale), distill
+
+    Unlike open_clip's, it detaches the teacher's features and scale: no gradient flows to them.
+    They may have another width and dtype. For shapes, dtypes and errors see
+    `m3bind.ops.similarity_distill`.
+
+    Raises:
+        ValueError: world_size > 1, which this version cannot do yet.
+    """
+
+    def forward(  # type: ignore[override]  # as open_clip's, which has no bias here
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,  # [] or [1], already exponentiated
+        dist_image_features: Tensor,  # [N, E]
+        dist_text_features: Tensor,  # [N, E]
+        dist_logit_scale: Tensor | float,  # [] or [1]
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """The contrastive and the distillation loss, or a dict of them by name."""
+        contrastive = super().forward(image_features, text_features, logit_scale)
+        distill = ops.similarity_distill(
+            image_features,
+            text_features,
+            logit_scale,
+            dist_image_features,
+            dist_text_features,
+            dist_logit_scale,
+            kind="ce",
+            backend=self.backend,
+        )
+        assert isinstance(contrastive, Tensor) and isinstance(distill, Tensor)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distill}
+        return contrastive, distill

@@ -23,7 +23,9 @@ def features(
                 f"{op}: {name} has shape {tuple(value.shape)}; pass a matrix [rows, features]"
             )
     if x.device != y.device:
-        raise ValueError(f"{op}: {x_name} is on {x.device}, {y_name} on {y.device}; move one of them")
+        raise ValueError(
+            f"{op}: {x_name} is on {x.device}, {y_name} on {y.device}; move one of them"
+        )
     if x.shape[1] != y.shape[1] or x.shape[1] == 0:
         raise ValueError(
             f"{op}: {x_name} has {x.shape[1]} features a row, {y_name} has {y.shape[1]}; "
