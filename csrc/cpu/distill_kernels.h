@@ -49,13 +49,14 @@ struct DistillKernels {
                         const Both<const float>& col_shift, const DivergenceSums<double>& rows,
                         const DivergenceSums<float>& cols);
   // S = 2^s * (row's + column's weight of the student) - 2^t * (the teacher's), as one difference.
+  // by_dot [rows] gets the sum of the new values times the old ones, pairs left out apart.
   void (*gradient_shifted)(const DualPanel& panel, float shift, const ShareWeights& rows,
-                           const ShareWeights& cols);
+                           const ShareWeights& cols, double* by_dot);
   // The same with own shifts, the LSEs rounded; `gap` is the teacher's less the student's.
   void (*gradient_own_shift)(const DualPanel& panel, const Both<const float>& row_shift,
                              const float* row_gap, const ShareWeights& rows,
                              const Both<const float>& col_shift, const float* col_gap,
-                             const ShareWeights& cols);
+                             const ShareWeights& cols, double* by_dot);
 };
 
 }  // namespace m3bind::cpu

@@ -164,22 +164,31 @@ void sum_dual_own_shift(const DualPanel& panel, bool kl, const Both<const float>
     sum_dual_panel<false, true>(panel, 0, row_shift, col_shift, rows, cols);
 }
 
-// Calls change(student's dots, teacher's dots, first column, columns) on every vector of a row, and
-// stores what it returns in place of the student's.
+// Replaces a row of the student's dot products by derivatives(student's, teacher's, first column,
+// columns); returns the sum of derivative * student's dot.
 template <class F>
-inline void change_dual_row(float* s, const float* t, int64_t cols, const F& change) {
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const int64_t count = cols - j < kLanes ? cols - j : kLanes;
-    const Vec out = change(load_dots(s + j, count), load_dots(t + j, count), j, count);
-    if (count == kLanes)
-      store(s + j, out);
-    else
-      store_part(s + j, out, count);
+inline double derive_dual_row(float* s, const float* t, int64_t cols, const F& derivatives) {
+  double total = 0;
+  for (int64_t tile = 0; tile < cols; tile += kTile) {
+    const int64_t end = tile + tile_width(cols, tile);
+    Vec sum = {};
+    for (int64_t j = tile; j < end; j += kLanes) {
+      const int64_t count = end - j < kLanes ? end - j : kLanes;
+      const Vec dots = load_dots(s + j, count);
+      const Vec grad = derivatives(dots, load_dots(t + j, count), j, count);
+      sum = fma(grad, select(dots == -kInf, Vec{}, dots), sum);
+      if (count == kLanes)
+        store(s + j, grad);
+      else
+        store_part(s + j, grad, count);
+    }
+    total += reduce_add(sum);
   }
+  return total;
 }
 
 void gradient_dual_shifted(const DualPanel& p, float shift, const ShareWeights& rows,
-                           const ShareWeights& cols) {
+                           const ShareWeights& cols, double* by_dot) {
   const DualFactor factor(p);
   const Vec common = splat(shift);
   for (int64_t i = 0; i < p.rows; ++i) {
@@ -195,7 +204,7 @@ void gradient_dual_shifted(const DualPanel& p, float shift, const ShareWeights& 
       return select(near(d), e_t * fma(exp2_less_one(-d), student, change),
                     e_s * student - e_t * teacher);
     };
-    change_dual_row(p.student + i * p.ld, p.teacher + i * p.ld, p.cols, share);
+    by_dot[i] = derive_dual_row(p.student + i * p.ld, p.teacher + i * p.ld, p.cols, share);
   }
 }
 
@@ -212,7 +221,7 @@ inline Vec own_share(Vec s, Vec t, const DualFactor& factor, Vec difference, Vec
 void gradient_dual_own_shift(const DualPanel& p, const Both<const float>& row_shift,
                              const float* row_gap, const ShareWeights& rows,
                              const Both<const float>& col_shift, const float* col_gap,
-                             const ShareWeights& cols) {
+                             const ShareWeights& cols, double* by_dot) {
   const DualFactor factor(p);
   for (int64_t i = 0; i < p.rows; ++i) {
     const auto share = [&](Vec s, Vec t, int64_t j, int64_t count) {
@@ -226,6 +235,6 @@ void gradient_dual_own_shift(const DualPanel& p, const Both<const float>& row_sh
           load_up_to(cols.teacher + j, count));
       return by_row + by_col;
     };
-    change_dual_row(p.student + i * p.ld, p.teacher + i * p.ld, p.cols, share);
+    by_dot[i] = derive_dual_row(p.student + i * p.ld, p.teacher + i * p.ld, p.cols, share);
   }
 }

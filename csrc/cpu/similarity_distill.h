@@ -23,7 +23,7 @@ class DualPanels {
 
   void compute(int64_t first, int64_t count) {
     for (Panels* panels : {&student, &teacher})
-      panels->compute(first, count, [](int64_t, int64_t, double) {});
+      panels->compute(first, count, [](int64_t, int64_t, float) {});
   }
 
   // Rows [begin, end) of the panel at hand.

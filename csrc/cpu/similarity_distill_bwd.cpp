@@ -3,8 +3,8 @@
 #include <limits>
 #include <vector>
 
-#include "reductions.h"
 #include "similarity_distill.h"
+#include "whole_tensors.h"
 
 namespace m3bind::cpu {
 namespace {
@@ -111,22 +111,29 @@ class Gradient {
     col_shifts_ = OwnShifts(cols);
   }
 
-  void apply(const DualPanels& panels, int64_t first, int64_t count) const {
+  void apply(const DualPanels& panels, int64_t first, int64_t count) {
     const DistillKernels& kernels = row_kernels().distill;
+    std::vector<double> by_dot(count);
     for_row_blocks(count, [&](int64_t begin, int64_t end) {
       const DualPanel block = panels.block(begin, end);
       const int64_t row = first + begin;
       if (one_exponential_)
-        kernels.gradient_shifted(block, shift_, rows_.from(row), cols_.from(0));
+        kernels.gradient_shifted(block, shift_, rows_.from(row), cols_.from(0),
+                                 by_dot.data() + begin);
       else
         kernels.gradient_own_shift(block, row_shifts_.from(row), row_shifts_.gap.data() + row,
                                    rows_.from(row), col_shifts_.from(0), col_shifts_.gap.data(),
-                                   cols_.from(0));
+                                   cols_.from(0), by_dot.data() + begin);
     });
+    for (const double sum : by_dot) by_dot_ += sum;
   }
+
+  // The sum of all derivatives times what the panels held.
+  double by_dot() const { return by_dot_; }
 
  private:
   float shift_;
+  double by_dot_ = 0;
   bool one_exponential_ = false;
   Weights rows_, cols_;
   OwnShifts row_shifts_, col_shifts_;  // only where each has its own
@@ -144,30 +151,22 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
   const Direction rows(row_lse, grad_rows), cols(col_lse, grad_cols);
   STD_TORCH_CHECK(rows.count() == student.rows() && cols.count() == student.cols(),
                   "one gradient for each row and each column");
-  const Gradient gradient(panels, rows, cols);
+  Gradient gradient(panels, rows, cols);
   const int64_t features = student.x().size(1);
-  // The gradient of the scale is a dot product of x with its own (or y with its own).
-  const bool compute_x = need_x || !need_y;
-  Tensor grad_x = torch::stable::new_empty(student.x(), {compute_x ? student.rows() : 0, features});
+  Tensor grad_x = torch::stable::new_empty(student.x(), {need_x ? student.rows() : 0, features});
   Tensor grad_y = torch::stable::new_zeros(student.y(), {need_y ? student.cols() : 0, features});
   for (int64_t first = 0; first < student.rows(); first += student.step()) {
     const int64_t count = std::min(student.step(), student.rows() - first);
     panels.compute(first, count);
     gradient.apply(panels, first, count);
-    const Tensor grad = student.tensor(count);
-    if (compute_x) mm_out(Panels::part(grad_x, first, count), grad, student.y());
-    if (need_y) {
-      Tensor turned = grad;
-      mm_add(grad_y, torch::stable::transpose(turned, 0, 1),
-             Panels::part(student.x(), first, count));
-    }
+    student.gradients(first, count, grad_x, grad_y);
   }
-  const double by_scale = compute_x ? dot(grad_x, student.x()) : dot(grad_y, student.y());
-  if (!need_x) grad_x = torch::stable::new_empty(student.x(), {0, features});
+  student.finish(grad_y);
   multiply(grad_x, student.scale());
   multiply(grad_y, student.scale());
   Tensor grad_scale = torch::stable::new_empty(student.x(), {});
-  *static_cast<float*>(grad_scale.mutable_data_ptr()) = static_cast<float>(by_scale);
+  *static_cast<float*>(grad_scale.mutable_data_ptr()) =
+      static_cast<float>(student.sign() * gradient.by_dot());
   return {torch::stable::to(grad_x, x.scalar_type()), torch::stable::to(grad_y, y.scalar_type()),
           torch::stable::to(grad_scale, logit_scale.scalar_type())};
 }

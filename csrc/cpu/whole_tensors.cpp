@@ -1,4 +1,4 @@
-#include "reductions.h"
+#include "whole_tensors.h"
 
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -11,20 +11,6 @@ std::vector<double> read(const Tensor& t) {
   const Tensor wide = torch::stable::contiguous(converted);
   const double* data = static_cast<const double*>(wide.const_data_ptr());
   return {data, data + wide.numel()};
-}
-
-double dot(const Tensor& a, const Tensor& b) {
-  const int64_t rows = a.size(0), cols = a.size(1);
-  const float* p = static_cast<const float*>(a.const_data_ptr());
-  const float* q = static_cast<const float*>(b.const_data_ptr());
-  std::vector<double> parts(rows);
-  for_row_blocks(rows, [&](int64_t begin, int64_t end) {
-    row_kernels().row_dots(p + begin * cols, q + begin * cols, end - begin, cols,
-                           parts.data() + begin);
-  });
-  double total = 0;
-  for (const double part : parts) total += part;
-  return total;
 }
 
 void multiply(const Tensor& t, double factor) {

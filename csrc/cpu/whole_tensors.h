@@ -1,4 +1,4 @@
-// What backward passes do with whole tensors beside their GEMMs.
+// What backward passes do with whole tensors beside their products.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,10 +11,6 @@ using torch::stable::Tensor;
 
 // The values of a tensor of any floating dtype.
 std::vector<double> read(const Tensor& t);
-
-// Sum over all elements of a * b, float32 matrices, in an order that does not depend on the
-// threads.
-double dot(const Tensor& a, const Tensor& b);
 
 // t *= factor, a float32 matrix.
 void multiply(const Tensor& t, double factor);
