@@ -142,12 +142,11 @@ def similarity_distill_fwd(
     row_lse = x.new_empty(2, x.shape[0], dtype=stats)
     cols = _Sums.of_nothing(y.shape[0], stats, x.device)
     for at in panels(x.shape[0], y.shape[0]):
-        logits = [
-            _masked(side.dots(at).mul_(side.scale), part(row_mask, at), col_mask)
-            for side in (student, teacher)
-        ]
-        row_loss[at], row_lse[:, at] = _sums(*logits, kl, 1, stats).finish(kl)
-        cols = cols.merged(_sums(*logits, kl, 0, stats), kl)
+        masks = part(row_mask, at), col_mask
+        logits = _masked(student.dots(at).mul_(student.scale), *masks)
+        aims = _masked(teacher.dots(at).mul_(teacher.scale), *masks)
+        row_loss[at], row_lse[:, at] = _sums(logits, aims, kl, 1, stats).finish(kl)
+        cols = cols.merged(_sums(logits, aims, kl, 0, stats), kl)
     col_loss, col_lse = cols.finish(kl)
     return row_loss, col_loss, row_lse, col_lse
 
