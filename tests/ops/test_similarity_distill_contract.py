@@ -1,4 +1,4 @@
-"""What similarity_distill owes torch: schema, fake, autograd, compile, autocast, threads, errors."""
+"""What similarity_distill owes torch: schema, fake, autograd, compile, autocast, threads."""
 
 import os
 import subprocess

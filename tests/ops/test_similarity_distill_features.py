@@ -1,4 +1,4 @@
-"""What similarity_distill offers: masks, reductions, directions, dtypes, and NaN, inf and nothing."""
+"""What similarity_distill offers: masks, reductions, directions, dtypes; NaN, inf, nothing."""
 
 import pytest
 import torch
