@@ -34,6 +34,11 @@ struct RowKernels {
   void (*row_dots)(const float* a, const float* b, int64_t rows, int64_t cols, double* out);
   // s *= factor, element by element.
   void (*multiply)(float* s, int64_t count, float factor);
+  // Derivatives in S beyond row_limit[i] + col_limit[j] are told to `found` and become 0. What
+  // rounding the others to bfloat16 loses is added to row_lost and col_lost.
+  void (*set_apart)(float* s, int64_t ld, int64_t rows, int64_t cols, const float* row_limit,
+                    const float* col_limit, double* row_lost, float* col_lost,
+                    void (*found)(void* to, int64_t row, int64_t col, float value), void* to);
   DistillKernels distill;
 };
 

@@ -1,9 +1,10 @@
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
+#include "rounding_loss.h"
 #include "similarity_distill.h"
 #include "whole_tensors.h"
 
@@ -140,22 +141,14 @@ class Gradient {
   OwnShifts row_shifts_, col_shifts_;  // only where each has its own
 };
 
-// Leaves in the panel what rounding it to bfloat16 loses.
-void keep_rounding(const Panels& panels, int64_t count) {
-  for_row_blocks(count, [&](int64_t begin, int64_t end) {
-    float* values = panels.data() + begin * panels.cols();
-    for (int64_t k = 0; k < (end - begin) * panels.cols(); ++k) {
-      const uint32_t bits = std::bit_cast<uint32_t>(values[k]);
-      const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;
-      values[k] -= std::bit_cast<float>(rounded);
-    }
-  });
-}
+// A share of this size is large: a row has few, and what is lost of the others averages out.
+constexpr double kLargeShare = 1.0 / 16;
 
-void add(const Tensor& to, const Tensor& more) {
-  float* out = static_cast<float*>(to.mutable_data_ptr());
-  const float* in = static_cast<const float*>(more.const_data_ptr());
-  for (int64_t k = 0; k < more.numel(); ++k) out[k] += in[k];
+std::vector<float> limits(const Direction& direction) {
+  std::vector<float> out;
+  for (const double grad : direction.grad)
+    out.push_back(static_cast<float>(kLargeShare * std::abs(grad)));
+  return out;
 }
 
 }  // namespace
@@ -174,21 +167,17 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
   const int64_t features = student.x().size(1);
   Tensor grad_x = torch::stable::new_empty(student.x(), {need_x ? student.rows() : 0, features});
   Tensor grad_y = torch::stable::new_zeros(student.y(), {need_y ? student.cols() : 0, features});
-  // A row of derivatives sums up to 0, so what features have in common cancels, and would leave the
-  // panel's rounding to bfloat16 behind: what that loses goes through the products as well.
-  const int64_t again = student.exact() ? 0 : grad_x.size(0);
-  const Tensor rest_x = torch::stable::new_empty(student.x(), {again, features});
+  std::optional<RoundingLoss> loss;
+  if (!student.exact()) loss.emplace(student, limits(rows), limits(cols));
   for (int64_t first = 0; first < student.rows(); first += student.step()) {
     const int64_t count = std::min(student.step(), student.rows() - first);
     panels.compute(first, count);
     gradient.apply(panels, first, count);
+    if (loss) loss->take(student, first, count);
     student.gradients(first, count, grad_x, grad_y);
-    if (student.exact()) continue;
-    keep_rounding(student, count);
-    student.gradients(first, count, rest_x, grad_y);
   }
   student.finish(grad_y);
-  add(grad_x, rest_x);
+  if (loss) loss->give_back(student, grad_x, grad_y);
   multiply(grad_x, student.scale());
   multiply(grad_y, student.scale());
   Tensor grad_scale = torch::stable::new_empty(student.x(), {});

@@ -53,9 +53,11 @@ def test_error_against_float64(backend, n, m, d, e, scale, teacher_scale, kind, 
 
 
 @pytest.mark.parametrize("common", (0.0, 3.0), ids=("", "with a common direction"))
-@pytest.mark.parametrize("scales", ((1.0, 3000.0), (14.3, 100.0), (100.0, 14.3)), ids=str)
+@pytest.mark.parametrize(
+    "scales", ((1.0, 3000.0), (14.3, 100.0), (100.0, 14.3), (5.0, 1.0)), ids=str
+)
 @pytest.mark.parametrize("backend", FAST)
-def test_bfloat16_rounds_the_gradient_once(backend, scales, common):
+def test_bfloat16_rounds_the_result_alone(backend, scales, common):
     # Derivatives of a one-hot teacher are 1 / 251, which bfloat16 misses by 0.3 %; those of a row
     # sum up to 0, so a direction that all features share must leave nothing behind.
     worst = [0.0, 0.0]
@@ -69,7 +71,8 @@ def test_bfloat16_rounds_the_gradient_once(backend, scales, common):
         mine = errors(run(similarity_distill, given_features, *scales, backend=backend), want)
         for i, found in enumerate((mine, plain)):
             worst[i] = max(worst[i], found["x"], found["y"])
-    assert worst[0] <= 1.1 * worst[1]
+    # The panel of many small derivatives is rounded as well, and that averages out: hence not 1.
+    assert worst[0] <= 1.2 * worst[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
