@@ -87,7 +87,7 @@ class PairRules {
   void for_each_positive(int64_t first, int64_t count, const F& f) const {
     classes_.for_each(first, count, f);
   }
-  // Whether row i has no other positive than column j, or column j no other than row i.
+  // Of a row that has positives: whether it has only one, or its columns have only this row.
   bool is_lone(int64_t i) const { return (classes_.row(i) & (kOneColumn | kOneRow)) != 0; }
 
   // f(row, column) on the masked pairs of these rows.

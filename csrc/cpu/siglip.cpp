@@ -50,27 +50,15 @@ class Siglip {
     const int64_t rows = panels_.rows(), cols = panels_.cols(), features = panels_.x().size(1);
     Gradients out{torch::stable::new_empty(panels_.x(), {need_x ? rows : 0, features}),
                   torch::stable::new_zeros(panels_.y(), {need_y ? cols : 0, features}), 0, 0};
-    std::vector<double> by_scale(rows), by_bias(rows);
+    by_scale_.assign(rows, 0);
+    by_bias_.assign(rows, 0);
     std::vector<Apart> apart;
     for_panels([&](int64_t first, int64_t count) {
       for_row_blocks(count, [&](int64_t begin, int64_t end) {
         std::vector<float> logits(cols), dots;
         for (int64_t i = first + begin; i < first + end; ++i) {
-          float* s = row(first, i);
-          fill_logits(i, s, logits.data());
-          dots.clear();
-          rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) { dots.push_back(s[j]); });
-          const float weight = weights == nullptr ? 1.0f : weights[i];
-          const SigmoidSums sums = row_kernels().sigmoid(logits.data(), s, cols, weight);
-          losses_[i] = sums.softplus;
-          by_bias[i] = weight * sums.sigmoid;
-          by_scale[i] = weight * sums.by_dot;
-          const float* dot = dots.data();
-          rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) {
-            by_bias[i] -= 2.0 * s[j];
-            by_scale[i] -= 2.0 * s[j] * *dot++;
-            s[j] = -s[j];
-          });
+          fill_logits(i, row(first, i), logits.data());
+          derive(i, row(first, i), logits.data(), weights == nullptr ? 1.0f : weights[i], dots);
         }
       });
       if (!panels_.exact()) take_apart(first, count, apart);
@@ -80,8 +68,8 @@ class Siglip {
     add_apart(panels_, apart, out.x, out.y);
     multiply(out.x, scale_);
     multiply(out.y, scale_);
-    for (const double sum : by_bias) out.bias += sum;
-    for (const double sum : by_scale) out.scale += sum;
+    for (const double sum : by_bias_) out.bias += sum;
+    for (const double sum : by_scale_) out.scale += sum;
     return out;
   }
 
@@ -112,6 +100,23 @@ class Siglip {
     rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) { logits[j] = -logits[j]; });
   }
 
+  // Replaces the dot products of row i by derivatives, and adds up what they make of scale and
+  // bias. `dots` is space to work in.
+  void derive(int64_t i, float* s, const float* logits, float weight, std::vector<float>& dots) {
+    dots.clear();
+    rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) { dots.push_back(s[j]); });
+    const SigmoidSums sums = row_kernels().sigmoid(logits, s, panels_.cols(), weight);
+    losses_[i] = sums.softplus;
+    by_bias_[i] = weight * sums.sigmoid;
+    by_scale_[i] = weight * sums.by_dot;
+    const float* dot = dots.data();
+    rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) {
+      by_bias_[i] -= 2.0 * s[j];
+      by_scale_[i] -= 2.0 * s[j] * *dot++;
+      s[j] = -s[j];
+    });
+  }
+
   // Moves the derivatives at lone positives out of the panel.
   void take_apart(int64_t first, int64_t count, std::vector<Apart>& apart) const {
     rules_.for_each_positive(first, count, [&](int64_t i, int64_t j) {
@@ -125,7 +130,7 @@ class Siglip {
   Panels panels_;
   PairRules rules_;
   double scale_, bias_;
-  std::vector<double> losses_;
+  std::vector<double> losses_, by_scale_, by_bias_;  // of each row
 };
 
 Tensor number(const Tensor& like, double value) {
