@@ -9,9 +9,10 @@ const float* data(const Tensor& t) { return static_cast<const float*>(t.const_da
 
 std::vector<double> mean_row(const Tensor& t) {
   const int64_t rows = t.size(0), features = t.size(1);
+  const float* values = data(t);
   std::vector<double> mean(features);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t d = 0; d < features; ++d) mean[d] += data(t)[i * features + d];
+    for (int64_t d = 0; d < features; ++d) mean[d] += values[i * features + d];
   for (double& value : mean) value /= static_cast<double>(std::max<int64_t>(1, rows));
   return mean;
 }

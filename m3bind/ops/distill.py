@@ -101,13 +101,25 @@ def similarity_distill(
             x, y, scale, teacher_x, teacher_y, teacher_scale, which.row_mask, which.col_mask,
             kind == "kl", chosen,
         )  # fmt: skip
-        losses = []
-        counts = which.unmasked(x.shape[0], y.shape[0])
-        for name, loss, left in zip(("rows", "columns"), (row_loss, col_loss), counts, strict=True):
-            if directions in (name, "both"):
-                valid = torch.zeros_like(loss) + left > 0
-                losses.append((loss.where(valid, 0).to(accumulation_dtype(wide.dtype)), valid))
-        return reduce(losses, reduction)
+        acc = accumulation_dtype(wide.dtype)
+        losses = {"rows": row_loss.to(acc), "columns": col_loss.to(acc)}
+        wanted = tuple(losses) if directions == "both" else (directions,)
+        if mask_ids is None and x.shape[0] > 0 and y.shape[0] > 0:
+            return _reduce_all([losses[name] for name in wanted], reduction)
+        left = dict(zip(losses, which.unmasked(x.shape[0], y.shape[0]), strict=True))
+        parts = []
+        for name in wanted:
+            valid = torch.zeros_like(losses[name]) + left[name] > 0
+            parts.append((losses[name].where(valid, 0), valid))
+        return reduce(parts, reduction)
+
+
+def _reduce_all(losses: list[Tensor], reduction: str) -> Tensor | tuple[Tensor, Tensor]:
+    """What `reduce` gives where every row and column counts, in a third of its operations."""
+    if reduction == "none":
+        return (losses[0], losses[1]) if len(losses) == 2 else losses[0]
+    values = [loss.mean() if reduction == "mean" else loss.sum() for loss in losses]
+    return (values[0] + values[1]) / 2 if len(values) == 2 else values[0]
 
 
 def _fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

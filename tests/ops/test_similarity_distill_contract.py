@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from clip_oracle import needs_native
+from clip_oracle import errors, needs_native
 from distill_oracle import features, run, truth
 
 from m3bind import backends
@@ -215,12 +215,11 @@ def test_more_than_two_to_the_31_pairs():
     assert n * m > 2**31
     large = tuple(t.repeat(k // 8, 1) for t, k in zip(small, (n, m, n, m), strict=True))
     want, got = truth(small, 5.0, 9.0), run(similarity_distill, large, 5.0, 9.0, backend="cpp")
-    assert got["loss"] == pytest.approx(want["loss"].item(), rel=1e-5)
-    assert got["scale"] == pytest.approx(want["scale"].item(), rel=1e-5)
-    for name, count in (("x", n), ("y", m)):
-        torch.testing.assert_close(
-            got[name][-8:].double() * (count // 8), want[name], rtol=1e-4, atol=1e-6
-        )
+    got["x"], got["y"] = got["x"][-8:] * (n // 8), got["y"][-8:] * (m // 8)
+    found = errors(got, want)
+    assert found["loss"] < 1e-6 and found["scale"] < 1e-5
+    # Each is a float32 sum of 46 thousand terms, few of them different, that cancel.
+    assert found["x"] < 1e-3 and found["y"] < 1e-3
 
 
 @needs_native
