@@ -5,6 +5,7 @@
 
 #include "cpu/row_kernels.h"
 #include "cpu/siglip.h"
+#include "cpu/similarity_distill.h"
 #include "cpu/similarity_stats.h"
 
 STABLE_TORCH_LIBRARY(m3bind_native, m) {
@@ -28,6 +29,15 @@ STABLE_TORCH_LIBRARY(m3bind_native, m) {
       "siglip_total_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias,"
       " Tensor? row_class, Tensor? col_class, Tensor? row_mask, Tensor? col_mask, bool mean,"
       " bool need_x, bool need_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_distill_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor teacher_x,"
+      " Tensor teacher_y, Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask, bool kl)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_distill_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor teacher_x,"
+      " Tensor teacher_y, Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask, Tensor row_lse,"
+      " Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x, bool need_y)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
@@ -36,6 +46,8 @@ STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
   m.impl("siglip_fwd", TORCH_BOX(&m3bind::cpu::siglip_fwd));
   m.impl("siglip_bwd", TORCH_BOX(&m3bind::cpu::siglip_bwd));
   m.impl("siglip_total_fwd", TORCH_BOX(&m3bind::cpu::siglip_total_fwd));
+  m.impl("similarity_distill_fwd", TORCH_BOX(&m3bind::cpu::similarity_distill_fwd));
+  m.impl("similarity_distill_bwd", TORCH_BOX(&m3bind::cpu::similarity_distill_bwd));
 }
 
 PYBIND11_MODULE(_C, m) {

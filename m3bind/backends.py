@@ -87,6 +87,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TABLE: dict[str, dict[str, Entry]] = {
     "similarity_stats": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
     "siglip": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
+    "similarity_distill": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
 }
 # Public operators that are a primitive of the table plus terms of O((N + M) * D).
 BUILT_ON = {

@@ -49,14 +49,6 @@ double read_scalar(const Tensor& t) {
   return *static_cast<const double*>(wide.const_data_ptr());
 }
 
-void multiply(const Tensor& t, double factor) {
-  float* data = static_cast<float*>(t.mutable_data_ptr());
-  const int64_t cols = t.size(1);
-  for_row_blocks(t.size(0), [&](int64_t begin, int64_t end) {
-    row_kernels().multiply(data + begin * cols, (end - begin) * cols, static_cast<float>(factor));
-  });
-}
-
 Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
                double margin)
     : Panels(x, y, read_scalar(logit_scale), std::move(rules), margin) {}

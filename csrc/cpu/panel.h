@@ -29,8 +29,6 @@ void for_row_blocks(int64_t rows, const F& f) {
 
 // The one value of a tensor.
 double read_scalar(const Tensor& t);
-// t *= factor
-void multiply(const Tensor& t, double factor);
 
 // x, y and scale of one call, float32 and contiguous, with a buffer for one panel. Where both are
 // bfloat16 and the processor multiplies that, their products do.

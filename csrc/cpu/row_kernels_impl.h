@@ -181,6 +181,57 @@ void multiply(float* s, int64_t count, float factor) {
   for (; j < count; ++j) s[j] *= factor;
 }
 
+inline bool any(IntVec condition) {
+#if defined(__AVX512F__)
+  const __m512i bits = reinterpret_cast<__m512i>(condition);
+  return _mm512_test_epi32_mask(bits, bits) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(condition)) != 0;
+#else
+  int32_t all = 0;
+  for (int64_t l = 0; l < kLanes; ++l) all |= condition[l];
+  return all != 0;
+#endif
+}
+
+// To the nearest bfloat16, ties to even.
+inline Vec round_bf16(Vec v) {
+  const UintVec bits = reinterpret_cast<UintVec>(v);
+  return reinterpret_cast<Vec>((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
+}
+
+void set_apart(float* s, int64_t ld, int64_t rows, int64_t cols, const float* row_limit,
+               const float* col_limit, double* row_lost, float* col_lost,
+               void (*found)(void* to, int64_t row, int64_t col, float value), void* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* p = s + i * ld;
+    Vec total = {};
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const int64_t count = cols - j < kLanes ? cols - j : kLanes;
+      const Vec v = load_up_to(p + j, count);
+      const Vec size = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(v) & 0x7FFFFFFF);
+      const IntVec large = size > row_limit[i] + load_up_to(col_limit + j, count);
+      if (any(large)) {
+        for (int64_t l = 0; l < count; ++l) {
+          if (large[l] == 0) continue;
+          found(to, i, j + l, v[l]);
+          p[j + l] = 0;
+        }
+      }
+      const Vec kept = large ? Vec{} : v;
+      const Vec lost = kept - round_bf16(kept);
+      total += lost;
+      if (count == kLanes)
+        store(col_lost + j, load(col_lost + j) + lost);
+      else
+        store_part(col_lost + j, load_part(col_lost + j, count, 0) + lost, count);
+    }
+    row_lost[i] += reduce_add(total);
+  }
+}
+
+#include "distill_kernels_impl.h"
+
 }  // namespace
 
 #define M3BIND_JOIN_(a, b) a##b
@@ -188,8 +239,18 @@ void multiply(float* s, int64_t count, float factor) {
 
 const RowKernels& M3BIND_JOIN(row_kernels_, M3BIND_NAME)() {
   static constexpr RowKernels kernels = {
-      sum_shifted, maxima,   sum_own_shift, gradient_shifted, gradient_own_shift,
-      row_dots,    multiply, affine,        softplus_sum,     sigmoid};
+      sum_shifted,
+      maxima,
+      sum_own_shift,
+      gradient_shifted,
+      gradient_own_shift,
+      row_dots,
+      multiply,
+      affine,
+      softplus_sum,
+      sigmoid,
+      set_apart,
+      {sum_dual_shifted, sum_dual_own_shift, gradient_dual_shifted, gradient_dual_own_shift}};
   return kernels;
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "panel.h"
+#include "whole_tensors.h"
 
 namespace m3bind::cpu {
 namespace {

@@ -7,20 +7,13 @@
 
 #include "panel.h"
 #include "similarity_stats.h"
+#include "whole_tensors.h"
 
 namespace m3bind::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // Weights above this could make inf * 0 out of an exponential that underflows.
 constexpr double kLargestWeight = 1e37;
-
-std::vector<double> read(const Tensor& t) {
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
-  const double* data = static_cast<const double*>(wide.const_data_ptr());
-  return {data, data + wide.numel()};
-}
 
 // One direction's LSE (base 2) and the upstream gradients of its statistics.
 struct Direction {

@@ -1,7 +1,8 @@
 """Fused contrastive operators. One file a public operator: arguments, schema, fake, autograd."""
 
 from m3bind.ops.clip import clip_loss
+from m3bind.ops.distill import similarity_distill
 from m3bind.ops.lse import similarity_lse
 from m3bind.ops.siglip import siglip_loss
 
-__all__ = ["clip_loss", "siglip_loss", "similarity_lse"]
+__all__ = ["clip_loss", "siglip_loss", "similarity_distill", "similarity_lse"]
