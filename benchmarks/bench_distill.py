@@ -4,7 +4,8 @@
 
 As in bench_clip.py, the minimum and median in `extra_info` come from rounds in which all the
 contestants take turns in one process: those are the numbers to compare. open_clip's row is its
-DistillClipLoss' distillation term; its contrastive term would be the same work for everybody.
+DistillClipLoss' distillation term; its contrastive term would be the same work for everybody. The
+floor is that of O(N + M) memory: torch.compile keeps both N x N matrices and needs four GEMMs.
 """
 
 import os

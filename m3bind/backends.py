@@ -84,10 +84,11 @@ def _native(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_NARROW = _native(_FLOATS, "bfloat16 products where the processor has them; float16 is widened")
 TABLE: dict[str, dict[str, Entry]] = {
-    "similarity_stats": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
-    "siglip": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
-    "similarity_distill": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
+    "similarity_stats": _row(cpp=_NARROW),
+    "siglip": _row(cpp=_NARROW),
+    "similarity_distill": _row(cpp=_NARROW),
 }
 # Public operators that are a primitive of the table plus terms of O((N + M) * D).
 BUILT_ON = {
