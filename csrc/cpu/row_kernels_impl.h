@@ -1,53 +1,20 @@
 // The one source of the row kernels, compiled once an instruction set (see CMakeLists.txt).
 //
-// Written in GCC's and Clang's vector extension. It includes no standard header with functions:
+// Written with vectors.h. It includes no standard header with functions:
 // a copy of such code made here with AVX-512 could be the one that the linker keeps for everybody.
 // The includer defines M3BIND_LANES and M3BIND_NAME.
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 
 #include "row_kernels.h"
+#include "vectors.h"
 
 namespace m3bind::cpu {
 namespace {
 
-constexpr int64_t kLanes = M3BIND_LANES;
 // Columns handled at a time: their sums stay in the first-level cache, and the float partial sums
 // of a row stay short.
 constexpr int64_t kTile = 2048;
 constexpr float kInf = __builtin_inff();
-
-typedef float Vec __attribute__((vector_size(kLanes * 4)));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
-typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
-inline Vec splat(float v) { return Vec{} + v; }
-inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
-
-inline Vec load_part(const float* p, int64_t count, float fill) {
-  Vec v = splat(fill);
-  for (int64_t l = 0; l < count; ++l) v[l] = p[l];
-  return v;
-}
-inline void store_part(float* p, Vec v, int64_t count) {
-  for (int64_t l = 0; l < count; ++l) p[l] = v[l];
-}
-
-// a * b + c, rounded once where the processor can: the compiler alone fuses here and not there, and
-// a logit of 100 would be off by 5e-6 where it does not.
-inline Vec fma(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_ps(a, b, c);
-#elif defined(__AVX2__)
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
 
 inline float reduce_add(Vec v) {
   float total = 0;
