@@ -86,9 +86,16 @@ def _native(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TABLE: dict[str, dict[str, Entry]] = {
     "similarity_stats": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
+    "similarity_topk": _row(cpp=_native(_FLOATS, "equal rows have equal scores, bit for bit")),
+    "similarity_rank": _row(cpp=_native(_FLOATS, "equal rows have equal scores, bit for bit")),
 }
-# Public operators that are a primitive of the table plus terms of O((N + M) * D).
-BUILT_ON = {"clip_loss": "similarity_stats", "similarity_lse": "similarity_stats"}
+# Public operators: a primitive of the table, alone or plus terms of O((N + M) * D).
+BUILT_ON = {
+    "clip_loss": "similarity_stats",
+    "similarity_lse": "similarity_stats",
+    "similarity_topk": "similarity_topk",
+    "similarity_rank": "similarity_rank",
+}
 
 _override: str | None = os.environ.get("M3BIND_BACKEND") or None
 

@@ -5,5 +5,6 @@ Everything here is differentiable any number of times, and exact in float64.
 
 from m3bind.reference.clip import clip_loss, reduce
 from m3bind.reference.lse import similarity_lse
+from m3bind.reference.search import similarity_rank, similarity_topk
 
-__all__ = ["clip_loss", "reduce", "similarity_lse"]
+__all__ = ["clip_loss", "reduce", "similarity_lse", "similarity_rank", "similarity_topk"]
