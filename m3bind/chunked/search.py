@@ -32,7 +32,9 @@ def _blocks(num_rows: int) -> list[slice]:
 def _ordered(scores: Tensor) -> Tensor:
     """int64 in the order of the scores: -0 equals 0, NaN is greater than infinity."""
     # In two steps: a compiler may take -0 + 0 for -0.
-    scores = scores.masked_fill(scores == 0, 0.0).masked_fill(scores.isnan(), torch.nan).contiguous()
+    scores = (
+        scores.masked_fill(scores == 0, 0.0).masked_fill(scores.isnan(), torch.nan).contiguous()
+    )
     wide = scores.dtype == torch.float64
     bits = scores.view(torch.int64 if wide else torch.int32)
     largest = torch.iinfo(bits.dtype).max
@@ -40,7 +42,9 @@ def _ordered(scores: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ largest, bits).long()
 
 
-def _excluded(query_ids: Tensor | None, gallery_ids: Tensor | None, columns: slice) -> Tensor | None:
+def _excluded(
+    query_ids: Tensor | None, gallery_ids: Tensor | None, columns: slice
+) -> Tensor | None:
     if query_ids is None or gallery_ids is None:
         return None
     return query_ids[:, None] == gallery_ids[columns]
@@ -168,12 +172,8 @@ def similarity_topk_bwd(
     acc = accumulation_dtype(queries.dtype)
     features = queries.shape[1]
     listed = indices >= 0
-    grad_queries = queries.new_zeros(
-        (queries.shape[0] if need_queries else 0, features), dtype=acc
-    )
-    grad_gallery = gallery.new_zeros(
-        (gallery.shape[0] if need_gallery else 0, features), dtype=acc
-    )
+    grad_queries = queries.new_zeros((queries.shape[0] if need_queries else 0, features), dtype=acc)
+    grad_gallery = gallery.new_zeros((gallery.shape[0] if need_gallery else 0, features), dtype=acc)
     if gallery.shape[0] > 0:
         for slot in range(indices.shape[1]):
             # What is not listed is put to 0 last: 0 times a NaN would be one.

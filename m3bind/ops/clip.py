@@ -150,9 +150,7 @@ def clip_loss(
         return reduce(losses, reduction)
 
 
-def _add_negatives(
-    rows: Side, x: Tensor, scale: Tensor, negatives: Tensor, backend: str
-) -> None:
+def _add_negatives(rows: Side, x: Tensor, scale: Tensor, negatives: Tensor, backend: str) -> None:
     """Further columns of the rows' denominator."""
     if negatives.dim() == 2:
         lse, _ = similarity_lse(x, negatives, scale, backend=backend)

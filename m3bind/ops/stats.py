@@ -79,7 +79,10 @@ def _backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor | 
 
 
 define(
-    "similarity_stats", "similarity_stats_fwd", _INPUTS + ") -> (Tensor rows, Tensor cols)", _fwd_fake
+    "similarity_stats",
+    "similarity_stats_fwd",
+    _INPUTS + ") -> (Tensor rows, Tensor cols)",
+    _fwd_fake,
 )
 define(
     "similarity_stats",
