@@ -13,6 +13,8 @@ struct ScoreKernels {
   int64_t columns;  // in a tile: rows of the gallery, at most 32
   // out[i * columns + j] = sum over d of a[d * queries + i] * b[d * columns + j], for i < count.
   void (*scores)(const float* a, const float* b, int64_t features, int64_t count, float* out);
+  // The score, the same bits, of one query a[d * queries] and one row b[d].
+  float (*one)(const float* a, const float* b, int64_t features);
   // Bit j of above[i]: not (scores[i * columns + j] <= limits[i]). So NaN is above everything, and
   // everything is above NaN.
   void (*above)(const float* scores, int64_t count, const float* limits, uint32_t* above);

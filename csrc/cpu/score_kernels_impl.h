@@ -50,6 +50,36 @@ void scores(const float* a, const float* b, int64_t features, int64_t count, flo
   multiply_some<kQueries>(a, b, features, count, out);
 }
 
+inline float fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__AVX512F__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+float one(const float* a, const float* b, int64_t features) {
+  float total = 0;
+  int64_t start = 0;
+  // Two chains at once: each waits for its own sums.
+  for (; start + 2 * kChain <= features; start += 2 * kChain) {
+    float first = 0, second = 0;
+    for (int64_t d = start; d < start + kChain; ++d) {
+      first = fma(a[d * kQueries], b[d], first);
+      second = fma(a[(d + kChain) * kQueries], b[d + kChain], second);
+    }
+    total = start == 0 ? first : total + first;
+    total += second;
+  }
+  for (; start < features; start += kChain) {
+    const int64_t end = features - start < kChain ? features : start + kChain;
+    float sum = 0;
+    for (int64_t d = start; d < end; ++d) sum = fma(a[d * kQueries], b[d], sum);
+    total = start == 0 ? sum : total + sum;
+  }
+  return total;
+}
+
 void above(const float* scores, int64_t count, const float* limits, uint32_t* bits) {
   for (int64_t i = 0; i < count; ++i, scores += kColumns) {
     const Vec limit = splat(limits[i]);
@@ -71,7 +101,7 @@ void equal(const float* scores, int64_t count, const float* limits, uint32_t* bi
 #define M3BIND_JOIN(a, b) M3BIND_JOIN_(a, b)
 
 const ScoreKernels& M3BIND_JOIN(score_kernels_, M3BIND_NAME)() {
-  static constexpr ScoreKernels kernels = {kQueries, kColumns, scores, above, equal};
+  static constexpr ScoreKernels kernels = {kQueries, kColumns, scores, one, above, equal};
   return kernels;
 }
 

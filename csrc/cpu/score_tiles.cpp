@@ -36,6 +36,15 @@ const ScoreKernels& score_kernels() {
   return chosen;
 }
 
+const RoundedKernels* rounded_kernels() {
+#ifdef M3BIND_X86
+  static const bool there =
+      &score_kernels() == &score_kernels_avx512() && __builtin_cpu_supports("avx512bf16") != 0;
+  if (there) return &rounded_kernels_avx512bf16();
+#endif
+  return nullptr;
+}
+
 FeatureRows::FeatureRows(const Tensor& features) : tensor_(features) {
   STD_TORCH_CHECK(features.dim() == 2, "features must be matrices");
   rows_ = features.size(0);
@@ -72,6 +81,13 @@ void FeatureRows::pack(const int64_t* rows, int64_t count, int64_t width, float*
   }
 }
 
+const float* FeatureRows::row(int64_t at, float* space) const {
+  if (tensor_.scalar_type() == ScalarType::Float && feature_stride_ == 1)
+    return static_cast<const float*>(tensor_.const_data_ptr()) + at * row_stride_;
+  pack(&at, 1, 1, space);
+  return space;
+}
+
 ScoreTiles::ScoreTiles(const Tensor& queries, const Tensor& gallery)
     : queries_(queries), gallery_(gallery) {
   STD_TORCH_CHECK(queries_.features() == gallery_.features(),
@@ -99,6 +115,68 @@ void ScoreTiles::start(int64_t first, int64_t count) {
                     packed_queries_.data() + i * queries_.features());
     }
   });
+  if (rounded_kernels() != nullptr) round_queries(first, count);
+}
+
+// Rounds rows [first, first + count) into a panel of `width`; returns their largest norms.
+ScoreTiles::Norms ScoreTiles::round_panel(const FeatureRows& from, int64_t first, int64_t count,
+                                          int64_t width, uint32_t* out, Norms* each) const {
+  std::vector<float> space(from.features());
+  std::vector<uint32_t> rounded(pairs());
+  Norms largest;
+  if (count < width) std::fill(out, out + pairs() * width, 0);
+  for (int64_t r = 0; r < count; ++r) {
+    Norms norms;
+    rounded_kernels()->round(from.row(first + r, space.data()), from.features(), rounded.data(),
+                             &norms.whole, &norms.lost);
+    for (int64_t p = 0; p < pairs(); ++p) out[p * width + r] = rounded[p];
+    // NaN goes in, and stays.
+    if (!(norms.whole <= largest.whole)) largest.whole = norms.whole;
+    if (!(norms.lost <= largest.lost)) largest.lost = norms.lost;
+    if (each != nullptr) each[r] = norms;
+  }
+  return largest;
+}
+
+void ScoreTiles::round_queries(int64_t first, int64_t count) {
+  const int64_t width = score_kernels().queries;
+  rounded_queries_.resize(query_panels() * width * pairs());
+  query_norms_.resize(query_panels() * width);
+  torch::stable::parallel_for(0, query_panels(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * width; i < std::min(count, end * width); i += width)
+      round_panel(queries_, first + i, std::min(width, count - i), width,
+                  rounded_queries_.data() + i * pairs(), query_norms_.data() + i);
+  });
+}
+
+void ScoreTiles::round_gallery(int64_t first, int64_t count) {
+  const int64_t width = score_kernels().columns;
+  const int64_t panels = (count + width - 1) / width;
+  rounded_gallery_.resize(panels * width * pairs());
+  panel_norms_.resize(panels);
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+      panel_norms_[j] = round_panel(gallery_, first + j * width, std::min(width, count - j * width),
+                                    width, rounded_gallery_.data() + j * width * pairs(), nullptr);
+  });
+}
+
+void ScoreTiles::rounded_scores(const ScoreTile& tile, int64_t panel, float* scores,
+                                float* slack) const {
+  const ScoreKernels& kernels = score_kernels();
+  rounded_kernels()->scores(rounded_queries_.data() + tile.first_query * pairs(),
+                            rounded_gallery_.data() + panel * kernels.columns * pairs(), pairs(),
+                            tile.num_queries, scores);
+  // Upper bounds in floats: a little more than each rounding takes.
+  constexpr float more = 1.00001f;
+  const Norms other = panel_norms_[panel];
+  const Norms* own = query_norms_.data() + tile.first_query;
+  const float both = other.whole + other.lost;
+  const float sums = static_cast<float>(rounding_of_sums(gallery_.features())) * both;
+  const float to_whole = (other.lost + sums) * more, to_lost = (both + sums) * more;
+  const float zero = static_cast<float>(flushed_to_zero(gallery_.features()));
+  for (int64_t i = 0; i < tile.num_queries; ++i)
+    slack[i] = (own[i].whole * to_whole + own[i].lost * to_lost + zero) * more;
 }
 
 void ScoreTiles::pack_gallery(int64_t first, int64_t count) {

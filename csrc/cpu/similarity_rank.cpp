@@ -136,7 +136,8 @@ Tensor similarity_rank_fwd(const Tensor& queries, const Tensor& gallery, const T
     const int64_t count = std::min(tiles.block(), rows - first);
     tiles.start(first, count);
     positives.start(tiles, label, excluded, first, count);
-    tiles.for_each([&](const ScoreTile& tile) { positives.count(tile); });
+    tiles.for_each([&](const ScoreTile& tile) { positives.count(tile); },
+                   [](int64_t) { return false; });
     for (int64_t i = 0; i < count; ++i)
       for (int64_t slot = 0; slot < slots; ++slot)
         rank[(first + i) * slots + slot] = positives.rank(i, slot);

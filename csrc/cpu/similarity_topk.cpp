@@ -1,6 +1,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <functional>
@@ -87,6 +88,43 @@ class Candidates {
   std::vector<float> limits_;
 };
 
+// Whether rounded scores are worth a first look. What passes is looked at again, so the result is
+// the same.
+class FirstLook {
+ public:
+  FirstLook(int64_t k, int64_t queries) : k_(k), queries_(queries) {}
+
+  void count(int64_t second_looks) {
+    if (second_looks != 0) second_looks_.fetch_add(second_looks, std::memory_order_relaxed);
+  }
+
+  // Asked before each step, with its first column.
+  bool pays(int64_t column) {
+    const int64_t looks = second_looks_.exchange(0);
+    if (looks * kFew > (column - last_column_) * queries_) too_close_ = true;
+    last_column_ = column;
+    // In random order about k of `column` columns would pass, and as many more by rounding.
+    return !too_close_ && column >= 2 * kFew * k_;
+  }
+
+ private:
+  // A second look takes as long as the first one at this many scores saves.
+  static constexpr int64_t kFew = 128;
+  int64_t k_, queries_, last_column_ = 0;
+  bool too_close_ = false;
+  std::atomic<int64_t> second_looks_ = 0;
+};
+
+// The limits that no rounded score falls short of whose true score is above the limit.
+void lower(const float* limits, const float* slack, int64_t count, float* lowered) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float below = slack[i] * 1.00001f + std::abs(limits[i]) * 0x1p-22f;
+    // An infinite limit stays: where scores are not finite, there is no bound.
+    const float low = std::isinf(limits[i]) ? limits[i] : limits[i] - below;
+    lowered[i] = slack[i] < kNoBound ? low : kNan;
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> similarity_topk_fwd(const Tensor& queries, const Tensor& gallery,
@@ -107,19 +145,36 @@ std::tuple<Tensor, Tensor> similarity_topk_fwd(const Tensor& queries, const Tens
     const int64_t count = std::min(tiles.block(), rows - first);
     tiles.start(first, count);
     candidates.clear();
-    tiles.for_each([&](const ScoreTile& tile) {
+    FirstLook look(k, count);
+    const auto take = [&](const ScoreTile& tile) {
+      const float* limits = candidates.limits(tile.first_query);
+      float lowered[kMostQueries];
+      if (tile.slack != nullptr) {
+        lower(limits, tile.slack, tile.num_queries, lowered);
+        limits = lowered;
+      }
       uint32_t above[kMostQueries];
-      kernels.above(tile.scores, tile.num_queries, candidates.limits(tile.first_query), above);
+      kernels.above(tile.scores, tile.num_queries, limits, above);
       const uint32_t there = ~uint32_t{0} >> (32 - tile.num_columns);
+      int64_t second_looks = 0;
       for (int64_t i = 0; i < tile.num_queries; ++i) {
         const int64_t query = tile.first_query + i;
         for (uint32_t bits = above[i] & there; bits != 0; bits &= bits - 1) {
-          const int64_t j = std::countr_zero(bits);
-          if (!excluded.is(first + query, tile.first_column + j))
-            candidates.add(query, tile.scores[i * kernels.columns + j], tile.first_column + j);
+          const int64_t j = std::countr_zero(bits), at = tile.first_column + j;
+          if (excluded.is(first + query, at)) continue;
+          float found = tile.scores[i * kernels.columns + j];
+          if (tile.slack != nullptr) {
+            thread_local std::vector<float> space;
+            found = tiles.score(query, at, space);
+            ++second_looks;
+            if (found <= *candidates.limits(query)) continue;
+          }
+          candidates.add(query, found, at);
         }
       }
-    });
+      look.count(second_looks);
+    };
+    tiles.for_each(take, [&](int64_t column) { return look.pays(column); });
     torch::stable::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         candidates.write(i, value + (first + i) * k, index + (first + i) * k);
