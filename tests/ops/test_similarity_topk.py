@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from search_oracle import ALL, FAST, TYPED, check, integers, orders, some_ids, want_topk
 
 from m3bind import chunked, use_backend
-from m3bind.ops import similarity_topk
+from m3bind.ops import similarity_rank, similarity_topk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, M, D, k). Tiles are 6 or 14 queries by 8, 16 or 32 columns; sums are cut at 256 features.
@@ -94,6 +94,55 @@ def test_several_steps_and_blocks_of_the_native_kernels():
         dim=1, descending=True, stable=True
     )
     check(got, (values[:, :7], indices[:, :7]))
+
+
+def near_each_other():
+    x, noise = unit_pairs(6000, 600, seed=0)
+    return x[torch.arange(6000) % 20] + 1e-4 * noise  # apart by less than bfloat16 can tell
+
+
+def of_all_sizes():
+    x, _ = unit_pairs(6000, 600, seed=0)
+    return x * 10.0 ** torch.linspace(-44, 38, 6000)[torch.randperm(6000)][:, None]
+
+
+def with_values_that_are_not_finite():
+    x, _ = unit_pairs(6000, 600, seed=0)
+    for row, value in ((2500, torch.nan), (3000, torch.inf), (4000, -torch.inf), (5999, 3.4e38)):
+        x[row, row % 600] = value
+    return x
+
+
+GALLERIES = {
+    "random": lambda: unit_pairs(6000, 600, seed=0)[0],
+    "odd": lambda: unit_pairs(6000, 601, seed=0)[0],
+    "near each other": near_each_other,
+    "rising": lambda: unit_pairs(6000, 600, seed=0)[0] * torch.linspace(0.1, 2, 6000)[:, None],
+    "of all sizes": of_all_sizes,
+    "not finite": with_values_that_are_not_finite,
+    "halves": lambda: unit_pairs(6000, 600, seed=0, dtype=torch.float16)[0],
+    "rounded": lambda: unit_pairs(6000, 600, seed=0, dtype=torch.bfloat16)[0],
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", GALLERIES)
+def test_the_first_look_loses_nothing(name):
+    # Where the processor has bfloat16 products, columns from 256 * k on are first looked at in
+    # them. Ranks are always counted in float32, from scores of the same bits.
+    torch.manual_seed(0)
+    gallery = GALLERIES[name]()
+    queries = gallery[torch.randperm(6000)[:200]].clone()
+    queries[:3] = 0
+    queries[3:60] *= -1
+    values, indices = similarity_topk(queries, gallery, 4, backend="cpp")
+    ranks = similarity_rank(queries, gallery, indices, backend="cpp")
+    assert torch.equal(ranks, torch.arange(1, 5).expand(200, 4))
+    exact = (queries.double()[:, None] * gallery.double()[indices]).sum(2)
+    size = (queries.double()[:, None] * gallery.double()[indices]).abs().sum(2)
+    finite = size < 3e38
+    assert finite.sum() > 300
+    assert ((values - exact).abs() <= 1e-6 * size + 1e-44)[finite].all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
