@@ -2,7 +2,6 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cstring>
 #include <numeric>
 
 #include "row_kernels.h"
@@ -28,8 +27,8 @@ constexpr int64_t kLine = 16;
 const ScoreKernels& score_kernels() {
   static const ScoreKernels& chosen = []() -> const ScoreKernels& {
 #ifdef M3BIND_X86
-    if (std::strcmp(row_kernels().name, "avx512") == 0) return score_kernels_avx512();
-    if (std::strcmp(row_kernels().name, "avx2") == 0) return score_kernels_avx2();
+    if (&row_kernels() == &row_kernels_avx512()) return score_kernels_avx512();
+    if (&row_kernels() == &row_kernels_avx2()) return score_kernels_avx2();
 #endif
     return score_kernels_default();
   }();
@@ -38,9 +37,7 @@ const ScoreKernels& score_kernels() {
 
 const RoundedKernels* rounded_kernels() {
 #ifdef M3BIND_X86
-  static const bool there =
-      &score_kernels() == &score_kernels_avx512() && __builtin_cpu_supports("avx512bf16") != 0;
-  if (there) return &rounded_kernels_avx512bf16();
+  if (capability().bf16_products) return &rounded_kernels_avx512bf16();
 #endif
   return nullptr;
 }
