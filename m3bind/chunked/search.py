@@ -8,7 +8,7 @@ from torch import Tensor
 from m3bind.chunked.panels import part
 from m3bind.dtypes import accumulation_dtype
 
-# Scores of one panel. Its keys take another 32 MiB, and topk over them as much again.
+# Scores of one panel: 16 MiB in float32. Keys, where all of them are needed, are twice as large.
 PANEL_ELEMENTS = 1 << 22
 PANEL_ROWS = 1024
 # A score as an integer that is less than the key of any score: a pair that is left out.
@@ -31,10 +31,7 @@ def _blocks(num_rows: int) -> list[slice]:
 
 def _ordered(scores: Tensor) -> Tensor:
     """int64 in the order of the scores: -0 equals 0, NaN is greater than infinity."""
-    # In two steps: a compiler may take -0 + 0 for -0.
-    scores = (
-        scores.masked_fill(scores == 0, 0.0).masked_fill(scores.isnan(), torch.nan).contiguous()
-    )
+    scores = scores.masked_fill(scores == 0, 0.0).contiguous()
     wide = scores.dtype == torch.float64
     bits = scores.view(torch.int64 if wide else torch.int32)
     largest = torch.iinfo(bits.dtype).max
@@ -50,6 +47,11 @@ def _excluded(
     return query_ids[:, None] == gallery_ids[columns]
 
 
+def _keys(scores: Tensor, excluded: Tensor | None) -> Tensor:
+    keys = _ordered(scores)
+    return keys if excluded is None else keys.masked_fill(excluded, _NOTHING)
+
+
 def similarity_topk_fwd(
     queries: Tensor,  # [N, D]
     gallery: Tensor,  # [M, D]
@@ -61,68 +63,37 @@ def similarity_topk_fwd(
     values = queries.new_full((num_rows, k), -torch.inf, dtype=acc)
     indices = torch.full_like(values, -1, dtype=torch.int64)
     for at in _blocks(num_rows):
-        best = _wide_best if acc == torch.float64 else _packed_best
-        found, where = best(queries, gallery, k, part(query_ids, at), gallery_ids, at)
-        values[at, : found.shape[1]], indices[at, : where.shape[1]] = found, where
+        ids, some = part(query_ids, at), values[at].shape[0]
+        keys, best, where = indices.new_empty(some, 0), values[at, :0], indices[at, :0]
+        for columns, scores in _panels(queries, gallery, at):
+            excluded = _excluded(ids, gallery_ids, columns)
+            new = _best_places(scores, excluded, k)
+            few = scores.gather(1, new)
+            out = None if excluded is None else excluded.gather(1, new)
+            # What is equal stays in the order of the gallery: before, and then by place.
+            keys = torch.cat([keys, _keys(few, out)], 1)
+            order = keys.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            keys = keys.gather(1, order)
+            best = torch.cat([best, few], 1).gather(1, order)
+            where = torch.cat([where, new + columns.start], 1).gather(1, order)
+        nothing = keys == _NOTHING
+        values[at, : keys.shape[1]] = best.masked_fill(nothing, -torch.inf)
+        indices[at, : keys.shape[1]] = where.masked_fill(nothing, -1)
     return values, indices
 
 
-def _packed_best(
-    queries: Tensor,
-    gallery: Tensor,
-    k: int,
-    query_ids: Tensor | None,
-    gallery_ids: Tensor | None,
-    at: slice,
-) -> tuple[Tensor, Tensor]:
-    """float32 scores: score and column make one integer, so that no two are equal for topk."""
-    if gallery.shape[0] >= 1 << 32:
-        raise ValueError(f"similarity_topk: {gallery.shape[0]} rows in the gallery; split it")
-    best = queries.new_empty((len(range(*at.indices(queries.shape[0]))), 0), dtype=torch.int64)
-    low = (1 << 32) - 1
-    for columns, scores in _panels(queries, gallery, at):
-        numbers = torch.arange(columns.start, columns.stop, device=gallery.device)
-        keys = (_ordered(scores) << 32) | (low - numbers)
-        excluded = _excluded(query_ids, gallery_ids, columns)
-        if excluded is not None:
-            keys.masked_fill_(excluded, _NOTHING)
-        # Fewer than k of a panel may be better than all others, never more.
-        few = keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values
-        best = torch.cat([best, few], 1)
-        best = best.topk(min(k, best.shape[1]), dim=1).values
-    none = best == _NOTHING
-    ordered = (best >> 32).int()
-    bits = torch.where(ordered < 0, ordered ^ torch.iinfo(torch.int32).max, ordered)
-    return bits.view(torch.float32).masked_fill(none, -torch.inf), (low - (best & low)).masked_fill(
-        none, -1
-    )
-
-
-def _wide_best(
-    queries: Tensor,
-    gallery: Tensor,
-    k: int,
-    query_ids: Tensor | None,
-    gallery_ids: Tensor | None,
-    at: slice,
-) -> tuple[Tensor, Tensor]:
-    """float64 scores fill an integer, so equal ones are kept in order by a stable sort."""
-    num_rows = len(range(*at.indices(queries.shape[0])))
-    keys = queries.new_empty((num_rows, 0), dtype=torch.int64)
-    values, indices = queries.new_empty((num_rows, 0)), keys
-    for columns, scores in _panels(queries, gallery, at):
-        new = _ordered(scores)
-        excluded = _excluded(query_ids, gallery_ids, columns)
-        if excluded is not None:
-            new.masked_fill_(excluded, _NOTHING)
-        numbers = torch.arange(columns.start, columns.stop, device=gallery.device)
-        keys = torch.cat([keys, new], 1)
-        order = keys.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        keys = keys.gather(1, order)
-        values = torch.cat([values, scores], 1).gather(1, order)
-        indices = torch.cat([indices, numbers.expand(num_rows, -1)], 1).gather(1, order)
-    none = keys == _NOTHING
-    return values.masked_fill(none, -torch.inf), indices.masked_fill(none, -1)
+def _best_places(scores: Tensor, excluded: Tensor | None, k: int) -> Tensor:
+    """Where in a panel the k best of each row are, in ascending order."""
+    few = min(k, scores.shape[1])
+    kept = scores if excluded is None else scores.masked_fill(excluded, -torch.inf)
+    best, places = kept.topk(few, dim=1, sorted=False)
+    # topk takes any of equal ones at the last place: those rows are sorted.
+    unclear = ~(kept < best.amin(1, keepdim=True))
+    rows = (unclear.sum(1) > few).nonzero().squeeze(1)
+    if rows.shape[0] > 0:
+        keys = _keys(scores[rows], None if excluded is None else excluded[rows])
+        places[rows] = keys.sort(dim=1, descending=True, stable=True).indices[:, :few]
+    return places.sort(dim=1).values
 
 
 def similarity_rank_fwd(
@@ -148,10 +119,7 @@ def similarity_rank_fwd(
             own = _ordered(scores).gather(1, place).where(inside, own)
         ranks[at] = known.long()
         for columns, scores in _panels(queries, gallery, at):
-            keys = _ordered(scores)
-            excluded = _excluded(ids, gallery_ids, columns)
-            if excluded is not None:
-                keys.masked_fill_(excluded, _NOTHING)
+            keys = _keys(scores, _excluded(ids, gallery_ids, columns))
             numbers = torch.arange(columns.start, columns.stop, device=gallery.device)
             for slot in range(wanted.shape[1]):
                 mine, label = own[:, slot, None], wanted[:, slot, None]
