@@ -127,6 +127,23 @@ def test_nan_is_the_largest_score(backend):
     assert got[0].tolist()[1:3] == [1, 2] and got[4].tolist() == [1, 34, 71, 100]
 
 
+@pytest.mark.parametrize(
+    "backend", (pytest.param("chunked", marks=pytest.mark.slow), FAST[1]), ids=str
+)
+def test_more_than_2_to_the_31_pairs(backend):
+    torch.manual_seed(0)
+    queries, gallery = torch.ones(60000, 1), torch.randperm(40000).float()[:, None]
+    queries[::2] = -1
+    labels = torch.randint(0, 40000, (60000,))
+    wanted = gallery[labels, 0].long()
+    wanted = torch.where(queries[:, 0] > 0, 40000 - wanted, wanted + 1)
+    assert torch.equal(similarity_rank(queries, gallery, labels, backend=backend), wanted)
+    _, found = similarity_topk(queries, gallery, 2, backend=backend)
+    ordered = gallery[:, 0].argsort()
+    assert torch.equal(found[::2], ordered[:2].expand(30000, 2))
+    assert torch.equal(found[1::2], ordered[-2:].flip(0).expand(30000, 2))
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_empty(backend):
     x = torch.zeros(3, 5)
