@@ -107,8 +107,9 @@ class ScoreTiles {
   }
 
   // The score of query `row` of the block and a column, the same bits as in the tiles that are not
-  // rounded. `space` has room for the features of a row.
-  float score(int64_t row, int64_t column, std::vector<float>& space) const {
+  // rounded.
+  float score(int64_t row, int64_t column) const {
+    thread_local std::vector<float> space;
     space.resize(gallery_.features());
     return score_kernels().one(packed_queries(row), gallery_.row(column, space.data()),
                                gallery_.features());

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "excluded_pairs.h"
+#include "first_look.h"
 #include "score_tiles.h"
 #include "similarity_search.h"
 
@@ -66,24 +67,19 @@ class Positives {
     });
   }
 
-  void count(const ScoreTile& tile) {
-    const ScoreKernels& kernels = score_kernels();
-    uint32_t allowed[kMostQueries], above[kMostQueries], equal[kMostQueries];
+  // Returns how many scores it looked at again.
+  int64_t count(const ScoreTiles& tiles, const ScoreTile& tile) {
+    uint32_t allowed[kMostQueries];
     for (int64_t i = 0; i < tile.num_queries; ++i)
       allowed[i] = low_bits(tile.num_columns) & ~excluded_bits(tile, tile.first_query + i);
+    int64_t second_looks = 0;
     for (int64_t slot = 0; slot < slots_; ++slot) {
-      const int64_t base = at(tile.first_query, slot);
-      kernels.above(tile.scores, tile.num_queries, limits_.data() + base, above);
-      kernels.equal(tile.scores, tile.num_queries, limits_.data() + base, equal);
-      for (int64_t i = 0; i < tile.num_queries; ++i) {
-        Positive& positive = positives_[base + i];
-        if (positive.column < 0 || (above[i] | equal[i]) == 0) continue;
-        const uint32_t before = low_bits(positive.column - tile.first_column);
-        const uint32_t better =
-            positive.is_nan ? above[i] & before : above[i] | (equal[i] & before);
-        positive.rank += std::popcount(better & allowed[i]);
-      }
+      if (tile.slack == nullptr)
+        count_exact(tile, slot, allowed);
+      else
+        second_looks += count_rounded(tiles, tile, slot, allowed);
     }
+    return second_looks;
   }
 
   int64_t rank(int64_t query, int64_t slot) const { return positives_[at(query, slot)].rank; }
@@ -91,6 +87,51 @@ class Positives {
  private:
   int64_t at(int64_t query, int64_t slot) const {
     return (query / width_ * slots_ + slot) * width_ + query % width_;
+  }
+
+  void count_exact(const ScoreTile& tile, int64_t slot, const uint32_t* allowed) {
+    const ScoreKernels& kernels = score_kernels();
+    uint32_t above[kMostQueries], equal[kMostQueries];
+    const int64_t base = at(tile.first_query, slot);
+    kernels.above(tile.scores, tile.num_queries, limits_.data() + base, above);
+    kernels.equal(tile.scores, tile.num_queries, limits_.data() + base, equal);
+    for (int64_t i = 0; i < tile.num_queries; ++i) {
+      Positive& positive = positives_[base + i];
+      if (positive.column < 0 || (above[i] | equal[i]) == 0) continue;
+      const uint32_t before = low_bits(positive.column - tile.first_column);
+      const uint32_t better = positive.is_nan ? above[i] & before : above[i] | (equal[i] & before);
+      positive.rank += std::popcount(better & allowed[i]);
+    }
+  }
+
+  int64_t count_rounded(const ScoreTiles& tiles, const ScoreTile& tile, int64_t slot,
+                        const uint32_t* allowed) {
+    const ScoreKernels& kernels = score_kernels();
+    float limits[kMostQueries];
+    uint32_t possible[kMostQueries], certain[kMostQueries];
+    const int64_t base = at(tile.first_query, slot);
+    lower_limits(limits_.data() + base, tile.slack, tile.num_queries, limits);
+    kernels.above(tile.scores, tile.num_queries, limits, possible);
+    raise_limits(limits_.data() + base, tile.slack, tile.num_queries, limits);
+    kernels.above(tile.scores, tile.num_queries, limits, certain);
+    int64_t second_looks = 0;
+    for (int64_t i = 0; i < tile.num_queries; ++i) {
+      Positive& positive = positives_[base + i];
+      if (positive.column < 0) continue;
+      // Without a bound nothing is certain, not even what looks like NaN.
+      if (positive.is_nan || !(tile.slack[i] < kNoBound)) certain[i] = 0;
+      positive.rank += std::popcount(certain[i] & allowed[i]);
+      for (uint32_t open = possible[i] & ~certain[i] & allowed[i]; open != 0; open &= open - 1) {
+        const int64_t column = tile.first_column + std::countr_zero(open);
+        const float score = tiles.score(tile.first_query + i, column);
+        const float limit = limits_[base + i];
+        const bool before = column < positive.column;
+        const bool above = !(score <= limit);
+        positive.rank += positive.is_nan ? above && before : above || (score == limit && before);
+        ++second_looks;
+      }
+    }
+    return second_looks;
   }
 
   // Tiles come with ascending columns, so what lies before one is done with.
@@ -136,8 +177,9 @@ Tensor similarity_rank_fwd(const Tensor& queries, const Tensor& gallery, const T
     const int64_t count = std::min(tiles.block(), rows - first);
     tiles.start(first, count);
     positives.start(tiles, label, excluded, first, count);
-    tiles.for_each([&](const ScoreTile& tile) { positives.count(tile); },
-                   [](int64_t) { return false; });
+    FirstLook look(count, slots);
+    tiles.for_each([&](const ScoreTile& tile) { look.count(positives.count(tiles, tile)); },
+                   [&](int64_t column) { return look.pays(column); });
     for (int64_t i = 0; i < count; ++i)
       for (int64_t slot = 0; slot < slots; ++slot)
         rank[(first + i) * slots + slot] = positives.rank(i, slot);

@@ -1,7 +1,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <functional>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "excluded_pairs.h"
+#include "first_look.h"
 #include "score_tiles.h"
 #include "similarity_search.h"
 
@@ -88,43 +88,6 @@ class Candidates {
   std::vector<float> limits_;
 };
 
-// Whether rounded scores are worth a first look. What passes is looked at again, so the result is
-// the same.
-class FirstLook {
- public:
-  FirstLook(int64_t k, int64_t queries) : k_(k), queries_(queries) {}
-
-  void count(int64_t second_looks) {
-    if (second_looks != 0) second_looks_.fetch_add(second_looks, std::memory_order_relaxed);
-  }
-
-  // Asked before each step, with its first column.
-  bool pays(int64_t column) {
-    const int64_t looks = second_looks_.exchange(0);
-    if (looks * kFew > (column - last_column_) * queries_) too_close_ = true;
-    last_column_ = column;
-    // In random order about k of `column` columns would pass, and as many more by rounding.
-    return !too_close_ && column >= 2 * kFew * k_;
-  }
-
- private:
-  // A second look takes as long as the first one at this many scores saves.
-  static constexpr int64_t kFew = 128;
-  int64_t k_, queries_, last_column_ = 0;
-  bool too_close_ = false;
-  std::atomic<int64_t> second_looks_ = 0;
-};
-
-// The limits that no rounded score falls short of whose true score is above the limit.
-void lower(const float* limits, const float* slack, int64_t count, float* lowered) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float below = slack[i] * 1.00001f + std::abs(limits[i]) * 0x1p-22f;
-    // An infinite limit stays: where scores are not finite, there is no bound.
-    const float low = std::isinf(limits[i]) ? limits[i] : limits[i] - below;
-    lowered[i] = slack[i] < kNoBound ? low : kNan;
-  }
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> similarity_topk_fwd(const Tensor& queries, const Tensor& gallery,
@@ -145,12 +108,12 @@ std::tuple<Tensor, Tensor> similarity_topk_fwd(const Tensor& queries, const Tens
     const int64_t count = std::min(tiles.block(), rows - first);
     tiles.start(first, count);
     candidates.clear();
-    FirstLook look(k, count);
+    FirstLook look(count, 2 * k);
     const auto take = [&](const ScoreTile& tile) {
       const float* limits = candidates.limits(tile.first_query);
       float lowered[kMostQueries];
       if (tile.slack != nullptr) {
-        lower(limits, tile.slack, tile.num_queries, lowered);
+        lower_limits(limits, tile.slack, tile.num_queries, lowered);
         limits = lowered;
       }
       uint32_t above[kMostQueries];
@@ -164,8 +127,7 @@ std::tuple<Tensor, Tensor> similarity_topk_fwd(const Tensor& queries, const Tens
           if (excluded.is(first + query, at)) continue;
           float found = tile.scores[i * kernels.columns + j];
           if (tile.slack != nullptr) {
-            thread_local std::vector<float> space;
-            found = tiles.score(query, at, space);
+            found = tiles.score(query, at);
             ++second_looks;
             if (found <= *candidates.limits(query)) continue;
           }

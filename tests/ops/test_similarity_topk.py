@@ -128,16 +128,26 @@ GALLERIES = {
 @needs_native
 @pytest.mark.parametrize("name", GALLERIES)
 def test_the_first_look_loses_nothing(name):
-    # Where the processor has bfloat16 products, columns from 256 * k on are first looked at in
-    # them. Ranks are always counted in float32, from scores of the same bits.
+    # Where the processor has bfloat16 products, columns from 256 * k on, for ranks 128 * P, are
+    # first looked at in them. So ranks with 50 slots are counted in float32.
     torch.manual_seed(0)
     gallery = GALLERIES[name]()
     queries = gallery[torch.randperm(6000)[:200]].clone()
     queries[:3] = 0
     queries[3:60] *= -1
     values, indices = similarity_topk(queries, gallery, 4, backend="cpp")
-    ranks = similarity_rank(queries, gallery, indices, backend="cpp")
-    assert torch.equal(ranks, torch.arange(1, 5).expand(200, 4))
+    labels = torch.full((200, 50), -1)
+    labels[:, :4], labels[:, 4:8] = indices, torch.randint(0, 6000, (200, 4))
+    ids = torch.arange(200) % 5, torch.arange(6000) % 50
+    for excluded in (None, ids):
+        plain = similarity_rank(queries, gallery, labels, exclude_ids=excluded, backend="cpp")
+        for slots in (slice(0, 1), slice(3, 6)):
+            ranks = similarity_rank(
+                queries, gallery, labels[:, slots], exclude_ids=excluded, backend="cpp"
+            )
+            assert torch.equal(ranks, plain[:, slots])
+        if excluded is None:
+            assert torch.equal(plain[:, :4], torch.arange(1, 5).expand(200, 4))
     exact = (queries.double()[:, None] * gallery.double()[indices]).sum(2)
     size = (queries.double()[:, None] * gallery.double()[indices]).abs().sum(2)
     finite = size < 3e38
