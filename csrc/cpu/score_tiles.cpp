@@ -96,6 +96,7 @@ ScoreTiles::ScoreTiles(const Tensor& queries, const Tensor& gallery)
   const int64_t blocks = std::max<int64_t>(1, (num_queries() + most - 1) / most);
   block_ = whole(std::max<int64_t>(1, (num_queries() + blocks - 1) / blocks), kernels.queries);
   step_ = whole(std::max<int64_t>(1, kStepFloats / features), kernels.columns);
+  trial_ = whole(std::max<int64_t>(1, step_ / 8), kernels.columns);
   group_ = std::max<int64_t>(1, kGroupFloats / (features * kernels.columns));
   packed_queries_.resize(block_ * features);
   packed_gallery_.resize(whole(std::min(step_, num_columns()), kernels.columns) * features);

@@ -72,9 +72,12 @@ class ScoreTiles {
   template <class F, class G>
   void for_each(const F& f, const G& may_round) {
     const ScoreKernels& kernels = score_kernels();
-    for (int64_t first = 0; first < num_columns(); first += step_) {
-      const int64_t count = std::min(step_, num_columns() - first);
+    bool trusted = false;
+    for (int64_t first = 0, count = 0; first < num_columns(); first += count) {
       const bool rounded = rounded_kernels() != nullptr && may_round(first);
+      // The first rounded columns are few, to see whether it pays.
+      count = std::min(rounded && !trusted ? trial_ : step_, num_columns() - first);
+      trusted = rounded;
       if (rounded)
         round_gallery(first, count);
       else
@@ -140,7 +143,7 @@ class ScoreTiles {
                     uint32_t* out, Norms* each) const;
 
   FeatureRows queries_, gallery_;
-  int64_t block_, step_, group_;
+  int64_t block_, step_, trial_, group_;
   int64_t count_ = 0;
   std::vector<float> packed_queries_, packed_gallery_;
   std::vector<uint32_t> rounded_queries_, rounded_gallery_;
