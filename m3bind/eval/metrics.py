@@ -26,6 +26,8 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3bind.errors import M3BindError
+
 __all__ = ["Target", "assemble", "load_metrics", "save_metrics", "targets", "validate", "versions"]
 
 _PACKAGES = (
@@ -110,7 +112,10 @@ def save_metrics(metrics: Mapping[str, Any], path: Path | str) -> None:
 
 
 def load_metrics(path: Path | str) -> dict[str, Any]:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise M3BindError(f"{path} is damaged ({error}): run m3bind eval again") from None
 
 
 def validate(metrics: Mapping[str, Any]) -> None:
@@ -197,14 +202,14 @@ def targets(metrics: Mapping[str, Any]) -> list[Target]:
         met = value is not None and (value > threshold if above else value >= threshold)
         return Target(demand, value, threshold, met)
 
-    chance_map = get("retrieval.before.map.mean")
+    before_map = get("retrieval.before.map.mean")
     return [
         Target(
             "Retrieval between modalities before binding: raw mAP at most 0.35 "
             "(higher would mean that the experts were bound by construction)",
-            chance_map,
+            before_map,
             0.35,
-            chance_map is not None and chance_map <= 0.35,
+            before_map is not None and before_map <= 0.35,
         ),
         least(
             "Retrieval between modalities after stage 1: normalised mAP at least 0.45",
