@@ -6,6 +6,7 @@
 #include "cpu/row_kernels.h"
 #include "cpu/siglip.h"
 #include "cpu/similarity_distill.h"
+#include "cpu/similarity_search.h"
 #include "cpu/similarity_stats.h"
 
 STABLE_TORCH_LIBRARY(m3bind_native, m) {
@@ -38,6 +39,12 @@ STABLE_TORCH_LIBRARY(m3bind_native, m) {
       " Tensor teacher_y, Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask, Tensor row_lse,"
       " Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x, bool need_y)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_topk_fwd(Tensor queries, Tensor gallery, int k, Tensor? query_ids,"
+      " Tensor? gallery_ids) -> (Tensor, Tensor)");
+  m.def(
+      "similarity_rank_fwd(Tensor queries, Tensor gallery, Tensor labels, Tensor? query_ids,"
+      " Tensor? gallery_ids) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
@@ -48,6 +55,8 @@ STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
   m.impl("siglip_total_fwd", TORCH_BOX(&m3bind::cpu::siglip_total_fwd));
   m.impl("similarity_distill_fwd", TORCH_BOX(&m3bind::cpu::similarity_distill_fwd));
   m.impl("similarity_distill_bwd", TORCH_BOX(&m3bind::cpu::similarity_distill_bwd));
+  m.impl("similarity_topk_fwd", TORCH_BOX(&m3bind::cpu::similarity_topk_fwd));
+  m.impl("similarity_rank_fwd", TORCH_BOX(&m3bind::cpu::similarity_rank_fwd));
 }
 
 PYBIND11_MODULE(_C, m) {

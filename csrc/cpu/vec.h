@@ -22,7 +22,8 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
 typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-inline Vec splat(float v) { return Vec{} + v; }
+// Less zero, not plus: v - 0 is v for every v, so that nothing but a broadcast is left.
+inline Vec splat(float v) { return v - Vec{}; }
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
@@ -81,6 +82,32 @@ inline Vec exp2(Vec t) {
   const Vec bounded = t < -126.0f ? splat(-126.0f) : (t > 128.0f ? splat(128.0f) : t);
   const Vec whole = (bounded + kRounding) - kRounding;
   return t < -126.0f ? Vec{} : exp2_parts(whole, bounded - whole);
+}
+
+// One bit a lane: not (a <= b), so also where either is NaN.
+inline uint32_t not_at_most(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
+#else
+  uint32_t bits = 0;
+  for (int64_t l = 0; l < kLanes; ++l) bits |= uint32_t{!(a[l] <= b[l])} << l;
+  return bits;
+#endif
+}
+
+// One bit a lane: a == b.
+inline uint32_t equal(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)));
+#else
+  uint32_t bits = 0;
+  for (int64_t l = 0; l < kLanes; ++l) bits |= uint32_t{a[l] == b[l]} << l;
+  return bits;
+#endif
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
     retrieval.chance.{map,normalised}      chance of the aligned stage; normalised is 0 by name
     text_retrieval.{before,aligned,distilled,control}.{mean,<report>-><gallery>}   raw mAP
              .normalised, .chance beside them
+    own_image.{before,aligned,distilled,control}.{recall.<k>,median_rank}.{mean,<modality>}
+             each report looks for its own image among all of its modality; .gallery counts those
     few_shot.{before,aligned}.{mean,<modality>}.<k>.{mean,std,values}
     modality_gap.<stage>.{mean,<a><-><b>}; .text is the same of the reports' embeddings
     seconds.<stage>, peak_rss_mib.<stage>, simulated, versions, seed, modalities
@@ -147,6 +149,11 @@ def validate(metrics: Mapping[str, Any]) -> None:
     for stage in ("aligned", "distilled", "control"):
         for key in ["mean", *pairs]:
             number(f"text_retrieval.{stage}.{key}")
+    for stage in ("before", "aligned", "distilled"):
+        for key in ["mean", *names]:
+            number(f"own_image.{stage}.median_rank.{key}", low=1.0, high=math.inf)
+            for k in lookup(metrics, f"own_image.{stage}.recall") or {"1": None}:
+                number(f"own_image.{stage}.recall.{k}.{key}")
     for stage in ("before", "aligned"):
         number(f"modality_gap.{stage}.mean", high=2.0)
         for key in ["mean", *names]:

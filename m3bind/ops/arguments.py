@@ -95,10 +95,40 @@ def id_pair(
     return ids(op, f"{name} of the rows", both[0], x), ids(op, f"{name} of the columns", both[1], y)
 
 
+def excluded(
+    op: str, value: Tensor | tuple[Tensor, Tensor] | None, queries: Tensor, gallery: Tensor
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Ids of pairs that must not be found."""
+    return (None, None) if value is None else id_pair(op, "exclude_ids", value, queries, gallery)
+
+
 def labels(op: str, value: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The column of each row's positive; below 0: none."""
     value = ids(op, "labels", value, x)
     below(op, "labels", value, y.shape[0])
+    return value
+
+
+def label_lists(op: str, value: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The columns [N, P] that each row asks for, of [N] or [N, P]; below 0: none."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{op}: labels must be an int64 tensor, not {kind}")
+    rows = x.shape[0]
+    if value.dim() not in (1, 2) or value.shape[0] != rows or value.device != x.device:
+        raise ValueError(
+            f"{op}: labels has shape {tuple(value.shape)} on {value.device}; pass [{rows}] or "
+            f"[{rows}, P] on {x.device}"
+        )
+    below(op, "labels", value, y.shape[0])
+    return value if value.dim() == 2 else value[:, None]
+
+
+def integer(op: str, name: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{op}: {name} must be an integer, not {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name}={value}; pass an integer from {low} to {high}")
     return value
 
 
