@@ -18,6 +18,7 @@ SAYS = {
     "open_clip_training.py": "inside:  <class 'm3bind.losses.ClipLoss'>",
     "own_loss.py": "kept for the backward pass: 64 numbers a row",
     "plain_loop.py": "were never in memory",
+    "retrieval.py": "where its rank says so: True",
     "sentence_transformers_training.py": "32 of 32 find their paraphrase",
 }
 
