@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "score_kernels.h"
-#include "vectors.h"
+#include "vec.h"
 
 namespace m3bind::cpu {
 namespace {

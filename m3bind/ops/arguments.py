@@ -14,8 +14,8 @@ def features(
     op: str, x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")
 ) -> tuple[Tensor, Tensor]:
     """The pair of feature matrices, checked, and cast where autocast is on."""
-    first, second = names
-    for name, value in ((first, x), (second, y)):
+    x_name, y_name = names
+    for name, value in zip(names, (x, y), strict=True):
         if not isinstance(value, Tensor):
             raise ValueError(f"{op}: {name} must be a tensor, not {type(value).__name__}")
         if value.dim() != 2:
@@ -24,11 +24,11 @@ def features(
             )
     if x.device != y.device:
         raise ValueError(
-            f"{op}: {first} is on {x.device}, {second} on {y.device}; move one of them"
+            f"{op}: {x_name} is on {x.device}, {y_name} on {y.device}; move one of them"
         )
     if x.shape[1] != y.shape[1] or x.shape[1] == 0:
         raise ValueError(
-            f"{op}: {first} has {x.shape[1]} features a row, {second} has {y.shape[1]}; "
+            f"{op}: {x_name} has {x.shape[1]} features a row, {y_name} has {y.shape[1]}; "
             "they must be equal and at least 1"
         )
     # Only the features are cast: a scale of 14.2857 would become 14.3125 in bfloat16.
@@ -36,11 +36,20 @@ def features(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, y = x.to(dtype), y.to(dtype)
     if x.dtype != y.dtype:
-        raise ValueError(f"{op}: {first} is {x.dtype}, {second} is {y.dtype}; cast one of them")
+        raise ValueError(f"{op}: {x_name} is {x.dtype}, {y_name} is {y.dtype}; cast one of them")
     if x.dtype not in DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"{op}: features are {x.dtype}; cast them to one of {known}")
     return x, y
+
+
+def same_rows(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Two feature matrices, of whatever width, describe the same rows."""
+    if value.shape[0] != other.shape[0] or value.device != other.device:
+        raise ValueError(
+            f"{op}: {name} has {value.shape[0]} rows on {value.device}, {other_name} has "
+            f"{other.shape[0]} on {other.device}; pass features of the same rows, on one device"
+        )
 
 
 def scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
