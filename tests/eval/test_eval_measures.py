@@ -4,6 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
 from m3bind.eval.fewshot import few_shot, pick_shots
@@ -159,6 +160,15 @@ def test_ranks_and_nearest_equal_a_sort_of_the_matrix():
         for similarity, row in hits:
             assert similarity == pytest.approx(query[i] @ gallery[row], abs=1e-6)
     assert len(nearest(query[:1], gallery[:3], 7)[0]) == 3
+
+
+def test_the_operators_are_what_runs():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        nearest(_random(0, 4), _random(1, 9), 3)
+        own_ranks(_random(0, 4), _random(1, 9))
+    ran = {event.key for event in profile.key_averages()}
+    assert {"m3bind::similarity_topk_fwd", "m3bind::similarity_rank_fwd"} <= ran
+    assert not ran & {"aten::sort", "aten::argsort"}
 
 
 def test_class_vectors_average_directions():
