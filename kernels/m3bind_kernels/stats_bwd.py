@@ -1,0 +1,252 @@
+"""similarity_stats, backward: gradients of features and scale from the statistics.
+
+In waves of rows: a kernel recomputes the tiles' logits and stores the derivative by every dot
+product, in the features' dtype; two library GEMMs make gradients of it, accumulated in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m3bind_kernels import configs
+from m3bind_kernels.launch import INTERPRETED, Inputs, block_ranges, descriptors_fit, launch
+from m3bind_kernels.products import add_product, product
+from m3bind_kernels.tiles import dot_products, is_special, pair_rules, tile_at
+from m3bind_kernels.upstream import Upstream, add_partners, partners
+
+# Derivatives of one wave. The float32 gradient of y is read and written once a wave, so a wave that
+# stays in L2 costs more than it saves where it has few rows.
+WAVE_BYTES = 128 << 20
+WAVE_ROWS = 1024
+# Up to this many pairs the derivatives stay float32: the time is that of the launches anyway, and
+# few pairs do not average the rounding to 16 bit out.
+PRECISE_PAIRS = 1 << 20
+
+
+@triton.jit
+def _softmax_terms(
+    logits, in_rows, in_cols, row_shift, col_shift, row_weight, col_weight, high, one_exponential,
+    SPECIAL: tl.constexpr,
+):  # fmt: skip
+    """row_weight * 2^(logit - row_shift) + the same of the columns, where a pair is in them."""
+    if one_exponential:
+        power = tl.exp2(logits - high)
+        by_row = (row_weight * tl.exp2(high - row_shift))[:, None]
+        by_col = (col_weight * tl.exp2(high - col_shift))[None, :]
+        if SPECIAL:
+            grad = tl.where(in_rows, power * by_row, 0.0) + tl.where(in_cols, power * by_col, 0.0)
+        else:
+            grad = power * (by_row + by_col)
+    else:
+        of_row = tl.exp2(logits - row_shift[:, None]) * row_weight[:, None]
+        of_col = tl.exp2(logits - col_shift[None, :]) * col_weight[None, :]
+        if SPECIAL:
+            of_row = tl.where(in_rows, of_row, 0.0)
+            of_col = tl.where(in_cols, of_col, 0.0)
+        grad = of_row + of_col
+    return grad
+
+
+@triton.jit
+def _stats_bwd_kernel(
+    x, y,  # pointers [N, D], [M, D]
+    factor,  # [1] float32: logits in base 2 are factor * (dot - margin * positive)
+    row_class, col_class, row_mask, col_mask,  # [N] or [M] int32
+    row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,  # [tiles, 2]
+    row_shift_ranges, col_shift_ranges,  # [tiles, 2] float32
+    row_vectors, col_vectors,  # [4, N], [4, M] float32: shift, weight, positives', totals' gradient
+    out,  # [N, M] derivatives by the dot products
+    scale_parts,  # [tiles] float32: sums of derivative * dot
+    num_rows, num_cols, row_stride, col_stride, out_stride, margin,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
+    APART: tl.constexpr,  # whether pairs with both bits are left to the caller
+    DESCRIPTORS: tl.constexpr, STORE_BY_DESCRIPTOR: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    if DESCRIPTORS:
+        x_tiles = tl.make_tensor_descriptor(x, [num_rows, D], [D, 1], [BLOCK_M, BLOCK_K])
+        y_tiles = tl.make_tensor_descriptor(y, [num_cols, D], [D, 1], [BLOCK_N, BLOCK_K])
+    else:
+        x_tiles = x
+        y_tiles = y
+    if STORE_BY_DESCRIPTOR:
+        out_tiles = tl.make_tensor_descriptor(
+            out, [num_rows, num_cols], [out_stride, 1], [BLOCK_M, BLOCK_N]
+        )
+    tiles_n = tl.cdiv(num_rows, BLOCK_M)
+    tiles_m = tl.cdiv(num_cols, BLOCK_N)
+    base2 = tl.load(factor)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_m, tl.num_programs(0), flatten=True):
+        row_tile, col_tile = tile_at(tile, tiles_n, tiles_m, 8)
+        dots = dot_products(
+            x_tiles, y_tiles, row_tile * BLOCK_M, col_tile * BLOCK_N, num_rows, num_cols,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, INTERPRETED,
+        )  # fmt: skip
+        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_at = row_vectors + rows
+        col_at = col_vectors + cols
+        row_shift = tl.load(row_at, mask=rows < num_rows, other=0.0)
+        col_shift = tl.load(col_at, mask=cols < num_cols, other=0.0)
+        row_weight = tl.load(row_at + row_stride, mask=rows < num_rows, other=0.0)
+        col_weight = tl.load(col_at + col_stride, mask=cols < num_cols, other=0.0)
+        high = tl.maximum(
+            tl.load(row_shift_ranges + 2 * row_tile + 1), tl.load(col_shift_ranges + 2 * col_tile + 1)
+        )
+        low = tl.minimum(
+            tl.load(row_shift_ranges + 2 * row_tile), tl.load(col_shift_ranges + 2 * col_tile)
+        )
+        # Logits are then at most 1 above `high`, and what underflows (2^-126) is below 2^-62 of its
+        # row and column. Otherwise one exponential would make inf * 0.
+        one_exponential = high - low <= 64.0
+        special = is_special(
+            row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,
+            row_tile, col_tile, num_rows, num_cols, BLOCK_M, BLOCK_N, HAS_CLASSES, HAS_MASKS,
+        )  # fmt: skip
+        if special:
+            positive, kept, in_rows, in_cols = pair_rules(
+                row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
+                HAS_CLASSES, HAS_MASKS,
+            )  # fmt: skip
+            if HAS_CLASSES:
+                dots = tl.where(positive, dots - margin, dots)
+            grad = _softmax_terms(
+                dots * base2, in_rows, in_cols, row_shift, col_shift, row_weight, col_weight,
+                high, one_exponential, True,
+            )  # fmt: skip
+            if HAS_CLASSES:
+                row_grad = tl.load(row_at + 2 * row_stride, mask=rows < num_rows, other=0.0)
+                col_grad = tl.load(col_at + 2 * col_stride, mask=cols < num_cols, other=0.0)
+                grad += tl.where(positive, row_grad[:, None] + col_grad[None, :], 0.0)
+        else:
+            grad = _softmax_terms(
+                dots * base2, 0, 0, row_shift, col_shift, row_weight, col_weight,
+                high, one_exponential, False,
+            )  # fmt: skip
+        if TOTALS:
+            row_grad = tl.load(row_at + 3 * row_stride, mask=rows < num_rows, other=0.0)
+            col_grad = tl.load(col_at + 3 * col_stride, mask=cols < num_cols, other=0.0)
+            even = row_grad[:, None] + col_grad[None, :]
+            if special:
+                positive, kept, in_rows, in_cols = pair_rules(
+                    row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
+                    HAS_CLASSES, HAS_MASKS,
+                )  # fmt: skip
+                even = tl.where(kept, even, 0.0)
+            grad += even
+        tl.store(scale_parts + tile, tl.sum(tl.sum(grad * dots, 1), 0))
+        if APART:
+            if special:
+                positive, kept, in_rows, in_cols = pair_rules(
+                    row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
+                    HAS_CLASSES, HAS_MASKS,
+                )  # fmt: skip
+                grad = tl.where((in_rows | in_cols | (positive == 0)), grad, 0.0)
+        rounded = grad.to(out.dtype.element_ty)
+        if STORE_BY_DESCRIPTOR:
+            out_tiles.store([row_tile * BLOCK_M, col_tile * BLOCK_N], rounded)
+        else:
+            at = out + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
+            inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+            tl.store(at, rounded, mask=inside)
+
+
+def stats_bwd_kernel(
+    inputs: Inputs, band: slice, upstream: Upstream, ranges: list[Tensor], apart: bool,
+    out: Tensor, scale_parts: Tensor, config: configs.Config,
+) -> None:  # fmt: skip
+    """Fills `out` [rows of the band, M] with derivatives by the dot products, and the parts of the
+    scale's gradient, one a tile. `ranges`: of the shifts of the band's rows and of the columns."""
+    part = inputs.rows(band)
+    num_rows, num_cols = part.shape
+    use_descriptors = descriptors_fit(inputs)
+    row_vectors = upstream.rows[:, band]
+    launch(
+        _stats_bwd_kernel, config, num_rows, num_cols,
+        part.x, part.y, part.factor, *part.numbers(), *part.ranges(config), *ranges,
+        row_vectors, upstream.cols, out, scale_parts, num_rows, num_cols,
+        row_vectors.stride(0), upstream.cols.stride(0), out.stride(0), part.margin,
+        D=part.x.shape[1], HAS_CLASSES=part.row_class is not None,
+        HAS_MASKS=part.row_mask is not None, TOTALS=part.totals, APART=apart,
+        DESCRIPTORS=use_descriptors,
+        STORE_BY_DESCRIPTOR=use_descriptors and out.dtype != torch.float32,
+        INTERPRETED=INTERPRETED,
+    )  # fmt: skip
+
+
+def similarity_stats_bwd(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [M, D]
+    logit_scale: Tensor,  # []
+    row_class: Tensor | None,  # [N] int32
+    col_class: Tensor | None,  # [M] int32
+    row_mask: Tensor | None,  # [N] int32
+    col_mask: Tensor | None,  # [M] int32
+    margin: float,
+    totals: bool,
+    row_lse: Tensor,  # [N] float64
+    col_lse: Tensor,  # [M] float64
+    grad_rows: Tensor,  # [3, N]
+    grad_cols: Tensor,  # [3, M]
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # [N, D], [M, D], [] float32
+    """Gradients of x, y and the scale; one that is not needed comes back empty, [0, D]."""
+    inputs = Inputs.of(
+        x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals
+    )
+    num_rows, num_cols = inputs.shape
+    grad_x = inputs.x.new_zeros((num_rows if need_x else 0, x.shape[1]))
+    if num_rows == 0 or num_cols == 0:
+        grad_y = inputs.y.new_zeros((num_cols if need_y else 0, x.shape[1]))
+        return grad_x, grad_y, grad_x.new_zeros((), dtype=torch.float32)
+    config = configs.choose("stats_bwd", inputs.x, inputs.y)
+    upstream = Upstream.of(row_lse, col_lse, grad_rows, grad_cols, inputs.nats())
+    precise = x.dtype == torch.float32 or num_rows * num_cols <= PRECISE_PAIRS
+    out_dtype = torch.float32 if precise else x.dtype
+    wide_x, wide_y = (t.to(out_dtype) for t in (inputs.x, inputs.y))
+    apart = not precise and inputs.row_class is not None
+    if apart:
+        row_partner = partners(inputs.row_class, inputs.col_class)
+        col_partner = partners(inputs.col_class, inputs.row_class)
+    total_y = inputs.y.new_zeros((num_cols if need_y else 0, x.shape[1]), dtype=torch.float32)
+    back = inputs.scale / upstream.factor
+    col_ranges = block_ranges(upstream.cols[0], config.block_n)
+    derivative_sums = []
+    for band, out in _waves(inputs, out_dtype, config):
+        row_ranges = block_ranges(upstream.rows[0, band], config.block_m)
+        scale_parts = total_y.new_empty(row_ranges.shape[0] * col_ranges.shape[0])
+        stats_bwd_kernel(
+            inputs, band, upstream, [row_ranges, col_ranges], apart, out, scale_parts, config
+        )
+        derivative_sums.append(scale_parts.sum(dtype=torch.float64))
+        if need_x:
+            part = product(out, wide_y)
+            if apart:
+                add_partners(
+                    part, row_partner[band], upstream.rows[:, band], upstream.cols, inputs.y
+                )
+            grad_x[band] = part.mul_(back)
+        if need_y:
+            add_product(total_y, out.T, wide_x[band])
+    if need_y and apart:
+        add_partners(total_y, col_partner, upstream.cols, upstream.rows, inputs.x)
+    grad_scale = torch.stack(derivative_sums).sum() / upstream.factor
+    return grad_x, total_y.mul_(back).to(y.dtype), grad_scale.float()
+
+
+def _waves(
+    inputs: Inputs, dtype: torch.dtype, config: configs.Config
+) -> list[tuple[slice, Tensor]]:
+    """Bands of rows, and the buffer for the derivatives of each: the same memory every time."""
+    num_rows, num_cols = inputs.shape
+    stride = triton.cdiv(num_cols, 16) * 16  # so that rows are aligned for wide stores
+    fitting = WAVE_BYTES // (stride * dtype.itemsize)
+    step = max(fitting, WAVE_ROWS) // config.block_m * config.block_m
+    buffer = inputs.x.new_empty((min(step, num_rows), stride), dtype=dtype)
+    return [
+        (slice(i, end), buffer[: end - i, :num_cols])
+        for i in range(0, num_rows, step)
+        for end in (min(i + step, num_rows),)
+    ]

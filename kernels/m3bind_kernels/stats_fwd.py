@@ -1,0 +1,210 @@
+"""similarity_stats, forward: row and column statistics of the similarity matrix in one pass.
+
+A persistent kernel goes over the tiles; each writes sums of 2^(logit - shift) of its rows and of its
+columns, and the merge kernel adds them up. Shifts are integers in base 2, so that bringing sums to a
+common shift is exact.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m3bind_kernels import configs
+from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, launch
+from m3bind_kernels.merge import empty_state, merge_kernel
+from m3bind_kernels.tiles import dot_products, is_special, pair_rules, tile_at
+
+# Partial sums of one band of rows, which is what the memory beyond the features is spent on.
+PART_BYTES = 64 << 20
+
+
+@triton.jit
+def _shift(highest):
+    """An integer that no logit exceeds by much; where there is none at all, 0."""
+    return tl.where(highest == -float("inf"), 0.0, tl.ceil(highest))
+
+
+@triton.jit
+def _sums(logits, in_rows, in_cols, SPECIAL: tl.constexpr):
+    """Sums over the rows and columns of 2^(logit - shift), and the shift of the tile."""
+    if SPECIAL:
+        logits = tl.where(in_rows | in_cols, logits, -float("inf"))
+    highest = tl.max(tl.max(logits, 1), 0)
+    power = tl.exp2(logits - _shift(highest))
+    if SPECIAL:
+        row_sum = tl.sum(tl.where(in_rows, power, 0.0), 1)
+        col_sum = tl.sum(tl.where(in_cols, power, 0.0), 0)
+    else:
+        row_sum = tl.sum(power, 1)
+        col_sum = tl.sum(power, 0)
+    return row_sum, col_sum, tl.ceil(highest)
+
+
+@triton.jit
+def _stats_fwd_kernel(
+    x, y,  # pointers [N, D], [M, D]
+    factor,  # [1] float32: logits in base 2 are factor * (dot - margin * positive)
+    row_class, col_class, row_mask, col_mask,  # [N] or [M] int32
+    row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,  # [tiles, 2]
+    row_parts, col_parts,  # [PLANES, tiles_m, N], [PLANES, tiles_n, M] float32
+    num_rows, num_cols, row_plane, col_plane, margin,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    if DESCRIPTORS:
+        x_tiles = tl.make_tensor_descriptor(x, [num_rows, D], [D, 1], [BLOCK_M, BLOCK_K])
+        y_tiles = tl.make_tensor_descriptor(y, [num_cols, D], [D, 1], [BLOCK_N, BLOCK_K])
+    else:
+        x_tiles = x
+        y_tiles = y
+    tiles_n = tl.cdiv(num_rows, BLOCK_M)
+    tiles_m = tl.cdiv(num_cols, BLOCK_N)
+    base2 = tl.load(factor)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_m, tl.num_programs(0), flatten=True):
+        row_tile, col_tile = tile_at(tile, tiles_n, tiles_m, 8)
+        dots = dot_products(
+            x_tiles, y_tiles, row_tile * BLOCK_M, col_tile * BLOCK_N, num_rows, num_cols,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, INTERPRETED,
+        )  # fmt: skip
+        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_at = row_parts + col_tile.to(tl.int64) * num_rows + rows
+        col_at = col_parts + row_tile.to(tl.int64) * num_cols + cols
+        special = is_special(
+            row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,
+            row_tile, col_tile, num_rows, num_cols, BLOCK_M, BLOCK_N, HAS_CLASSES, HAS_MASKS,
+        )  # fmt: skip
+        if special:
+            positive, kept, in_rows, in_cols = pair_rules(
+                row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
+                HAS_CLASSES, HAS_MASKS,
+            )  # fmt: skip
+            if HAS_CLASSES:
+                dots = tl.where(positive, dots - margin, dots)
+            row_sum, col_sum, shift = _sums(dots * base2, in_rows, in_cols, True)
+        else:
+            row_sum, col_sum, shift = _sums(dots * base2, 0, 0, False)
+        row_shift = tl.zeros([BLOCK_M], tl.float32) + shift
+        col_shift = tl.zeros([BLOCK_N], tl.float32) + shift
+        # What is lost to underflow (at 2^-126) is then below the rounding of every sum.
+        row_least = tl.min(tl.where(rows < num_rows, row_sum, 1.0), 0)
+        col_least = tl.min(tl.where(cols < num_cols, col_sum, 1.0), 0)
+        if (tl.minimum(row_least, col_least) >= 5.4e-20) == 0:
+            # Rows or columns far below the others, or a NaN: each by its own maximum.
+            positive, kept, in_rows, in_cols = pair_rules(
+                row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
+                HAS_CLASSES, HAS_MASKS,
+            )  # fmt: skip
+            logits = tl.where(in_rows, dots * base2, -float("inf"))
+            highest = tl.max(logits, 1)
+            row_sum = tl.sum(tl.exp2(logits - _shift(highest)[:, None]), 1)
+            row_shift = tl.ceil(highest)
+            logits = tl.where(in_cols, dots * base2, -float("inf"))
+            highest = tl.max(logits, 0)
+            col_sum = tl.sum(tl.exp2(logits - _shift(highest)[None, :]), 0)
+            col_shift = tl.ceil(highest)
+        tl.store(row_at, row_shift, mask=rows < num_rows)
+        tl.store(col_at, col_shift, mask=cols < num_cols)
+        tl.store(row_at + row_plane, row_sum, mask=rows < num_rows)
+        tl.store(col_at + col_plane, col_sum, mask=cols < num_cols)
+        if HAS_CLASSES:
+            row_sum = tl.zeros([BLOCK_M], tl.float32)
+            col_sum = tl.zeros([BLOCK_N], tl.float32)
+            if special:
+                positive, kept, in_rows, in_cols = pair_rules(
+                    row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
+                    HAS_CLASSES, HAS_MASKS,
+                )  # fmt: skip
+                wanted = tl.where(positive, dots, 0.0)
+                row_sum = tl.sum(wanted, 1)
+                col_sum = tl.sum(wanted, 0)
+            tl.store(row_at + 2 * row_plane, row_sum, mask=rows < num_rows)
+            tl.store(col_at + 2 * col_plane, col_sum, mask=cols < num_cols)
+        if TOTALS:
+            if special:
+                positive, kept, in_rows, in_cols = pair_rules(
+                    row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
+                    HAS_CLASSES, HAS_MASKS,
+                )  # fmt: skip
+                dots = tl.where(kept, dots, 0.0)
+            last: tl.constexpr = 2 + HAS_CLASSES
+            tl.store(row_at + last * row_plane, tl.sum(dots, 1), mask=rows < num_rows)
+            tl.store(col_at + last * col_plane, tl.sum(dots, 0), mask=cols < num_cols)
+
+
+def stats_fwd_kernel(
+    inputs: Inputs, band: slice, row_parts: Tensor, col_parts: Tensor, config: configs.Config
+) -> None:
+    """Fills the partial statistics [planes, tiles, N or M] of a band of rows."""
+    part = inputs.rows(band)
+    num_rows, num_cols = part.x.shape[0], part.y.shape[0]
+    use_descriptors = descriptors_fit(inputs)
+    launch(
+        _stats_fwd_kernel, config, num_rows, num_cols,
+        part.x, part.y, part.factor, *part.numbers(), *part.ranges(config),
+        row_parts, col_parts, num_rows, num_cols, row_parts.stride(0), col_parts.stride(0),
+        part.margin,
+        D=part.x.shape[1], HAS_CLASSES=part.row_class is not None,
+        HAS_MASKS=part.row_mask is not None, TOTALS=part.totals, DESCRIPTORS=use_descriptors,
+        INTERPRETED=INTERPRETED,
+    )  # fmt: skip
+
+
+def similarity_stats_fwd(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [M, D]
+    logit_scale: Tensor,  # []
+    row_class: Tensor | None,  # [N] int32
+    col_class: Tensor | None,  # [M] int32
+    row_mask: Tensor | None,  # [N] int32
+    col_mask: Tensor | None,  # [M] int32
+    margin: float,
+    totals: bool,
+) -> tuple[Tensor, Tensor]:  # [3, N], [3, M] float64
+    """Of every row and column: log-sum-exp of its logits, sum of the positives', sum of all.
+
+    What enters which is told by `m3bind.ops.stats`.
+    """
+    inputs = Inputs.of(
+        x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals
+    )
+    config = configs.choose("stats_fwd", inputs.x, inputs.y)
+    num_sums = int(row_class is not None) + int(totals)
+    states = [empty_state(inputs.x, num_sums, count) for count in inputs.shape]
+    for band in _bands(inputs, config, 2 + num_sums):
+        num_rows, num_cols = band.stop - band.start, inputs.shape[1]
+        row_parts = _parts(inputs.x, 2 + num_sums, num_cols, config.block_n, num_rows)
+        col_parts = _parts(inputs.x, 2 + num_sums, num_rows, config.block_m, num_cols)
+        stats_fwd_kernel(inputs, band, row_parts, col_parts, config)
+        merge_kernel(row_parts, states[0][:, band])
+        merge_kernel(col_parts, states[1])
+    rows, cols = (_statistics(state, inputs) for state in states)
+    return rows, cols
+
+
+def _parts(like: Tensor, planes: int, across: int, block: int, count: int) -> Tensor:
+    return like.new_empty((planes, triton.cdiv(across, block), count), dtype=torch.float32)
+
+
+def _bands(inputs: Inputs, config: configs.Config, planes: int) -> list[slice]:
+    """Rows whose partial sums fit PART_BYTES; whole tiles, and at least one."""
+    num_rows, num_cols = inputs.shape
+    if num_cols == 0:
+        return []
+    a_row = 4 * planes * num_cols * (1 / config.block_m + 1 / config.block_n)
+    step = max(1, int(PART_BYTES / a_row) // config.block_m) * config.block_m
+    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
+
+
+def _statistics(state: Tensor, inputs: Inputs) -> Tensor:
+    """The merged sums [2 + sums, L] as statistics [3, L], in natural logarithms."""
+    stats = state.new_zeros((3, state.shape[1]))
+    stats[0] = (state[1].log2() + state[0]) * inputs.nats()
+    plain = list(state[2:])
+    if inputs.row_class is not None:
+        stats[1] = plain.pop(0) * inputs.scale
+    if inputs.totals:
+        stats[2] = plain.pop(0) * inputs.scale
+    return stats

@@ -1,0 +1,118 @@
+"""What the kernels over the similarity matrix share: the order of tiles, dot products, pair rules."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_at(tile, tiles_n, tiles_m, GROUP: tl.constexpr):
+    """(row, column) of a tile: GROUP rows of tiles side by side, so that L2 serves their operands."""
+    group = tile // (GROUP * tiles_m)
+    first = group * GROUP
+    size = tl.minimum(tiles_n - first, GROUP)
+    inside = tile % (GROUP * tiles_m)
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def features(
+    x, first_row, num_rows, k,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Features [BLOCK, BLOCK_K]; beyond the last row anything finite or that row, beyond D zeros."""
+    if DESCRIPTORS:
+        return x.load([first_row, k])
+    rows = tl.minimum(first_row + tl.arange(0, BLOCK), num_rows - 1).to(tl.int64)
+    at = k + tl.arange(0, BLOCK_K)
+    pointers = x + rows[:, None] * D + at[None, :]
+    if D % BLOCK_K == 0:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(at < D)[None, :], other=0.0)
+
+
+@triton.jit
+def dot_products(
+    x, y, first_row, first_col, num_rows, num_cols,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """float32 dot products of a tile [BLOCK_M, BLOCK_N]."""
+    dots = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, D, BLOCK_K):
+        a = features(x, first_row, num_rows, k, D, BLOCK_M, BLOCK_K, DESCRIPTORS)
+        b = features(y, first_col, num_cols, k, D, BLOCK_N, BLOCK_K, DESCRIPTORS)
+        if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        dots = tl.dot(a, b.T, dots, input_precision="ieee")
+    return dots
+
+
+@triton.jit
+def numbers(values, at, count, MISSING: tl.constexpr):
+    """Classes or masks, those that equal nothing replaced by MISSING."""
+    found = tl.load(values + at, mask=at < count, other=MISSING)
+    return tl.where(found < 0, MISSING, found)
+
+
+@triton.jit
+def may_meet(row_ranges, col_ranges, row_tile, col_tile):
+    """Whether any number of a row block can equal one of a column block, by their extremes."""
+    row_low, row_high = tl.load(row_ranges + 2 * row_tile), tl.load(row_ranges + 2 * row_tile + 1)
+    col_low, col_high = tl.load(col_ranges + 2 * col_tile), tl.load(col_ranges + 2 * col_tile + 1)
+    return (row_low <= col_high) & (col_low <= row_high)
+
+
+@triton.jit
+def is_special(
+    row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges, row_tile, col_tile,
+    num_rows, num_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile can hold positives or masked pairs, or reaches beyond the matrix."""
+    special = ((row_tile + 1) * BLOCK_M > num_rows) | ((col_tile + 1) * BLOCK_N > num_cols)
+    if HAS_CLASSES:
+        special = special | may_meet(row_class_ranges, col_class_ranges, row_tile, col_tile)
+    if HAS_MASKS:
+        special = special | may_meet(row_mask_ranges, col_mask_ranges, row_tile, col_tile)
+    return special
+
+
+@triton.jit
+def pair_rules(
+    row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
+    HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr,
+):  # fmt: skip
+    """Of every pair of a tile: is it positive, not masked, part of its row's LSE, of its column's."""
+    kept = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+    positive = kept
+    in_rows = kept
+    in_cols = kept
+    if HAS_CLASSES:
+        row_number = numbers(row_class, rows, num_rows, -1)
+        positive = row_number[:, None] == numbers(col_class, cols, num_cols, -2)[None, :]
+    if HAS_MASKS:
+        row_number_m = numbers(row_mask, rows, num_rows, -1)
+        masked = row_number_m[:, None] == numbers(col_mask, cols, num_cols, -2)[None, :]
+        if HAS_CLASSES:
+            masked = masked & (positive == 0)
+        kept = kept & (masked == 0)
+        in_rows = kept
+        in_cols = kept
+    if HAS_CLASSES:
+        one_column = (row_number & 1) != 0
+        one_row = (row_number & 2) != 0
+        in_rows = kept & ((positive & one_column[:, None]) == 0)
+        in_cols = kept & ((positive & one_row[:, None]) == 0)
+    return positive, kept, in_rows, in_cols
+
+
+@triton.jit
+def _ranges_kernel(values, out, count, SKIP_NEGATIVE: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = tl.load(values + tl.minimum(at, count - 1))
+    low = here
+    if SKIP_NEGATIVE:
+        low = tl.where(here < 0, 2147483647, here)
+    tl.store(out + 2 * block, tl.min(low, 0))
+    tl.store(out + 2 * block + 1, tl.max(here, 0))
