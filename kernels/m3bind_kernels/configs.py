@@ -19,6 +19,7 @@ class Config:
     block_k: int
     num_warps: int
     num_stages: int
+    piece: int = 64  # columns that the epilogue works on at a time
     programs: int = 1  # on one multiprocessor at a time
 
     def shared_bytes(self, itemsize: int, stores_tile: bool) -> int:
@@ -28,14 +29,14 @@ class Config:
 
 
 # Many small tiles: the interpreter's cases are small, and it does not mind.
-_INTERPRETER = Config(32, 64, 32, 4, 1)
-_HALF_80 = (Config(128, 128, 32, 8, 4, 2), Config(128, 128, 64, 8, 3))
+_INTERPRETER = Config(32, 64, 32, 4, 1, piece=16)
+_HALF_80 = (Config(128, 128, 32, 8, 4, programs=2), Config(128, 128, 64, 8, 3))
 _HALF_90 = (
     Config(128, 256, 64, 8, 3),
-    Config(128, 128, 64, 8, 3, 2),
+    Config(128, 128, 64, 8, 3, programs=2),
     Config(128, 128, 64, 8, 4),
 )
-_FLOAT = (Config(64, 64, 32, 4, 3, 2), Config(128, 64, 32, 8, 3))
+_FLOAT = (Config(64, 64, 32, 4, 3, programs=2), Config(128, 64, 32, 8, 3))
 # (kernel, 16-bit, capability from which on) -> candidates, the one to take untried first.
 TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("stats_fwd", True, 80): _HALF_80,

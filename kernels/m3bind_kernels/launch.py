@@ -126,7 +126,7 @@ def launch(
             triton.set_allocator(_scratch)
         kernel[grid](
             *args, **constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
+            BLOCK_K=config.block_k, PIECE=config.piece, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
     with torch.cuda.device_of(args[0]):

@@ -12,7 +12,7 @@ from torch import Tensor
 from m3bind_kernels import configs
 from m3bind_kernels.launch import INTERPRETED, Inputs, block_ranges, descriptors_fit, launch
 from m3bind_kernels.products import add_product, product
-from m3bind_kernels.tiles import dot_products, is_special, pair_rules, tile_at
+from m3bind_kernels.tiles import dot_products, is_special, pair_rules, pieces_of, tile_at
 from m3bind_kernels.upstream import Upstream, add_partners, partners
 
 # Derivatives of one wave. The float32 gradient of y is read and written once a wave, so a wave that
@@ -26,25 +26,26 @@ PRECISE_PAIRS = 1 << 20
 
 @triton.jit
 def _softmax_terms(
-    logits, in_rows, in_cols, row_shift, col_shift, row_weight, col_weight, high, one_exponential,
-    SPECIAL: tl.constexpr,
+    logits, not_in_row, not_in_col, row_shift, col_shift, row_weight, col_weight, high,
+    one_exponential, SOME_OUT: tl.constexpr,
 ):  # fmt: skip
     """row_weight * 2^(logit - row_shift) + the same of the columns, where a pair is in them."""
     if one_exponential:
         power = tl.exp2(logits - high)
         by_row = (row_weight * tl.exp2(high - row_shift))[:, None]
         by_col = (col_weight * tl.exp2(high - col_shift))[None, :]
-        if SPECIAL:
-            grad = tl.where(in_rows, power * by_row, 0.0) + tl.where(in_cols, power * by_col, 0.0)
+        if SOME_OUT:
+            grad = tl.where(not_in_row, 0.0, power * by_row)
+            grad += tl.where(not_in_col, 0.0, power * by_col)
         else:
             grad = power * (by_row + by_col)
     else:
-        of_row = tl.exp2(logits - row_shift[:, None]) * row_weight[:, None]
-        of_col = tl.exp2(logits - col_shift[None, :]) * col_weight[None, :]
-        if SPECIAL:
-            of_row = tl.where(in_rows, of_row, 0.0)
-            of_col = tl.where(in_cols, of_col, 0.0)
-        grad = of_row + of_col
+        grad = tl.exp2(logits - row_shift[:, None]) * row_weight[:, None]
+        other = tl.exp2(logits - col_shift[None, :]) * col_weight[None, :]
+        if SOME_OUT:
+            grad = tl.where(not_in_row, 0.0, grad)
+            other = tl.where(not_in_col, 0.0, other)
+        grad += other
     return grad
 
 
@@ -60,7 +61,7 @@ def _stats_bwd_kernel(
     scale_parts,  # [tiles] float32: sums of derivative * dot
     num_rows, num_cols, row_stride, col_stride, out_stride, margin,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
+    PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
     APART: tl.constexpr,  # whether pairs with both bits are left to the caller
     DESCRIPTORS: tl.constexpr, STORE_BY_DESCRIPTOR: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +73,7 @@ def _stats_bwd_kernel(
         y_tiles = y
     if STORE_BY_DESCRIPTOR:
         out_tiles = tl.make_tensor_descriptor(
-            out, [num_rows, num_cols], [out_stride, 1], [BLOCK_M, BLOCK_N]
+            out, [num_rows, num_cols], [out_stride, 1], [BLOCK_M, PIECE]
         )
     tiles_n = tl.cdiv(num_rows, BLOCK_M)
     tiles_m = tl.cdiv(num_cols, BLOCK_N)
@@ -84,72 +85,69 @@ def _stats_bwd_kernel(
             D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, INTERPRETED,
         )  # fmt: skip
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         row_at = row_vectors + rows
-        col_at = col_vectors + cols
         row_shift = tl.load(row_at, mask=rows < num_rows, other=0.0)
-        col_shift = tl.load(col_at, mask=cols < num_cols, other=0.0)
         row_weight = tl.load(row_at + row_stride, mask=rows < num_rows, other=0.0)
-        col_weight = tl.load(col_at + col_stride, mask=cols < num_cols, other=0.0)
-        high = tl.maximum(
-            tl.load(row_shift_ranges + 2 * row_tile + 1), tl.load(col_shift_ranges + 2 * col_tile + 1)
-        )
-        low = tl.minimum(
-            tl.load(row_shift_ranges + 2 * row_tile), tl.load(col_shift_ranges + 2 * col_tile)
-        )
-        # Logits are then at most 1 above `high`, and what underflows (2^-126) is below 2^-62 of its
-        # row and column. Otherwise one exponential would make inf * 0.
+        row_range = row_shift_ranges + 2 * row_tile
+        col_range = col_shift_ranges + 2 * col_tile
+        low = tl.minimum(tl.load(row_range), tl.load(col_range))
+        high = tl.maximum(tl.load(row_range + 1), tl.load(col_range + 1))
+        # No logit is then above `high`, and what underflows (at 2^-126) is below 2^-62 of its row
+        # and column. Where they are further apart one exponential would make inf * 0.
         one_exponential = high - low <= 64.0
         special = is_special(
             row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,
             row_tile, col_tile, num_rows, num_cols, BLOCK_M, BLOCK_N, HAS_CLASSES, HAS_MASKS,
         )  # fmt: skip
-        if special:
-            positive, kept, in_rows, in_cols = pair_rules(
-                row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
-                HAS_CLASSES, HAS_MASKS,
-            )  # fmt: skip
-            if HAS_CLASSES:
-                dots = tl.where(positive, dots - margin, dots)
-            grad = _softmax_terms(
-                dots * base2, in_rows, in_cols, row_shift, col_shift, row_weight, col_weight,
-                high, one_exponential, True,
-            )  # fmt: skip
-            if HAS_CLASSES:
-                row_grad = tl.load(row_at + 2 * row_stride, mask=rows < num_rows, other=0.0)
-                col_grad = tl.load(col_at + 2 * col_stride, mask=cols < num_cols, other=0.0)
-                grad += tl.where(positive, row_grad[:, None] + col_grad[None, :], 0.0)
-        else:
-            grad = _softmax_terms(
-                dots * base2, 0, 0, row_shift, col_shift, row_weight, col_weight,
-                high, one_exponential, False,
-            )  # fmt: skip
-        if TOTALS:
-            row_grad = tl.load(row_at + 3 * row_stride, mask=rows < num_rows, other=0.0)
-            col_grad = tl.load(col_at + 3 * col_stride, mask=cols < num_cols, other=0.0)
-            even = row_grad[:, None] + col_grad[None, :]
+        by_scale = tl.zeros([BLOCK_M], tl.float32)
+        pieces = pieces_of(dots, BLOCK_M, BLOCK_N, PIECE)
+        for p in tl.static_range(BLOCK_N // PIECE):
+            part = pieces[p]
+            cols = col_tile * BLOCK_N + p * PIECE + tl.arange(0, PIECE)
+            col_at = col_vectors + cols
+            col_shift = tl.load(col_at, mask=cols < num_cols, other=0.0)
+            col_weight = tl.load(col_at + col_stride, mask=cols < num_cols, other=0.0)
             if special:
-                positive, kept, in_rows, in_cols = pair_rules(
+                left_out, positive, not_in_row, not_in_col = pair_rules(
                     row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
                     HAS_CLASSES, HAS_MASKS,
                 )  # fmt: skip
-                even = tl.where(kept, even, 0.0)
-            grad += even
-        tl.store(scale_parts + tile, tl.sum(tl.sum(grad * dots, 1), 0))
-        if APART:
-            if special:
-                positive, kept, in_rows, in_cols = pair_rules(
-                    row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
-                    HAS_CLASSES, HAS_MASKS,
+                if HAS_CLASSES:
+                    part = tl.where(positive, part - margin, part)
+                grad = _softmax_terms(
+                    part * base2, left_out | not_in_row, left_out | not_in_col,
+                    row_shift, col_shift, row_weight, col_weight, high, one_exponential, True,
                 )  # fmt: skip
-                grad = tl.where((in_rows | in_cols | (positive == 0)), grad, 0.0)
-        rounded = grad.to(out.dtype.element_ty)
-        if STORE_BY_DESCRIPTOR:
-            out_tiles.store([row_tile * BLOCK_M, col_tile * BLOCK_N], rounded)
-        else:
-            at = out + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
-            inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-            tl.store(at, rounded, mask=inside)
+                if HAS_CLASSES:
+                    row_grad = tl.load(row_at + 2 * row_stride, mask=rows < num_rows, other=0.0)
+                    col_grad = tl.load(col_at + 2 * col_stride, mask=cols < num_cols, other=0.0)
+                    grad += tl.where(positive, row_grad[:, None] + col_grad[None, :], 0.0)
+                if TOTALS:
+                    row_grad = tl.load(row_at + 3 * row_stride, mask=rows < num_rows, other=0.0)
+                    col_grad = tl.load(col_at + 3 * col_stride, mask=cols < num_cols, other=0.0)
+                    grad += tl.where(left_out, 0.0, row_grad[:, None] + col_grad[None, :])
+                by_scale += tl.sum(grad * part, 1)
+                if APART:
+                    grad = tl.where(not_in_row & not_in_col, 0.0, grad)
+            else:
+                grad = _softmax_terms(
+                    part * base2, 0, 0, row_shift, col_shift, row_weight, col_weight,
+                    high, one_exponential, False,
+                )  # fmt: skip
+                if TOTALS:
+                    row_grad = tl.load(row_at + 3 * row_stride)
+                    col_grad = tl.load(col_at + 3 * col_stride)
+                    grad += row_grad[:, None] + col_grad[None, :]
+                by_scale += tl.sum(grad * part, 1)
+            rounded = grad.to(out.dtype.element_ty)
+            if STORE_BY_DESCRIPTOR:
+                first_col = col_tile * BLOCK_N + p * PIECE
+                out_tiles.store([row_tile * BLOCK_M, first_col], rounded)
+            else:
+                at = out + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
+                inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+                tl.store(at, rounded, mask=inside)
+        tl.store(scale_parts + tile, tl.sum(by_scale, 0))
 
 
 def stats_bwd_kernel(

@@ -13,32 +13,18 @@ from torch import Tensor
 from m3bind_kernels import configs
 from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, launch
 from m3bind_kernels.merge import empty_state, merge_kernel
-from m3bind_kernels.tiles import dot_products, is_special, pair_rules, tile_at
+from m3bind_kernels.stats_far import stats_far_kernel
+from m3bind_kernels.tiles import (
+    dot_products,
+    finite_shift,
+    is_special,
+    pair_rules,
+    pieces_of,
+    tile_at,
+)
 
 # Partial sums of one band of rows, which is what the memory beyond the features is spent on.
 PART_BYTES = 64 << 20
-
-
-@triton.jit
-def _shift(highest):
-    """An integer that no logit exceeds by much; where there is none at all, 0."""
-    return tl.where(highest == -float("inf"), 0.0, tl.ceil(highest))
-
-
-@triton.jit
-def _sums(logits, in_rows, in_cols, SPECIAL: tl.constexpr):
-    """Sums over the rows and columns of 2^(logit - shift), and the shift of the tile."""
-    if SPECIAL:
-        logits = tl.where(in_rows | in_cols, logits, -float("inf"))
-    highest = tl.max(tl.max(logits, 1), 0)
-    power = tl.exp2(logits - _shift(highest))
-    if SPECIAL:
-        row_sum = tl.sum(tl.where(in_rows, power, 0.0), 1)
-        col_sum = tl.sum(tl.where(in_cols, power, 0.0), 0)
-    else:
-        row_sum = tl.sum(power, 1)
-        col_sum = tl.sum(power, 0)
-    return row_sum, col_sum, tl.ceil(highest)
 
 
 @triton.jit
@@ -48,9 +34,10 @@ def _stats_fwd_kernel(
     row_class, col_class, row_mask, col_mask,  # [N] or [M] int32
     row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,  # [tiles, 2]
     row_parts, col_parts,  # [PLANES, tiles_m, N], [PLANES, tiles_n, M] float32
+    far,  # [tiles] int32: where the sums are not good
     num_rows, num_cols, row_plane, col_plane, margin,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
+    PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     if DESCRIPTORS:
@@ -69,82 +56,86 @@ def _stats_fwd_kernel(
             D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, INTERPRETED,
         )  # fmt: skip
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         row_at = row_parts + col_tile.to(tl.int64) * num_rows + rows
-        col_at = col_parts + row_tile.to(tl.int64) * num_cols + cols
+        col_first = col_parts + row_tile.to(tl.int64) * num_cols
         special = is_special(
             row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,
             row_tile, col_tile, num_rows, num_cols, BLOCK_M, BLOCK_N, HAS_CLASSES, HAS_MASKS,
         )  # fmt: skip
-        if special:
-            positive, kept, in_rows, in_cols = pair_rules(
-                row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
-                HAS_CLASSES, HAS_MASKS,
-            )  # fmt: skip
-            if HAS_CLASSES:
-                dots = tl.where(positive, dots - margin, dots)
-            row_sum, col_sum, shift = _sums(dots * base2, in_rows, in_cols, True)
+        # One shift for the tile, of the dot products, since logits kept for later would fill the
+        # registers. A negative margin raises the positives above what is there.
+        if base2 < 0:
+            highest = tl.min(tl.min(dots, 1), 0) * base2
         else:
-            row_sum, col_sum, shift = _sums(dots * base2, 0, 0, False)
+            highest = tl.max(tl.max(dots, 1), 0) * base2
+        shift = finite_shift(highest + tl.maximum(-margin * base2, 0.0))
+        pieces = pieces_of(dots, BLOCK_M, BLOCK_N, PIECE)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        row_positives = tl.zeros([BLOCK_M], tl.float32)
+        row_total = tl.zeros([BLOCK_M], tl.float32)
+        least = tl.full([PIECE], 1.0, tl.float32)
+        for p in tl.static_range(BLOCK_N // PIECE):
+            part = pieces[p]
+            cols = col_tile * BLOCK_N + p * PIECE + tl.arange(0, PIECE)
+            col_at = col_first + cols
+            col_positives = tl.zeros([PIECE], tl.float32)
+            if special:
+                left_out, positive, not_in_row, not_in_col = pair_rules(
+                    row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
+                    HAS_CLASSES, HAS_MASKS,
+                )  # fmt: skip
+                if HAS_CLASSES:
+                    part = tl.where(positive, part - margin, part)
+                    wanted = tl.where(positive, part, 0.0)
+                    row_positives += tl.sum(wanted, 1)
+                    col_positives = tl.sum(wanted, 0)
+                power = tl.where(left_out, 0.0, tl.exp2(part * base2 - shift))
+                if HAS_CLASSES:
+                    row_sum += tl.sum(tl.where(not_in_row, 0.0, power), 1)
+                    col_sum = tl.sum(tl.where(not_in_col, 0.0, power), 0)
+                else:
+                    row_sum += tl.sum(power, 1)
+                    col_sum = tl.sum(power, 0)
+                if TOTALS:
+                    part = tl.where(left_out, 0.0, part)
+            else:
+                power = tl.exp2(part * base2 - shift)
+                row_sum += tl.sum(power, 1)
+                col_sum = tl.sum(power, 0)
+            least = tl.minimum(least, tl.where(cols < num_cols, col_sum, 1.0))
+            tl.store(col_at, tl.zeros([PIECE], tl.float32) + shift, mask=cols < num_cols)
+            tl.store(col_at + col_plane, col_sum, mask=cols < num_cols)
+            if HAS_CLASSES:
+                tl.store(col_at + 2 * col_plane, col_positives, mask=cols < num_cols)
+            if TOTALS:
+                row_total += tl.sum(part, 1)
+                total_at = col_at + (2 + HAS_CLASSES) * col_plane
+                tl.store(total_at, tl.sum(part, 0), mask=cols < num_cols)
+        smallest = tl.minimum(tl.min(tl.where(rows < num_rows, row_sum, 1.0), 0), tl.min(least, 0))
+        # What is lost to underflow (at 2^-126) is below the rounding of sums above 2^-64. Rows or
+        # columns far below the others, or left out, or a NaN: stats_far.
+        tl.store(far + tile, ((smallest >= 5.4e-20) == 0).to(tl.int32))
         row_shift = tl.zeros([BLOCK_M], tl.float32) + shift
-        col_shift = tl.zeros([BLOCK_N], tl.float32) + shift
-        # What is lost to underflow (at 2^-126) is then below the rounding of every sum.
-        row_least = tl.min(tl.where(rows < num_rows, row_sum, 1.0), 0)
-        col_least = tl.min(tl.where(cols < num_cols, col_sum, 1.0), 0)
-        if (tl.minimum(row_least, col_least) >= 5.4e-20) == 0:
-            # Rows or columns far below the others, or a NaN: each by its own maximum.
-            positive, kept, in_rows, in_cols = pair_rules(
-                row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
-                HAS_CLASSES, HAS_MASKS,
-            )  # fmt: skip
-            logits = tl.where(in_rows, dots * base2, -float("inf"))
-            highest = tl.max(logits, 1)
-            row_sum = tl.sum(tl.exp2(logits - _shift(highest)[:, None]), 1)
-            row_shift = tl.ceil(highest)
-            logits = tl.where(in_cols, dots * base2, -float("inf"))
-            highest = tl.max(logits, 0)
-            col_sum = tl.sum(tl.exp2(logits - _shift(highest)[None, :]), 0)
-            col_shift = tl.ceil(highest)
         tl.store(row_at, row_shift, mask=rows < num_rows)
-        tl.store(col_at, col_shift, mask=cols < num_cols)
         tl.store(row_at + row_plane, row_sum, mask=rows < num_rows)
-        tl.store(col_at + col_plane, col_sum, mask=cols < num_cols)
         if HAS_CLASSES:
-            row_sum = tl.zeros([BLOCK_M], tl.float32)
-            col_sum = tl.zeros([BLOCK_N], tl.float32)
-            if special:
-                positive, kept, in_rows, in_cols = pair_rules(
-                    row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
-                    HAS_CLASSES, HAS_MASKS,
-                )  # fmt: skip
-                wanted = tl.where(positive, dots, 0.0)
-                row_sum = tl.sum(wanted, 1)
-                col_sum = tl.sum(wanted, 0)
-            tl.store(row_at + 2 * row_plane, row_sum, mask=rows < num_rows)
-            tl.store(col_at + 2 * col_plane, col_sum, mask=cols < num_cols)
+            tl.store(row_at + 2 * row_plane, row_positives, mask=rows < num_rows)
         if TOTALS:
-            if special:
-                positive, kept, in_rows, in_cols = pair_rules(
-                    row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
-                    HAS_CLASSES, HAS_MASKS,
-                )  # fmt: skip
-                dots = tl.where(kept, dots, 0.0)
-            last: tl.constexpr = 2 + HAS_CLASSES
-            tl.store(row_at + last * row_plane, tl.sum(dots, 1), mask=rows < num_rows)
-            tl.store(col_at + last * col_plane, tl.sum(dots, 0), mask=cols < num_cols)
+            total_at = row_at + (2 + HAS_CLASSES) * row_plane
+            tl.store(total_at, row_total, mask=rows < num_rows)
 
 
 def stats_fwd_kernel(
-    inputs: Inputs, band: slice, row_parts: Tensor, col_parts: Tensor, config: configs.Config
+    part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, config: configs.Config
 ) -> None:
-    """Fills the partial statistics [planes, tiles, N or M] of a band of rows."""
-    part = inputs.rows(band)
-    num_rows, num_cols = part.x.shape[0], part.y.shape[0]
-    use_descriptors = descriptors_fit(inputs)
+    """Fills the partial statistics [planes, tiles, N or M] of a band of rows; the sums of powers are
+    not good in tiles that `far` [tiles] then names."""
+    num_rows, num_cols = part.shape
+    use_descriptors = descriptors_fit(part)
     launch(
         _stats_fwd_kernel, config, num_rows, num_cols,
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(config),
-        row_parts, col_parts, num_rows, num_cols, row_parts.stride(0), col_parts.stride(0),
+        row_parts, col_parts, far, num_rows, num_cols, row_parts.stride(0), col_parts.stride(0),
         part.margin,
         D=part.x.shape[1], HAS_CLASSES=part.row_class is not None,
         HAS_MASKS=part.row_mask is not None, TOTALS=part.totals, DESCRIPTORS=use_descriptors,
@@ -174,10 +165,14 @@ def similarity_stats_fwd(
     num_sums = int(row_class is not None) + int(totals)
     states = [empty_state(inputs.x, num_sums, count) for count in inputs.shape]
     for band in _bands(inputs, config, 2 + num_sums):
-        num_rows, num_cols = band.stop - band.start, inputs.shape[1]
+        part = inputs.rows(band)
+        num_rows, num_cols = part.shape
         row_parts = _parts(inputs.x, 2 + num_sums, num_cols, config.block_n, num_rows)
         col_parts = _parts(inputs.x, 2 + num_sums, num_rows, config.block_m, num_cols)
-        stats_fwd_kernel(inputs, band, row_parts, col_parts, config)
+        tiles = row_parts.shape[1] * col_parts.shape[1]
+        far = inputs.x.new_empty(tiles, dtype=torch.int32)
+        stats_fwd_kernel(part, row_parts, col_parts, far, config)
+        stats_far_kernel(part, row_parts, col_parts, far, config)
         merge_kernel(row_parts, states[0][:, band])
         merge_kernel(col_parts, states[1])
     rows, cols = (_statistics(state, inputs) for state in states)

@@ -21,13 +21,16 @@ def features(
 ):  # fmt: skip
     """Features [BLOCK, BLOCK_K]; beyond the last row anything finite or that row, beyond D zeros."""
     if DESCRIPTORS:
-        return x.load([first_row, k])
-    rows = tl.minimum(first_row + tl.arange(0, BLOCK), num_rows - 1).to(tl.int64)
-    at = k + tl.arange(0, BLOCK_K)
-    pointers = x + rows[:, None] * D + at[None, :]
-    if D % BLOCK_K == 0:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(at < D)[None, :], other=0.0)
+        found = x.load([first_row, k])
+    else:
+        rows = tl.minimum(first_row + tl.arange(0, BLOCK), num_rows - 1).to(tl.int64)
+        at = k + tl.arange(0, BLOCK_K)
+        pointers = x + rows[:, None] * D + at[None, :]
+        if D % BLOCK_K == 0:
+            found = tl.load(pointers)
+        else:
+            found = tl.load(pointers, mask=(at < D)[None, :], other=0.0)
+    return found
 
 
 @triton.jit
@@ -45,6 +48,25 @@ def dot_products(
             a, b = a.to(tl.float32), b.to(tl.float32)
         dots = tl.dot(a, b.T, dots, input_precision="ieee")
     return dots
+
+
+@triton.jit
+def pieces_of(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECE: tl.constexpr):
+    """The tile in pieces of PIECE columns, so that what is computed of it fits the registers."""
+    if BLOCK_N == PIECE:
+        pieces = (tile,)
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tile.reshape([BLOCK_M, 2, HALF]).permute(0, 2, 1).split()
+        pieces = pieces_of(left, BLOCK_M, HALF, PIECE) + pieces_of(right, BLOCK_M, HALF, PIECE)
+    return pieces
+
+
+@triton.jit
+def finite_shift(highest):
+    """An integer above the highest logit, so that differences of shifts are exact; 0 where there is
+    no logit at all."""
+    return tl.where(highest == -float("inf"), 0.0, tl.ceil(highest))
 
 
 @triton.jit
@@ -82,28 +104,28 @@ def pair_rules(
     row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
     HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr,
 ):  # fmt: skip
-    """Of every pair of a tile: is it positive, not masked, part of its row's LSE, of its column's."""
-    kept = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    positive = kept
-    in_rows = kept
-    in_cols = kept
+    """Of every pair: is it left out of everything, is it positive, does it then stay out of the LSE
+    of its row, of its column. One comparison each, so that none of them has to be kept."""
+    left_out = (rows >= num_rows)[:, None] | (cols >= num_cols)[None, :]
     if HAS_CLASSES:
         row_number = numbers(row_class, rows, num_rows, -1)
-        positive = row_number[:, None] == numbers(col_class, cols, num_cols, -2)[None, :]
+        col_number = numbers(col_class, cols, num_cols, -2)[None, :]
+        positive = row_number[:, None] == col_number
+        not_in_row = tl.where((row_number & 1) != 0, row_number, -1)[:, None] == col_number
+        not_in_col = tl.where((row_number & 2) != 0, row_number, -1)[:, None] == col_number
+    else:
+        positive = left_out
+        not_in_row = left_out
+        not_in_col = left_out
     if HAS_MASKS:
-        row_number_m = numbers(row_mask, rows, num_rows, -1)
-        masked = row_number_m[:, None] == numbers(col_mask, cols, num_cols, -2)[None, :]
+        masked = (
+            numbers(row_mask, rows, num_rows, -1)[:, None]
+            == numbers(col_mask, cols, num_cols, -2)[None, :]
+        )
         if HAS_CLASSES:
-            masked = masked & (positive == 0)
-        kept = kept & (masked == 0)
-        in_rows = kept
-        in_cols = kept
-    if HAS_CLASSES:
-        one_column = (row_number & 1) != 0
-        one_row = (row_number & 2) != 0
-        in_rows = kept & ((positive & one_column[:, None]) == 0)
-        in_cols = kept & ((positive & one_row[:, None]) == 0)
-    return positive, kept, in_rows, in_cols
+            masked = masked & (row_number[:, None] != col_number)
+        left_out = left_out | masked
+    return left_out, positive, not_in_row, not_in_col
 
 
 @triton.jit
