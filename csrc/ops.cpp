@@ -27,5 +27,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = M3BIND_COMPILER;
   m.attr("torch_headers") = M3BIND_TORCH_VERSION;
   m.attr("torch_target") = "2.11";
-  m.attr("cpu_capability") = m3bind::cpu::row_kernels().name;
+  m.attr("cpu_capability") = m3bind::cpu::capability().name;
 }

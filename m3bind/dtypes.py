@@ -4,7 +4,7 @@ import torch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, gradients in the making and losses: float64 for float64, else float32."""
+    """The dtype of logits, unfinished gradients and losses: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-// Which set of row kernels this processor runs.
+// Which instructions of this processor are used.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -9,38 +9,45 @@ namespace m3bind::cpu {
 namespace {
 
 struct Candidate {
-  const RowKernels& kernels;
+  Capability capability;
   bool supported;
 };
 
-const RowKernels& choose() {
+Capability choose() {
+#ifdef M3BIND_X86
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+#endif
   const Candidate candidates[] = {
 #ifdef M3BIND_X86
-      {row_kernels_avx512(), __builtin_cpu_supports("avx512f") != 0},
-      {row_kernels_avx2(),
-       __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0},
+      {{"avx512_bf16", row_kernels_avx512(), true}, bf16},
+      {{"avx512", row_kernels_avx512(), false}, avx512},
+      {{"avx2", row_kernels_avx2(), false}, avx2},
 #endif
-      {row_kernels_default(), true},
+      {{"default", row_kernels_default(), false}, true},
   };
   const char* named = std::getenv("M3BIND_CPU_CAPABILITY");
   const std::string wanted = named == nullptr ? "" : named;
   std::string known;
   for (const Candidate& candidate : candidates) {
-    if (wanted.empty() ? candidate.supported : wanted == candidate.kernels.name) {
-      if (candidate.supported) return candidate.kernels;
+    const char* name = candidate.capability.name;
+    if (wanted.empty() ? candidate.supported : wanted == name) {
+      if (candidate.supported) return candidate.capability;
       throw std::invalid_argument("M3BIND_CPU_CAPABILITY=" + wanted +
                                   ": this processor does not have it");
     }
     known += known.empty() ? "" : ", ";
-    known += candidate.kernels.name;
+    known += name;
   }
   throw std::invalid_argument("M3BIND_CPU_CAPABILITY=" + wanted + ": choose one of " + known);
 }
 
 }  // namespace
 
-const RowKernels& row_kernels() {
-  static const RowKernels& chosen = choose();
+const Capability& capability() {
+  static const Capability chosen = choose();
   return chosen;
 }
 

@@ -10,6 +10,11 @@ namespace m3bind::cpu {
 
 using torch::stable::Tensor;
 
+inline Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
+  Tensor whole = t;
+  return torch::stable::narrow(whole, 0, first, count);
+}
+
 // out = a @ b
 inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));

@@ -10,9 +10,8 @@ using torch::headeronly::ScalarType;
 EqualPairs::EqualPairs(const std::optional<Tensor>& rows, const std::optional<Tensor>& cols) {
   STD_TORCH_CHECK(rows.has_value() == cols.has_value(), "rows and columns go together");
   if (!rows) return;
-  STD_TORCH_CHECK(
-      rows->scalar_type() == ScalarType::Int && cols->scalar_type() == ScalarType::Int,
-      "classes and masks must be int32");
+  STD_TORCH_CHECK(rows->scalar_type() == ScalarType::Int && cols->scalar_type() == ScalarType::Int,
+                  "classes and masks must be int32");
   rows_ = torch::stable::contiguous(*rows);
   cols_ = torch::stable::contiguous(*cols);
   row_data_ = static_cast<const int32_t*>(rows_->const_data_ptr());

@@ -51,7 +51,6 @@ Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, Pair
                double margin)
     : x_(as_float_rows(x)),
       y_(as_float_rows(y)),
-      y_transposed_(torch::stable::transpose(y_, 0, 1)),
       rules_(std::move(rules)),
       rows_(x_.size(0)),
       cols_(y_.size(0)),
@@ -63,15 +62,18 @@ Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, Pair
   const int64_t wanted = kPanelElements / std::max<int64_t>(1, cols_);
   step_ = std::min(rows_, std::clamp(wanted, kMinPanelRows, kMaxPanelRows));
   // A left-out pair is -inf in the panel and must stay -inf as a logit, so both parts of the factor
-  // must be positive. A scale that is not, or that is next to nothing, is multiplied into the
-  // panel.
-  scale_in_panel_ = !(scale_ > kSmallestFactor);
-  const double factor = (scale_in_panel_ ? 1.0 : scale_) * kLog2E;
+  // must be positive: the panel takes the sign, and a scale of 0 is next to nothing.
+  sign_ = scale_ < 0 ? -1.0 : 1.0;
+  const double magnitude = std::abs(scale_);
+  const double factor = (magnitude < kSmallestFactor ? kSmallestFactor : magnitude) * kLog2E;
   factor_.high = static_cast<float>(factor);
   if (factor_.high >= factor) factor_.high = std::nextafter(factor_.high, 0.0f);
   factor_.low = static_cast<float>(factor - factor_.high);
   buffer_ = torch::stable::new_empty(x_, {step_, cols_});
   data_ = static_cast<float*>(buffer_.mutable_data_ptr());
+  const bool narrow =
+      x.scalar_type() == ScalarType::BFloat16 && y.scalar_type() == ScalarType::BFloat16;
+  products_ = narrow && bf16_products_available() ? bf16_products(x_, y_) : float_products(x_, y_);
 }
 
 float Panels::common_shift() const {
@@ -82,17 +84,11 @@ float Panels::common_shift() const {
 
 double Panels::smallest_log2_sum() const { return log2_longest_ - 126.0 + 24.0; }
 
-Tensor Panels::part(const Tensor& t, int64_t first, int64_t count) {
-  Tensor whole = t;
-  return torch::stable::narrow(whole, 0, first, count);
-}
-
 void Panels::multiply(int64_t first, int64_t count) {
-  mm_out(tensor(count), part(x_, first, count), y_transposed_);
-  if (scale_in_panel_) {
+  products_->dots(first, count, tensor(count));
+  if (sign_ < 0) {
     for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      row_kernels().multiply(data_ + begin * cols_, (end - begin) * cols_,
-                             static_cast<float>(scale_));
+      row_kernels().multiply(data_ + begin * cols_, (end - begin) * cols_, -1.0f);
     });
   }
 }

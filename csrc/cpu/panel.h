@@ -2,12 +2,14 @@
 // pairs applied.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
-#include <optional>
+#include <memory>
 #include <vector>
 
 #include "gemm.h"
 #include "pair_rules.h"
+#include "products.h"
 #include "row_kernels.h"
 
 namespace m3bind::cpu {
@@ -25,7 +27,8 @@ void for_row_blocks(int64_t rows, const F& f) {
   });
 }
 
-// x, y and scale of one call, float32 and contiguous, with a buffer for one panel.
+// x, y and scale of one call, float32 and contiguous, with a buffer for one panel. Where both are
+// bfloat16 and the processor multiplies that, their products do.
 class Panels {
  public:
   Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
@@ -36,6 +39,7 @@ class Panels {
   int64_t step() const { return step_; }  // rows a panel
   double scale() const { return scale_; }
   double margin() const { return margin_; }
+  double sign() const { return sign_; }  // a panel holds dot products times this
   Factor factor() const { return factor_; }
   const Tensor& x() const { return x_; }
   const Tensor& y() const { return y_; }
@@ -47,37 +51,43 @@ class Panels {
   // float32's rounding.
   double smallest_log2_sum() const;
 
-  // Computes the dot products of rows [first, first + count); they lie in data(), and in tensor(),
-  // with -inf where a pair is left out. Calls masked(row, column, logit) on masked pairs.
+  // Computes the dot products of rows [first, first + count); they lie in data(), with -inf where a
+  // pair is left out. Calls masked(row, column, value) on masked pairs.
   template <class F>
   void compute(int64_t first, int64_t count, const F& masked) {
     multiply(first, count);
-    rules_.apply(data_, cols_, first, count, static_cast<float>(margin_ * in_panel()), positives_,
-                 [&](int64_t i, int64_t j, float value) { masked(i, j, logit(value)); });
+    rules_.apply(data_, cols_, first, count, static_cast<float>(margin_ * sign_), positives_,
+                 masked);
   }
   // The positive pairs of the panel, row by row.
   const std::vector<Positive>& positives() const { return positives_; }
   const PairRules& rules() const { return rules_; }
 
   // What a value of the panel is as a logit, and times log2(e).
-  double logit(float value) const { return value * (scale_in_panel_ ? 1.0 : scale_); }
+  double logit(float value) const { return value * std::abs(scale_); }
   double log2_logit(float value) const { return logit(value) * kLog2E; }
 
   float* data() const { return data_; }
-  Tensor tensor(int64_t count) const { return part(buffer_, 0, count); }
 
-  static Tensor part(const Tensor& t, int64_t first, int64_t count);
+  // Adds what the derivatives that now lie in the panel make of x and y; finish() after the last.
+  void gradients(int64_t first, int64_t count, const Tensor& grad_x, const Tensor& grad_y) {
+    products_->gradients(first, count, tensor(count), grad_x, grad_y);
+  }
+  void finish(const Tensor& grad_y) { products_->finish(grad_y); }
+  bool exact() const { return products_->exact(); }
 
  private:
   void multiply(int64_t first, int64_t count);
-  double in_panel() const { return scale_in_panel_ ? scale_ : 1.0; }
 
-  Tensor x_, y_, y_transposed_, buffer_;
+  Tensor tensor(int64_t count) const { return rows_of(buffer_, 0, count); }
+
+  Tensor x_, y_, buffer_;
+  std::unique_ptr<Products> products_;
   PairRules rules_;
   std::vector<Positive> positives_;
   int64_t rows_, cols_, step_;
   double scale_, margin_, log2_longest_;
-  bool scale_in_panel_;
+  double sign_;
   Factor factor_;
   float* data_;
 };

@@ -15,7 +15,6 @@ struct Factor {
 // A panel S of `rows` x `cols` dot products, `ld` floats from row to row. Where a pair is left out,
 // S holds -inf. Row sums are added in double, column sums in float over at most kBlockRows rows.
 struct RowKernels {
-  const char* name;
   // E = exp2(S * factor - shift), added to row_sum[rows] and col_sum[cols].
   void (*sum_shifted)(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
                       float shift, double* row_sum, float* col_sum);
@@ -26,13 +25,15 @@ struct RowKernels {
   void (*sum_own_shift)(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
                         const float* row_max, const float* col_max, double* row_sum,
                         float* col_sum);
-  // S = exp2(S * factor - shift) * (row_weight[i] + col_weight[j]): one exponential a logit.
+  // S = exp2(S * factor - shift) * (row_weight[i] + col_weight[j]): one exponential a logit. by_dot
+  // [rows] gets the sum of the new values times the old ones, pairs left out apart.
   void (*gradient_shifted)(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
-                           float shift, const float* row_weight, const float* col_weight);
+                           float shift, const float* row_weight, const float* col_weight,
+                           double* by_dot);
   // S = exp2(S * factor - row_shift[i]) * row_weight[i] + the same of the columns.
   void (*gradient_own_shift)(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
                              const float* row_shift, const float* row_weight,
-                             const float* col_shift, const float* col_weight);
+                             const float* col_shift, const float* col_weight, double* by_dot);
   // out[i] = sum over d of a[i, d] * b[i, d]; both contiguous.
   void (*row_dots)(const float* a, const float* b, int64_t rows, int64_t cols, double* out);
   // s *= factor, element by element.
@@ -48,8 +49,14 @@ const RowKernels& row_kernels_avx2();
 const RowKernels& row_kernels_avx512();
 #endif
 
-// The set in use: the best of this processor, or what M3BIND_CPU_CAPABILITY names. Throws
+// What is in use: the best of this processor, or what M3BIND_CPU_CAPABILITY names. Throws
 // std::invalid_argument where that is unknown or beyond this processor.
-const RowKernels& row_kernels();
+struct Capability {
+  const char* name;
+  const RowKernels& kernels;
+  bool bf16_products;  // the processor multiplies bfloat16
+};
+const Capability& capability();
+inline const RowKernels& row_kernels() { return capability().kernels; }
 
 }  // namespace m3bind::cpu

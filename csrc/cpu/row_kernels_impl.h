@@ -174,25 +174,41 @@ void maxima(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor facto
   }
 }
 
-// Calls change(values, first column) on every vector of a row, and stores what it returns.
-template <class F>
-inline void change_row(float* p, int64_t cols, const F& change) {
-  int64_t j = 0;
-  for (; j + kLanes <= cols; j += kLanes) store(p + j, change(load(p + j), j, kLanes));
-  if (j < cols) store_part(p + j, change(load_part(p + j, cols - j, -kInf), j, cols - j), cols - j);
-}
-
 inline Vec load_up_to(const float* p, int64_t count) {
   return count == kLanes ? load(p) : load_part(p, count, 0);
 }
 
+// Replaces a row of dot products by derivatives(dots, first column, count); returns the sum of
+// derivative * dot. Where a pair is left out the dot is -inf, and counts for nothing.
+template <class F>
+inline double derive_row(float* p, int64_t cols, const F& derivatives) {
+  double total = 0;
+  for (int64_t tile = 0; tile < cols; tile += kTile) {
+    Vec sum = {};
+    const auto derive = [&](Vec dots, int64_t j, int64_t count) {
+      const Vec grad = derivatives(dots, j, count);
+      sum = fma(grad, dots == -kInf ? Vec{} : dots, sum);
+      return grad;
+    };
+    const int64_t end = tile + tile_width(cols, tile);
+    int64_t j = tile;
+    for (; j + kLanes <= end; j += kLanes) store(p + j, derive(load(p + j), j, kLanes));
+    if (j < end) {
+      const int64_t count = end - j;
+      store_part(p + j, derive(load_part(p + j, count, -kInf), j, count), count);
+    }
+    total += reduce_add(sum);
+  }
+  return total;
+}
+
 void gradient_shifted(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor, float shift,
-                      const float* row_weight, const float* col_weight) {
+                      const float* row_weight, const float* col_weight, double* by_dot) {
   const VecFactor vec_factor(factor);
   const Vec common = splat(shift);
   for (int64_t i = 0; i < rows; ++i) {
     const Vec weight = splat(row_weight[i]);
-    change_row(s + i * ld, cols, [&](Vec dots, int64_t j, int64_t count) {
+    by_dot[i] = derive_row(s + i * ld, cols, [&](Vec dots, int64_t j, int64_t count) {
       return exp2(vec_factor.minus(dots, common)) * (weight + load_up_to(col_weight + j, count));
     });
   }
@@ -200,12 +216,12 @@ void gradient_shifted(float* s, int64_t ld, int64_t rows, int64_t cols, Factor f
 
 void gradient_own_shift(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
                         const float* row_shift, const float* row_weight, const float* col_shift,
-                        const float* col_weight) {
+                        const float* col_weight, double* by_dot) {
   const VecFactor vec_factor(factor);
   for (int64_t i = 0; i < rows; ++i) {
     const Vec lse = splat(row_shift[i]);
     const Vec grad = splat(row_weight[i]);
-    change_row(s + i * ld, cols, [&](Vec dots, int64_t j, int64_t count) {
+    by_dot[i] = derive_row(s + i * ld, cols, [&](Vec dots, int64_t j, int64_t count) {
       const Vec by_row = exp2(vec_factor.minus(dots, lse)) * grad;
       const Vec by_col = exp2(vec_factor.minus(dots, load_up_to(col_shift + j, count)));
       return by_row + by_col * load_up_to(col_weight + j, count);
@@ -235,13 +251,10 @@ void multiply(float* s, int64_t count, float factor) {
 
 #define M3BIND_JOIN_(a, b) a##b
 #define M3BIND_JOIN(a, b) M3BIND_JOIN_(a, b)
-#define M3BIND_STRING_(a) #a
-#define M3BIND_STRING(a) M3BIND_STRING_(a)
 
 const RowKernels& M3BIND_JOIN(row_kernels_, M3BIND_NAME)() {
   static constexpr RowKernels kernels = {
-      M3BIND_STRING(M3BIND_NAME), sum_shifted,        maxima,   sum_own_shift,
-      gradient_shifted,           gradient_own_shift, row_dots, multiply};
+      sum_shifted, maxima, sum_own_shift, gradient_shifted, gradient_own_shift, row_dots, multiply};
   return kernels;
 }
 

@@ -9,14 +9,16 @@ namespace m3bind::cpu {
 
 using torch::stable::Tensor;
 
-// Statistics of the rows [3, N] and columns [3, M] of logit_scale * (x @ y.T - margin at positives):
-// see m3bind/ops/stats.py. The logits exist one panel of rows at a time. Results are the same bit
-// for bit from call to call.
-std::tuple<Tensor, Tensor> similarity_stats_fwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale,
-    const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
-    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
-    bool totals);
+// Statistics of the rows [3, N] and columns [3, M] of logit_scale * (x @ y.T - margin at
+// positives): see m3bind/ops/stats.py. The logits exist one panel of rows at a time. Results are
+// the same bit for bit from call to call.
+std::tuple<Tensor, Tensor> similarity_stats_fwd(const Tensor& x, const Tensor& y,
+                                                const Tensor& logit_scale,
+                                                const std::optional<Tensor>& row_class,
+                                                const std::optional<Tensor>& col_class,
+                                                const std::optional<Tensor>& row_mask,
+                                                const std::optional<Tensor>& col_mask,
+                                                double margin, bool totals);
 
 // Gradients of x, y (each [0, D] where it is not needed) and the scale.
 std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(

@@ -88,16 +88,20 @@ class Gradient {
 
   void apply(const Panels& panels, int64_t first, int64_t count) {
     const int64_t cols = panels.cols();
+    std::vector<double> by_dot(count);
     for_row_blocks(count, [&](int64_t begin, int64_t end) {
       float* s = panels.data() + begin * cols;
       if (one_exponential_)
         row_kernels().gradient_shifted(s, cols, end - begin, cols, panels.factor(), shift_,
-                                       row_weight_.data() + first + begin, col_weight_.data());
+                                       row_weight_.data() + first + begin, col_weight_.data(),
+                                       by_dot.data() + begin);
       else
-        row_kernels().gradient_own_shift(
-            s, cols, end - begin, cols, panels.factor(), row_shift_.data() + first + begin,
-            row_weight_.data() + first + begin, col_shift_.data(), col_weight_.data());
+        row_kernels().gradient_own_shift(s, cols, end - begin, cols, panels.factor(),
+                                         row_shift_.data() + first + begin,
+                                         row_weight_.data() + first + begin, col_shift_.data(),
+                                         col_weight_.data(), by_dot.data() + begin);
     });
+    for (const double sum : by_dot) by_dot_ += sum;
     for (const Positive& p : panels.positives()) {
       const double logit = panels.log2_logit(p.dot);
       double grad = rows_.positive[p.row] + cols_.positive[p.col];
@@ -105,8 +109,13 @@ class Gradient {
       if (p.bits == kOneColumn) grad += cols_.weight(p.col, logit);
       float& value = panels.data()[(p.row - first) * cols + p.col];
       value += static_cast<float>(grad);
-      at_positives_ += value;
-      if (totals_) at_positives_ += rows_.total[p.row] + cols_.total[p.col];
+      by_dot_ += grad * p.dot;
+      if (!panels.exact() && p.bits != 0) {
+        apart_.push_back({p.row, p.col, value});
+        value = 0;
+      }
+      if (totals_)
+        by_dot_ -= (rows_.total[p.row] + cols_.total[p.col]) * panels.margin() * panels.sign();
     }
     // The totals' gradient is added to all pairs alike (see add_totals), so taken back here.
     if (totals_)
@@ -116,33 +125,44 @@ class Gradient {
       });
   }
 
-  // The sum of the derivatives at the positives, which the margin moves with the scale.
-  double at_positives() const { return at_positives_; }
+  // Derivatives that are not in the panel: those at lone positives are by far the largest of their
+  // row, and rounding them to 16 bit would double the error of the whole gradient.
+  struct Apart {
+    int64_t row, col;
+    float grad;
+  };
+  void add_apart(const Panels& panels, const Tensor& grad_x, const Tensor& grad_y) const {
+    const int64_t features = panels.x().size(1);
+    const auto add = [&](const Tensor& to, int64_t i, const Tensor& from, int64_t j, float grad) {
+      if (to.size(0) == 0) return;
+      float* out = static_cast<float*>(to.mutable_data_ptr()) + i * features;
+      const float* in = static_cast<const float*>(from.const_data_ptr()) + j * features;
+      for (int64_t d = 0; d < features; ++d) out[d] += grad * in[d];
+    };
+    for (const Apart& a : apart_) {
+      add(grad_x, a.row, panels.y(), a.col, a.grad);
+      add(grad_y, a.col, panels.x(), a.row, a.grad);
+    }
+  }
+
+  // A masked pair does not count for the totals, though add_totals takes all pairs alike.
+  void pass_over(int64_t i, int64_t j, float dot) {
+    if (totals_) by_dot_ -= (rows_.total[i] + cols_.total[j]) * dot;
+  }
+
+  // The sum of all derivatives times their dot products, those of the totals apart.
+  double by_dot() const { return by_dot_; }
 
  private:
   float shift_;
   const Direction &rows_, &cols_;
   bool totals_;
-  double at_positives_ = 0;
+  double by_dot_ = 0;
+  std::vector<Apart> apart_;
   bool one_exponential_ = false;
   std::vector<float> row_weight_, col_weight_;  // upstream gradients with the shifts folded in
   std::vector<float> row_shift_, col_shift_;    // only where each has its own
 };
-
-// Sum over all elements of a * b, in an order that does not depend on the threads.
-double dot(const Tensor& a, const Tensor& b) {
-  const int64_t rows = a.size(0), cols = a.size(1);
-  const float* p = static_cast<const float*>(a.const_data_ptr());
-  const float* q = static_cast<const float*>(b.const_data_ptr());
-  std::vector<double> parts(rows);
-  for_row_blocks(rows, [&](int64_t begin, int64_t end) {
-    row_kernels().row_dots(p + begin * cols, q + begin * cols, end - begin, cols,
-                           parts.data() + begin);
-  });
-  double total = 0;
-  for (const double part : parts) total += part;
-  return total;
-}
 
 void multiply(const Tensor& t, double factor) {
   float* data = static_cast<float*>(t.mutable_data_ptr());
@@ -153,21 +173,27 @@ void multiply(const Tensor& t, double factor) {
 }
 
 // out[i] += own[i] * (sum of all b) + (sum of other[j] * b[j]): what a derivative of own[i] +
-// other[j] by every logit makes of the features.
-void add_totals(const Tensor& out, const std::vector<double>& own, const std::vector<double>& other,
-                const Tensor& b) {
-  const int64_t rows = out.size(0), others = b.size(0), features = b.size(1);
+// other[j] by every logit makes of the features. `out` may have no rows. Returns what own[i] makes
+// of the scale: the sum of own[i] * <a[i], sum of all b>.
+double add_totals(const Tensor& out, const Tensor& a, const Tensor& b,
+                  const std::vector<double>& own, const std::vector<double>& other) {
+  const int64_t rows = a.size(0), others = b.size(0), features = b.size(1);
+  const float* p = static_cast<const float*>(a.const_data_ptr());
   const float* q = static_cast<const float*>(b.const_data_ptr());
-  float* data = static_cast<float*>(out.mutable_data_ptr());
   std::vector<double> all(features), weighted(features);
   for (int64_t j = 0; j < others; ++j)
     for (int64_t d = 0; d < features; ++d) {
       all[d] += q[j * features + d];
       weighted[d] += other[j] * q[j * features + d];
     }
+  double by_scale = 0;
   for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < features; ++d) by_scale += own[i] * p[i * features + d] * all[d];
+  float* data = out.size(0) > 0 ? static_cast<float*>(out.mutable_data_ptr()) : nullptr;
+  for (int64_t i = 0; i < out.size(0); ++i)
     for (int64_t d = 0; d < features; ++d)
       data[i * features + d] += static_cast<float>(own[i] * all[d] + weighted[d]);
+  return by_scale;
 }
 
 }  // namespace
@@ -184,27 +210,22 @@ std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
   const Direction rows(row_lse, grad_rows), cols(col_lse, grad_cols);
   Gradient gradient(panels, rows, cols, totals);
   const int64_t features = panels.x().size(1);
-  // The gradient of the scale is a dot product of x with its own (or y with its own).
-  const bool compute_x = need_x || !need_y;
-  Tensor grad_x = torch::stable::new_empty(panels.x(), {compute_x ? panels.rows() : 0, features});
+  Tensor grad_x = torch::stable::new_empty(panels.x(), {need_x ? panels.rows() : 0, features});
   Tensor grad_y = torch::stable::new_zeros(panels.y(), {need_y ? panels.cols() : 0, features});
   for (int64_t first = 0; first < panels.rows(); first += panels.step()) {
     const int64_t count = std::min(panels.step(), panels.rows() - first);
-    panels.compute(first, count, [](int64_t, int64_t, double) {});
+    panels.compute(first, count,
+                   [&](int64_t i, int64_t j, float dot) { gradient.pass_over(i, j, dot); });
     gradient.apply(panels, first, count);
-    const Tensor grad = panels.tensor(count);
-    if (compute_x) mm_out(Panels::part(grad_x, first, count), grad, panels.y());
-    if (need_y) {
-      Tensor turned = grad;
-      mm_add(grad_y, torch::stable::transpose(turned, 0, 1),
-             Panels::part(panels.x(), first, count));
-    }
+    panels.gradients(first, count, grad_x, grad_y);
   }
-  if (totals && compute_x) add_totals(grad_x, rows.total, cols.total, panels.y());
-  if (totals && need_y) add_totals(grad_y, cols.total, rows.total, panels.x());
-  double by_scale = compute_x ? dot(grad_x, panels.x()) : dot(grad_y, panels.y());
-  if (margin != 0) by_scale -= margin * gradient.at_positives();
-  if (!need_x) grad_x = torch::stable::new_empty(panels.x(), {0, features});
+  panels.finish(grad_y);
+  gradient.add_apart(panels, grad_x, grad_y);
+  double by_scale = panels.sign() * gradient.by_dot();
+  if (totals) {
+    by_scale += add_totals(grad_x, panels.x(), panels.y(), rows.total, cols.total);
+    by_scale += add_totals(grad_y, panels.y(), panels.x(), cols.total, rows.total);
+  }
   multiply(grad_x, panels.scale());
   multiply(grad_y, panels.scale());
   Tensor grad_scale = torch::stable::new_empty(panels.x(), {});

@@ -16,8 +16,8 @@ constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 // What is gathered of the rows, or of the columns.
 struct Side {
-  std::vector<double> sum;   // of 2^(logit - shift), in base 2
-  std::vector<float> shift;  // of each
+  std::vector<double> sum;        // of 2^(logit - shift), in base 2
+  std::vector<float> shift;       // of each
   std::vector<double> positives;  // sum of their logits
   std::vector<double> surplus;    // what the sum over all pairs has too much: masked ones, margins
   std::vector<std::pair<int64_t, double>> late;  // (row, logit in base 2) to be added to the sum
@@ -33,7 +33,8 @@ struct Sums {
 
   // Computes a panel, and gathers what its positives and masked pairs add.
   void compute(Panels& panels, int64_t first, int64_t count) {
-    panels.compute(first, count, [&](int64_t i, int64_t j, double logit) {
+    panels.compute(first, count, [&](int64_t i, int64_t j, float value) {
+      const double logit = panels.logit(value);
       rows.surplus[i] += logit;
       cols.surplus[j] += logit;
     });
@@ -119,7 +120,8 @@ Sums sum_with_own_shifts(Panels& panels) {
       if (before[j] != kMinusInf)
         sums.cols.sum[j] *= std::exp2(static_cast<double>(before[j]) - col_max[j]);
     }
-    for (int64_t i = 0; i < count; ++i) sums.rows.shift[first + i] = row_max[i] = finite(row_max[i]);
+    for (int64_t i = 0; i < count; ++i)
+      sums.rows.shift[first + i] = row_max[i] = finite(row_max[i]);
     for_row_blocks(count, [&](int64_t begin, int64_t end) {
       row_kernels().sum_own_shift(panels.data() + begin * cols, cols, end - begin, cols,
                                   panels.factor(), row_max.data() + begin, col_max.data(),
@@ -134,8 +136,9 @@ Sums sum_with_own_shifts(Panels& panels) {
 // log2(2^a + 2^b)
 double add_exponentials(double a, double b) {
   const double high = std::max(a, b), low = std::min(a, b);
-  return low == -std::numeric_limits<double>::infinity() ? high
-                                                         : high + std::log2(1 + std::exp2(low - high));
+  return low == -std::numeric_limits<double>::infinity()
+             ? high
+             : high + std::log2(1 + std::exp2(low - high));
 }
 
 // Scaled dot products of each row of `a` with the sum of all rows of `b`.
@@ -156,7 +159,8 @@ std::vector<double> sums_of_all(const Tensor& a, const Tensor& b, double scale) 
 Tensor statistics(const Panels& panels, const Side& side, const Tensor& own, const Tensor& others,
                   bool totals) {
   const int64_t count = static_cast<int64_t>(side.sum.size());
-  Tensor out = torch::stable::new_zeros(panels.x(), {3, count}, torch::headeronly::ScalarType::Double);
+  Tensor out =
+      torch::stable::new_zeros(panels.x(), {3, count}, torch::headeronly::ScalarType::Double);
   double* lse = static_cast<double*>(out.mutable_data_ptr());
   for (int64_t i = 0; i < count; ++i) lse[i] = std::log2(side.sum[i]) + side.shift[i];
   for (const auto& [i, logit] : side.late) lse[i] = add_exponentials(lse[i], logit);
@@ -170,11 +174,13 @@ Tensor statistics(const Panels& panels, const Side& side, const Tensor& own, con
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> similarity_stats_fwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale,
-    const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
-    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
-    bool totals) {
+std::tuple<Tensor, Tensor> similarity_stats_fwd(const Tensor& x, const Tensor& y,
+                                                const Tensor& logit_scale,
+                                                const std::optional<Tensor>& row_class,
+                                                const std::optional<Tensor>& col_class,
+                                                const std::optional<Tensor>& row_mask,
+                                                const std::optional<Tensor>& col_mask,
+                                                double margin, bool totals) {
   Panels panels(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
   const float shift = panels.common_shift();
   const auto result = [&](const Sums& sums) {

@@ -98,8 +98,8 @@ def clip_loss(
         soft_targets = arguments.soft_targets(op, soft_targets, x, y)
         if margin:
             raise ValueError(
-                f"{op}: margin={margin} with soft_targets: a margin needs positives; pass labels or "
-                "positive_ids, or margin=0"
+                f"{op}: margin={margin} with soft_targets: a margin needs positives; pass labels "
+                "or positive_ids, or margin=0"
             )
     elif labels is None and positive_ids is None and x.shape[0] > y.shape[0]:
         raise ValueError(
@@ -150,9 +150,7 @@ def clip_loss(
         return reduce(losses, reduction)
 
 
-def _add_negatives(
-    rows: Side, x: Tensor, scale: Tensor, negatives: Tensor, backend: str
-) -> None:
+def _add_negatives(rows: Side, x: Tensor, scale: Tensor, negatives: Tensor, backend: str) -> None:
     """Further columns of the rows' denominator."""
     if negatives.dim() == 2:
         lse, _ = similarity_lse(x, negatives, scale, backend=backend)

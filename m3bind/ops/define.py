@@ -30,8 +30,7 @@ def define(primitive: str, name: str, signature: str, fake: Callable[..., Any]) 
 def differentiate(
     name: str, save: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]
 ) -> None:
-    """Registers `m3bind::<name>_bwd`'s use as the gradient of `m3bind::<name>_fwd`, and its own lack
-    of a gradient."""
+    """Makes `m3bind::<name>_bwd`, which has no gradient itself, that of `m3bind::<name>_fwd`."""
     torch.library.register_autograd(f"m3bind::{name}_fwd", backward, setup_context=save)
     torch.library.register_autograd(f"m3bind::{name}_bwd", _refuse)
 

@@ -6,10 +6,10 @@ With `s = logit_scale * (x @ y.T - margin * positive)`, for every row (and every
     1: sum of the logits of the positives
     2: sum of all logits that are not masked (0 unless `totals`)
 
-`positive` are the pairs of equal class. A class is `4 * number + 2 * one_row + one_column`: the only
-positive of a row stays out of its log-sum-exp, since `softplus(lse_of_negatives - positive)` is exact
-where `lse_of_all - positive` cancels. Pairs with equal mask that are not positive are masked: they
-enter nothing. `Pairs` makes the classes and masks out of what users pass.
+`positive` are the pairs of equal class. A class is `4 * number + 2 * one_row + one_column`: the
+only positive of a row stays out of its log-sum-exp, since `softplus(lse_of_negatives - positive)`
+is exact where `lse_of_all - positive` cancels. Pairs with equal mask that are not positive are
+masked: they enter nothing. `Pairs` makes the classes and masks out of what users pass.
 """
 
 from typing import Any
@@ -79,7 +79,10 @@ def _backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor | 
 
 
 define(
-    "similarity_stats", "similarity_stats_fwd", _INPUTS + ") -> (Tensor rows, Tensor cols)", _fwd_fake
+    "similarity_stats",
+    "similarity_stats_fwd",
+    _INPUTS + ") -> (Tensor rows, Tensor cols)",
+    _fwd_fake,
 )
 define(
     "similarity_stats",

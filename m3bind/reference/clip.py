@@ -108,8 +108,6 @@ def reduce(losses: list[tuple[Tensor, Tensor]], reduction: str) -> Tensor | tupl
     if reduction == "none":
         first, *rest = (loss for loss, _ in losses)
         return (first, rest[0]) if rest else first
-    total = sum(
-        loss.sum() / (valid.sum() if reduction == "mean" else 1) for loss, valid in losses
-    )
+    total = sum(loss.sum() / (valid.sum() if reduction == "mean" else 1) for loss, valid in losses)
     assert isinstance(total, Tensor)
     return total / len(losses)

@@ -28,16 +28,17 @@ def lse_arguments(dtype=torch.float32, *, grad=True):
 @pytest.mark.parametrize("backend", FAST)
 def test_opcheck(backend):
     x, y, scale, row_ids, col_ids = lse_arguments()
-    forward = torch.ops.m3bind.similarity_lse_fwd.default
-    torch.library.opcheck(forward, (x, y, scale, row_ids, col_ids, backend))
-    torch.library.opcheck(forward, (x, y, scale, None, None, backend))
-    x, y, scale, row_ids, col_ids = lse_arguments(grad=False)
-    lse = forward(x, y, scale, row_ids, col_ids, backend)
-    backward = torch.ops.m3bind.similarity_lse_bwd.default
+    ids, mask = (row_ids.int() * 4, col_ids.int() * 4), (row_ids.int() % 3, col_ids.int() % 3)
+    forward = torch.ops.m3bind.similarity_stats_fwd.default
+    for pairs in ((None,) * 4, (*ids, None, None), (None, None, *mask), (*ids, *mask)):
+        torch.library.opcheck(forward, (x, y, scale, *pairs, 0.1, True, backend))
+    x, y, scale, *_ = lse_arguments(grad=False)
+    inputs = (x, y, scale, *ids, *mask, 0.1, True)
+    rows, cols = forward(*inputs, backend)
+    backward = torch.ops.m3bind.similarity_stats_bwd.default
     for need_x, need_y in ((True, True), (True, False), (False, True), (False, False)):
         torch.library.opcheck(
-            backward,
-            (x, y, scale, row_ids, col_ids, *lse, *lse, need_x, need_y, backend),
+            backward, (*inputs, rows[0], cols[0], rows, cols, need_x, need_y, backend)
         )
 
 
@@ -197,7 +198,7 @@ print(_C.cpu_capability)
 
 
 @needs_native
-@pytest.mark.parametrize("capability", ("default", "avx2", "avx512"))
+@pytest.mark.parametrize("capability", ("default", "avx2", "avx512", "avx512_bf16"))
 def test_every_instruction_set(capability):
     done = subprocess.run(
         [sys.executable, "-c", CAPABILITY_SCRIPT, os.path.dirname(__file__)],
@@ -243,7 +244,7 @@ def test_choice_of_backend():
 
 BAD_CALLS = {
     "matrix": (lambda x, y: clip_loss(x[0], y, 1.0), r"x has shape \(7,\)"),
-    "rows": (lambda x, y: clip_loss(x, y[:3], 1.0), "x has 6 rows, y has 3"),
+    "rows": (lambda x, y: clip_loss(x, y[:3], 1.0), "x has 6 rows, y has 3: row i"),
     "features": (lambda x, y: clip_loss(x, y[:, :3], 1.0), "x has 7 features a row, y has 3"),
     "no features": (lambda x, y: clip_loss(x[:, :0], y[:, :0], 1.0), "at least 1"),
     "dtypes": (lambda x, y: clip_loss(x, y.half(), 1.0), "torch.float32, y is torch.float16"),

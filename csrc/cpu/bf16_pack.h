@@ -1,0 +1,16 @@
+// Rounding and packing of bfloat16 operands. A packed operand [K, N] holds pairs of its rows side
+// by side, [K / 2, N, 2]: what the dot-product instructions read.
+#pragma once
+
+#include <cstdint>
+
+namespace m3bind::cpu {
+
+using Bf16 = uint16_t;
+
+// Rounds two rows of `count` floats to the nearest bfloat16, into row0, row1 and, packed, pair.
+// row1 may be null: then it is zero, and only row0 and pair are written.
+void round_pair(const float* from0, const float* from1, int64_t count, Bf16* row0, Bf16* row1,
+                Bf16* pair);
+
+}  // namespace m3bind::cpu

@@ -1,0 +1,27 @@
+#include <immintrin.h>
+
+#include "bf16_pack.h"
+
+namespace m3bind::cpu {
+
+void round_pair(const float* from0, const float* from1, int64_t count, Bf16* row0, Bf16* row1,
+                Bf16* pair) {
+  alignas(64) static constexpr uint16_t kInterleave[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i interleave = _mm512_load_si512(kInterleave);
+  for (int64_t j = 0; j < count; j += 16) {
+    const int64_t left = count - j;
+    const __mmask16 some = left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
+    const __m512 a = _mm512_maskz_loadu_ps(some, from0 + j);
+    const __m512 b =
+        from1 == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(some, from1 + j);
+    const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+    _mm256_mask_storeu_epi16(row0 + j, some, _mm512_castsi512_si256(both));
+    if (row1 != nullptr)
+      _mm256_mask_storeu_epi16(row1 + j, some, _mm512_extracti64x4_epi64(both, 1));
+    _mm512_mask_storeu_epi32(pair + 2 * j, some, _mm512_permutexvar_epi16(interleave, both));
+  }
+}
+
+}  // namespace m3bind::cpu

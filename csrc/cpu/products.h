@@ -1,0 +1,36 @@
+// The three matrix products of a contrastive operator, on float32 or on bfloat16 operands.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <memory>
+
+namespace m3bind::cpu {
+
+using torch::stable::Tensor;
+
+class Products {
+ public:
+  virtual ~Products() = default;
+  // panel [count, M] = x[first : first + count] @ y.T
+  virtual void dots(int64_t first, int64_t count, const Tensor& panel) = 0;
+  // grad_x[first : first + count] = panel @ y, grad_y += panel.T @ x[first : first + count]; either
+  // is passed over where it has no rows.
+  virtual void gradients(int64_t first, int64_t count, const Tensor& panel, const Tensor& grad_x,
+                         const Tensor& grad_y) = 0;
+  // After the last panel: what gradients() has kept back goes into grad_y.
+  virtual void finish(const Tensor&) {}
+  // Whether gradients() takes the panel as it is.
+  virtual bool exact() const { return true; }
+};
+
+// x [N, D] and y [M, D] are float32 and contiguous.
+std::unique_ptr<Products> float_products(const Tensor& x, const Tensor& y);
+
+// The same of values that bfloat16 holds exactly: the dots are as exact as in float32, the panel of
+// derivatives is rounded to bfloat16. Only where bf16_products_available().
+std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y);
+bool bf16_products_available();
+
+}  // namespace m3bind::cpu

@@ -1,0 +1,182 @@
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "bf16_pack.h"
+#include "gemm.h"
+#include "products.h"
+#include "row_kernels.h"
+
+// at::native::cpublas::brgemm and brgemm_release: torch exports these two, under the same names in
+// 2.11 to 2.15, though not as part of its stable ABI. Where a later one does not, they are null.
+extern "C" {
+__attribute__((weak)) void m3bind_brgemm(
+    int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const void* a,
+    const void* b, float* c,
+    bool packed) __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
+__attribute__((weak)) void m3bind_brgemm_release(bool packed) __asm__(
+    "_ZN2at6native7cpublas14brgemm_releaseEb");
+}
+
+namespace m3bind::cpu {
+namespace {
+
+constexpr int64_t kTile = 256;  // columns at a time: with 64 rows, operands and result fit into L2
+constexpr int64_t kWide = 32;   // the inner dimension is padded to this many zeros
+
+int64_t padded(int64_t n) { return (n + kWide - 1) / kWide * kWide; }
+
+// Exact: the values are bfloat16's.
+Bf16 narrow(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return static_cast<Bf16>(bits >> 16);
+}
+
+class Bf16Products : public Products {
+ public:
+  Bf16Products(const Tensor& x, const Tensor& y)
+      : x_(static_cast<const float*>(x.const_data_ptr())),
+        y_(static_cast<const float*>(y.const_data_ptr())),
+        cols_(y.size(0)),
+        features_(x.size(1)),
+        inner_(padded(features_)),
+        tiles_((cols_ + kTile - 1) / kTile),
+        y_turned_(cols_ * inner_) {
+    // [inner, columns of the tile], packed, tile after tile
+    over_tiles([&](int64_t first, int64_t width) {
+      Bf16* to = y_turned_.data() + first * inner_;
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t d = 0; d < features_; ++d)
+          to[(d / 2 * width + j) * 2 + d % 2] = narrow(y_[(first + j) * features_ + d]);
+    });
+  }
+
+  void dots(int64_t first, int64_t count, const Tensor& panel) override {
+    float* out = static_cast<float*>(panel.mutable_data_ptr());
+    x_rows_.assign(count * inner_, 0);
+    over_rows(count, [&](int64_t begin, int64_t rows) {
+      Bf16* mine = x_rows_.data() + begin * inner_;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t d = 0; d < features_; ++d)
+          mine[i * inner_ + d] = narrow(x_[(first + begin + i) * features_ + d]);
+      for (int64_t j = 0; j < cols_; j += kTile) {
+        const int64_t width = std::min(kTile, cols_ - j);
+        m3bind_brgemm(rows, width, inner_, inner_, width, cols_, false, mine,
+                      y_turned_.data() + j * inner_, out + begin * cols_ + j, true);
+      }
+    });
+  }
+
+  void gradients(int64_t first, int64_t count, const Tensor& panel, const Tensor& grad_x,
+                 const Tensor& grad_y) override {
+    const int64_t inner = padded(count);
+    round_panel(static_cast<const float*>(panel.const_data_ptr()), count, inner);
+    if (grad_x.size(0) > 0)
+      to_x(count, static_cast<float*>(grad_x.mutable_data_ptr()) + first * features_);
+    if (grad_y.size(0) > 0) to_y(first, count, inner);
+  }
+
+  bool exact() const override { return false; }
+
+  void finish(const Tensor& grad_y) override {
+    if (grad_y.size(0) == 0 || grad_y_turned_.empty()) return;
+    float* out = static_cast<float*>(grad_y.mutable_data_ptr());
+    over_tiles([&](int64_t first, int64_t width) {
+      const float* from = grad_y_turned_.data() + first * features_;
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t d = 0; d < features_; ++d)
+          out[(first + j) * features_ + d] = from[d * width + j];
+    });
+  }
+
+ private:
+  // f(first column, columns) on every tile, f(first row, rows) on every block of rows.
+  template <class F>
+  void over_tiles(const F& f) const {
+    torch::stable::parallel_for(0, tiles_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) f(t * kTile, std::min(kTile, cols_ - t * kTile));
+      if (m3bind_brgemm_release != nullptr) m3bind_brgemm_release(true);
+    });
+  }
+  template <class F>
+  static void over_rows(int64_t count, const F& f) {
+    const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        f(b * kBlockRows, std::min(kBlockRows, count - b * kBlockRows));
+      if (m3bind_brgemm_release != nullptr) m3bind_brgemm_release(true);
+    });
+  }
+
+  // The panel in bfloat16, tile after tile: rows [count, padded width] in rounded_, and packed
+  // [padded count, width] in packed_.
+  void round_panel(const float* panel, int64_t count, int64_t inner) {
+    const int64_t wide = tiles_ * kTile;
+    rounded_.assign(count * wide, 0);
+    packed_.assign(inner * wide, 0);
+    over_rows(count, [&](int64_t begin, int64_t rows) {
+      for (int64_t j = 0; j < cols_; j += kTile) {
+        const int64_t width = std::min(kTile, cols_ - j);
+        Bf16* plain = rounded_.data() + j * count;
+        Bf16* pairs = packed_.data() + j * inner;
+        for (int64_t i = begin; i < begin + rows; i += 2) {
+          const bool two = i + 1 < begin + rows;
+          const float* from = panel + i * cols_ + j;
+          round_pair(from, two ? from + cols_ : nullptr, width, plain + i * padded(width),
+                     two ? plain + (i + 1) * padded(width) : nullptr, pairs + i * width);
+        }
+      }
+    });
+  }
+
+  void to_x(int64_t count, float* out) {
+    if (y_packed_.empty()) pack_y();
+    over_rows(count, [&](int64_t begin, int64_t rows) {
+      for (int64_t j = 0; j < cols_; j += kTile) {
+        const int64_t inner = padded(std::min(kTile, cols_ - j));
+        m3bind_brgemm(rows, features_, inner, inner, features_, features_, j > 0,
+                      rounded_.data() + j * count + begin * inner, y_packed_.data() + j * features_,
+                      out + begin * features_, true);
+      }
+    });
+  }
+
+  // grad_y is summed as its transpose, [features, columns of the tile]: so the panel's pairs of
+  // rows are the packed operand, and nothing as large as the panel is transposed.
+  void to_y(int64_t first, int64_t count, int64_t inner) {
+    const bool add = !grad_y_turned_.empty();
+    if (!add) grad_y_turned_.resize(cols_ * features_);
+    x_turned_.assign(features_ * inner, 0);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < features_; ++d)
+        x_turned_[d * inner + i] = narrow(x_[(first + i) * features_ + d]);
+    over_tiles([&](int64_t j, int64_t width) {
+      m3bind_brgemm(features_, width, inner, inner, width, width, add, x_turned_.data(),
+                    packed_.data() + j * inner, grad_y_turned_.data() + j * features_, true);
+    });
+  }
+
+  void pack_y() {
+    y_packed_.resize(tiles_ * kTile * features_);
+    for (int64_t j = 0; j < cols_; ++j)
+      for (int64_t d = 0; d < features_; ++d)
+        y_packed_[(j / 2 * features_ + d) * 2 + j % 2] = narrow(y_[j * features_ + d]);
+  }
+
+  const float *x_, *y_;
+  int64_t cols_, features_, inner_, tiles_;
+  std::vector<Bf16> y_turned_, y_packed_, x_rows_, x_turned_, rounded_, packed_;
+  std::vector<float> grad_y_turned_;
+};
+
+}  // namespace
+
+std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y) {
+  return std::make_unique<Bf16Products>(x, y);
+}
+
+bool bf16_products_available() { return m3bind_brgemm != nullptr && capability().bf16_products; }
+
+}  // namespace m3bind::cpu
