@@ -28,8 +28,8 @@ class Config:
         return operands + stores_tile * self.block_m * self.block_n * itemsize
 
 
-# Many small tiles: the interpreter's cases are small, and it does not mind.
-_INTERPRETER = Config(32, 64, 32, 4, 1, piece=16)
+# Small tiles, so that small matrices have several.
+_INTERPRETER = Config(64, 64, 64, 4, 1, piece=32)
 _HALF_80 = (Config(128, 128, 32, 8, 4, programs=2), Config(128, 128, 64, 8, 3))
 _HALF_90 = (
     Config(128, 256, 64, 8, 3),

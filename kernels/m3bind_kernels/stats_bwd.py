@@ -1,7 +1,8 @@
 """similarity_stats, backward: gradients of features and scale from the statistics.
 
 In waves of rows: a kernel recomputes the tiles' logits and stores the derivative by every dot
-product, in the features' dtype; two library GEMMs make gradients of it, accumulated in float32.
+product, as float16 where features are 16-bit; two library GEMMs make gradients of it, accumulated
+in float32.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from m3bind_kernels import configs
 from m3bind_kernels.launch import INTERPRETED, Inputs, block_ranges, descriptors_fit, launch
-from m3bind_kernels.products import add_product, product
+from m3bind_kernels.products import add_product, as_float16, product
 from m3bind_kernels.tiles import dot_products, is_special, pair_rules, pieces_of, tile_at
 from m3bind_kernels.upstream import Upstream, add_partners, partners
 
@@ -202,17 +203,22 @@ def similarity_stats_bwd(
     config = configs.choose("stats_bwd", inputs.x, inputs.y)
     upstream = Upstream.of(row_lse, col_lse, grad_rows, grad_cols, inputs.nats())
     precise = x.dtype == torch.float32 or num_rows * num_cols <= PRECISE_PAIRS
-    out_dtype = torch.float32 if precise else x.dtype
-    wide_x, wide_y = (t.to(out_dtype) for t in (inputs.x, inputs.y))
-    apart = not precise and inputs.row_class is not None
+    back_x = back_y = inputs.scale / upstream.factor
+    if precise:
+        other_x, other_y = inputs.x.float(), inputs.y.float()
+    else:
+        other_x, factor_x = as_float16(inputs.x)
+        other_y, factor_y = as_float16(inputs.y)
+        back_x, back_y = back_x / factor_y, back_y / factor_x
+    # Rounded like the gradient itself, the largest derivatives would be most of its error.
+    apart = not precise and x.dtype == torch.float16 and inputs.row_class is not None
     if apart:
         row_partner = partners(inputs.row_class, inputs.col_class)
         col_partner = partners(inputs.col_class, inputs.row_class)
     total_y = inputs.y.new_zeros((num_cols if need_y else 0, x.shape[1]), dtype=torch.float32)
-    back = inputs.scale / upstream.factor
     col_ranges = block_ranges(upstream.cols[0], config.block_n)
     derivative_sums = []
-    for band, out in _waves(inputs, out_dtype, config):
+    for band, out in _waves(inputs, other_x.dtype, config):
         row_ranges = block_ranges(upstream.rows[0, band], config.block_m)
         scale_parts = total_y.new_empty(row_ranges.shape[0] * col_ranges.shape[0])
         stats_bwd_kernel(
@@ -220,18 +226,18 @@ def similarity_stats_bwd(
         )
         derivative_sums.append(scale_parts.sum(dtype=torch.float64))
         if need_x:
-            part = product(out, wide_y)
+            part = product(out, other_y)
             if apart:
                 add_partners(
                     part, row_partner[band], upstream.rows[:, band], upstream.cols, inputs.y
                 )
-            grad_x[band] = part.mul_(back)
+            grad_x[band] = part.mul_(back_x)
         if need_y:
-            add_product(total_y, out.T, wide_x[band])
+            add_product(total_y, out.T, other_x[band])
     if need_y and apart:
         add_partners(total_y, col_partner, upstream.cols, upstream.rows, inputs.x)
     grad_scale = torch.stack(derivative_sums).sum() / upstream.factor
-    return grad_x, total_y.mul_(back).to(y.dtype), grad_scale.float()
+    return grad_x, total_y.mul_(back_y).to(y.dtype), grad_scale.float()
 
 
 def _waves(
