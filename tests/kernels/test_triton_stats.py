@@ -20,6 +20,12 @@ from m3bind_kernels import launch, stats_bwd, stats_fwd
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEATURES = list(cases(2, 2, 1, 0))
+LOGITS = HARD | {
+    # The case of that name, for smaller tiles than a panel of rows.
+    "first panel far below the second": torch.cat(
+        [torch.full((70, 100), -3000.0), torch.zeros(30, 100)]
+    ),
+}
 # (N, D, scale, noise of y). The interpreter's tiles are 64 x 64, in pieces of 32 columns.
 SHAPES = (
     (1, 7, 100.0, 1.0),  # no negatives at all
@@ -122,7 +128,7 @@ def many_waves(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_waves_against_float64(many_waves, dtype):
-    check_rule(list(shape_samples(300, 40, 30.0, 2.0, dtype)))
+    check_rule(list(shape_samples(200, 40, 30.0, 2.0, dtype)))
 
 
 @pytest.mark.parametrize("feature", ("mask_ids", "margin", "smoothing", "labels"))
@@ -131,15 +137,15 @@ def test_waves_with_features(many_waves, feature):
     check_rule(samples)
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", LOGITS)
 def test_hard_logits(name):
-    x, y = rows_with_logits(HARD[name])
+    x, y = rows_with_logits(LOGITS[name])
     want = truth(x, y, 1.0)
     got = run_triton(x, y, 1.0)
     for key, value in want.items():
         assert torch.isfinite(got[key]).all(), key
         # Absolute: what the logits' own rounding in float32 makes of values of this size.
-        size = max(1.0, value.abs().max().item(), HARD[name].abs().max().item())
+        size = max(1.0, value.abs().max().item(), LOGITS[name].abs().max().item())
         assert (got[key].double() - value).abs().max() <= 1e-6 * size, key
 
 
@@ -160,17 +166,14 @@ def test_trivially_separable_keeps_loss_and_gradient(many_waves, dtype):
 def test_small_upstream_gradients_do_not_vanish(many_waves, dtype):
     """1/N, upstream gradient and scale stay out of the rounded derivatives."""
     x, y = unit_pairs(70, 24, seed=0, noise=2.0, dtype=dtype)
+    # Gradients of float16 features are float16 themselves: not much smaller than this.
+    small = 2.0**-22 if dtype == torch.bfloat16 else 2.0**-12
     results = []
-    for factor in (1.0, 2.0**-22):
+    for factor in (1.0, small):
         leaves = [t.to(DEVICE, copy=True).requires_grad_() for t in (x, y)]
-        scale = torch.tensor(4096.0, device=DEVICE)
-        loss = clip_loss(*leaves, scale / 256, backend="triton")
-        (loss * factor).backward()
+        (clip_loss(*leaves, 16.0, backend="triton") * factor).backward()
         results.append(torch.cat([t.grad.double().flatten() for t in leaves]) / factor)
-    if dtype == torch.bfloat16:
-        assert torch.equal(*results)
-    else:  # the gradients themselves are below float16's normal numbers
-        assert (results[0] - results[1]).norm() < 0.05 * results[0].norm()
+    assert (results[0] - results[1]).norm() <= (results[0].norm() * 0.05 if small > 1e-6 else 0)
 
 
 def test_nan_in_gives_nan_out():
