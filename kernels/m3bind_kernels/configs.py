@@ -41,8 +41,10 @@ TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("stats_fwd", True, 80): _HALF_80,
     ("stats_fwd", True, 90): _HALF_90,
     ("stats_fwd", False, 80): _FLOAT,
+    ("stats_fwd", True, 120): _HALF_80,  # neither wgmma nor tcgen05, and the memory of sm_89
     ("stats_bwd", True, 80): _HALF_80,
     ("stats_bwd", True, 90): _HALF_90,
+    ("stats_bwd", True, 120): _HALF_80,
     ("stats_bwd", False, 80): _FLOAT,
 }
 

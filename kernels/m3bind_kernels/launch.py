@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from m3bind_kernels.configs import INTERPRETED, Config, multiprocessors
+from m3bind_kernels.configs import INTERPRETED, Config, for_device, multiprocessors
 from m3bind_kernels.tiles import _ranges_kernel
 
 LOG2_E = math.log2(math.e)
@@ -97,6 +97,10 @@ def block_ranges(values: Tensor, block: int) -> Tensor:
     return out
 
 
+def choose(kernel: str, inputs: Inputs) -> Config:
+    return for_device(kernel, inputs.x.dtype != torch.float32, inputs.x.device)[0]
+
+
 def can_describe(device: torch.device) -> bool:
     """Whether Triton's tensor descriptors are hardware there (or interpreted, to test them)."""
     if device.type == "cpu":
@@ -128,7 +132,8 @@ def launch(
             triton.set_allocator(_scratch)
         kernel[grid](
             *args, **constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, PIECE=config.piece, num_warps=config.num_warps, num_stages=config.num_stages,
+            BLOCK_K=config.block_k, PIECE=config.piece, num_warps=config.num_warps,
+            num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     with torch.cuda.device_of(args[0]):

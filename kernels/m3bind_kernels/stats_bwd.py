@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3bind_kernels import configs
-from m3bind_kernels.launch import INTERPRETED, Inputs, block_ranges, descriptors_fit, launch
+from m3bind_kernels.configs import Config
+from m3bind_kernels.launch import INTERPRETED, Inputs, block_ranges, choose, descriptors_fit, launch
 from m3bind_kernels.products import add_product, as_float16, product
 from m3bind_kernels.tiles import dot_products, is_special, pair_rules, pieces_of, tile_at
 from m3bind_kernels.upstream import Upstream, add_partners, partners
@@ -60,15 +60,19 @@ def _stats_bwd_kernel(
     row_vectors, col_vectors,  # [4, N], [4, M] float32: shift, weight, positives', totals' gradient
     out,  # [N, M] derivatives by the dot products
     scale_parts,  # [tiles] float32: sums of derivative * dot
-    num_rows, num_cols, row_stride, col_stride, out_stride, margin,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    num_rows, num_cols, num_features, row_stride, col_stride, out_stride, margin,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
     APART: tl.constexpr,  # whether pairs with both bits are left to the caller
     DESCRIPTORS: tl.constexpr, STORE_BY_DESCRIPTOR: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     if DESCRIPTORS:
-        x_tiles = tl.make_tensor_descriptor(x, [num_rows, D], [D, 1], [BLOCK_M, BLOCK_K])
-        y_tiles = tl.make_tensor_descriptor(y, [num_cols, D], [D, 1], [BLOCK_N, BLOCK_K])
+        x_tiles = tl.make_tensor_descriptor(
+            x, [num_rows, num_features], [num_features, 1], [BLOCK_M, BLOCK_K]
+        )
+        y_tiles = tl.make_tensor_descriptor(
+            y, [num_cols, num_features], [num_features, 1], [BLOCK_N, BLOCK_K]
+        )
     else:
         x_tiles = x
         y_tiles = y
@@ -79,11 +83,13 @@ def _stats_bwd_kernel(
     tiles_n = tl.cdiv(num_rows, BLOCK_M)
     tiles_m = tl.cdiv(num_cols, BLOCK_N)
     base2 = tl.load(factor)
+    # Otherwise flattening the loops makes a second epilogue, for tiles without any feature.
+    tl.assume(num_features > 0)
     for tile in tl.range(tl.program_id(0), tiles_n * tiles_m, tl.num_programs(0), flatten=True):
         row_tile, col_tile = tile_at(tile, tiles_n, tiles_m, 8)
         dots = dot_products(
             x_tiles, y_tiles, row_tile * BLOCK_M, col_tile * BLOCK_N, num_rows, num_cols,
-            D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, INTERPRETED,
+            num_features, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS, INTERPRETED,
         )  # fmt: skip
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_at = row_vectors + rows
@@ -153,7 +159,7 @@ def _stats_bwd_kernel(
 
 def stats_bwd_kernel(
     inputs: Inputs, band: slice, upstream: Upstream, ranges: list[Tensor], apart: bool,
-    out: Tensor, scale_parts: Tensor, config: configs.Config,
+    out: Tensor, scale_parts: Tensor, config: Config,
 ) -> None:  # fmt: skip
     """Fills `out` [rows of the band, M] with derivatives by the dot products, and the parts of the
     scale's gradient, one a tile. `ranges`: of the shifts of the band's rows and of the columns."""
@@ -164,9 +170,9 @@ def stats_bwd_kernel(
     launch(
         _stats_bwd_kernel, config, num_rows, num_cols,
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(config), *ranges,
-        row_vectors, upstream.cols, out, scale_parts, num_rows, num_cols,
+        row_vectors, upstream.cols, out, scale_parts, num_rows, num_cols, part.x.shape[1],
         row_vectors.stride(0), upstream.cols.stride(0), out.stride(0), part.margin,
-        D=part.x.shape[1], HAS_CLASSES=part.row_class is not None,
+        EVEN_K=part.x.shape[1] % config.block_k == 0, HAS_CLASSES=part.row_class is not None,
         HAS_MASKS=part.row_mask is not None, TOTALS=part.totals, APART=apart,
         DESCRIPTORS=use_descriptors,
         STORE_BY_DESCRIPTOR=use_descriptors and out.dtype != torch.float32,
@@ -192,15 +198,13 @@ def similarity_stats_bwd(
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D], [M, D], [] float32
     """Gradients of x, y and the scale; one that is not needed comes back empty, [0, D]."""
-    inputs = Inputs.of(
-        x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals
-    )
+    inputs = Inputs.of(x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals)
     num_rows, num_cols = inputs.shape
     grad_x = inputs.x.new_zeros((num_rows if need_x else 0, x.shape[1]))
     if num_rows == 0 or num_cols == 0:
         grad_y = inputs.y.new_zeros((num_cols if need_y else 0, x.shape[1]))
         return grad_x, grad_y, grad_x.new_zeros((), dtype=torch.float32)
-    config = configs.choose("stats_bwd", inputs.x, inputs.y)
+    config = choose("stats_bwd", inputs)
     upstream = Upstream.of(row_lse, col_lse, grad_rows, grad_cols, inputs.nats())
     precise = x.dtype == torch.float32 or num_rows * num_cols <= PRECISE_PAIRS
     back_x = back_y = inputs.scale / upstream.factor
@@ -240,9 +244,7 @@ def similarity_stats_bwd(
     return grad_x, total_y.mul_(back_y).to(y.dtype), grad_scale.float()
 
 
-def _waves(
-    inputs: Inputs, dtype: torch.dtype, config: configs.Config
-) -> list[tuple[slice, Tensor]]:
+def _waves(inputs: Inputs, dtype: torch.dtype, config: Config) -> list[tuple[slice, Tensor]]:
     """Bands of rows, and the buffer for the derivatives of each: the same memory every time."""
     num_rows, num_cols = inputs.shape
     stride = triton.cdiv(num_cols, 16) * 16  # so that rows are aligned for wide stores

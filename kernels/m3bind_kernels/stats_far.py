@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3bind_kernels import configs
+from m3bind_kernels.configs import Config
 from m3bind_kernels.launch import INTERPRETED, Inputs, launch
 from m3bind_kernels.tiles import dot_products, finite_shift, pair_rules, tile_at
 
@@ -34,8 +34,8 @@ def _add_shifted(total, total_shift, more, more_shift):
 @triton.jit
 def _stats_far_kernel(
     x, y, factor, row_class, col_class, row_mask, col_mask, row_parts, col_parts, far,
-    num_rows, num_cols, row_plane, col_plane, margin,  # as of the forward kernel
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    num_rows, num_cols, num_features, row_plane, col_plane, margin,  # as of the forward kernel
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def _stats_far_kernel(
                 first_col = col_tile * BLOCK_N + piece * PIECE
                 dots = dot_products(
                     x, y, row_tile * BLOCK_M, first_col, num_rows, num_cols,
-                    D, BLOCK_M, PIECE, BLOCK_K, DESCRIPTORS, INTERPRETED,
+                    num_features, BLOCK_M, PIECE, BLOCK_K, EVEN_K, DESCRIPTORS, INTERPRETED,
                 )  # fmt: skip
                 cols = first_col + tl.arange(0, PIECE)
                 left_out, positive, not_in_row, not_in_col = pair_rules(
@@ -73,14 +73,14 @@ def _stats_far_kernel(
 
 
 def stats_far_kernel(
-    part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, config: configs.Config
+    part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, config: Config
 ) -> None:
     """Corrects shifts and sums of powers in the tiles that `far` names."""
     num_rows, num_cols = part.shape
     launch(
         _stats_far_kernel, config, num_rows, num_cols,
         part.x, part.y, part.factor, *part.numbers(), row_parts, col_parts, far,
-        num_rows, num_cols, row_parts.stride(0), col_parts.stride(0), part.margin,
-        D=part.x.shape[1], HAS_CLASSES=part.row_class is not None,
+        num_rows, num_cols, part.x.shape[1], row_parts.stride(0), col_parts.stride(0), part.margin,
+        EVEN_K=part.x.shape[1] % config.block_k == 0, HAS_CLASSES=part.row_class is not None,
         HAS_MASKS=part.row_mask is not None, DESCRIPTORS=False, INTERPRETED=INTERPRETED,
     )  # fmt: skip

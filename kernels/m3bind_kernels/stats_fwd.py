@@ -1,8 +1,8 @@
 """similarity_stats, forward: row and column statistics of the similarity matrix in one pass.
 
-A persistent kernel goes over the tiles; each writes sums of 2^(logit - shift) of its rows and of its
-columns, and the merge kernel adds them up. Shifts are integers in base 2, so that bringing sums to a
-common shift is exact.
+A persistent kernel goes over the tiles; each writes sums of 2^(logit - shift) of its rows and of
+its columns, and the merge kernel adds them up. Shifts are integers in base 2, so that bringing sums
+to a common shift is exact.
 """
 
 import torch
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3bind_kernels import configs
-from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, launch
+from m3bind_kernels.configs import Config
+from m3bind_kernels.launch import INTERPRETED, Inputs, choose, descriptors_fit, launch
 from m3bind_kernels.merge import empty_state, merge_kernel
 from m3bind_kernels.stats_far import stats_far_kernel
 from m3bind_kernels.tiles import (
@@ -35,25 +35,31 @@ def _stats_fwd_kernel(
     row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,  # [tiles, 2]
     row_parts, col_parts,  # [PLANES, tiles_m, N], [PLANES, tiles_n, M] float32
     far,  # [tiles] int32: where the sums are not good
-    num_rows, num_cols, row_plane, col_plane, margin,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    num_rows, num_cols, num_features, row_plane, col_plane, margin,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     if DESCRIPTORS:
-        x_tiles = tl.make_tensor_descriptor(x, [num_rows, D], [D, 1], [BLOCK_M, BLOCK_K])
-        y_tiles = tl.make_tensor_descriptor(y, [num_cols, D], [D, 1], [BLOCK_N, BLOCK_K])
+        x_tiles = tl.make_tensor_descriptor(
+            x, [num_rows, num_features], [num_features, 1], [BLOCK_M, BLOCK_K]
+        )
+        y_tiles = tl.make_tensor_descriptor(
+            y, [num_cols, num_features], [num_features, 1], [BLOCK_N, BLOCK_K]
+        )
     else:
         x_tiles = x
         y_tiles = y
     tiles_n = tl.cdiv(num_rows, BLOCK_M)
     tiles_m = tl.cdiv(num_cols, BLOCK_N)
     base2 = tl.load(factor)
+    # Otherwise flattening the loops makes a second epilogue, for tiles without any feature.
+    tl.assume(num_features > 0)
     for tile in tl.range(tl.program_id(0), tiles_n * tiles_m, tl.num_programs(0), flatten=True):
         row_tile, col_tile = tile_at(tile, tiles_n, tiles_m, 8)
         dots = dot_products(
             x_tiles, y_tiles, row_tile * BLOCK_M, col_tile * BLOCK_N, num_rows, num_cols,
-            D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, INTERPRETED,
+            num_features, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS, INTERPRETED,
         )  # fmt: skip
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_at = row_parts + col_tile.to(tl.int64) * num_rows + rows
@@ -126,18 +132,18 @@ def _stats_fwd_kernel(
 
 
 def stats_fwd_kernel(
-    part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, config: configs.Config
+    part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, config: Config
 ) -> None:
-    """Fills the partial statistics [planes, tiles, N or M] of a band of rows; the sums of powers are
-    not good in tiles that `far` [tiles] then names."""
+    """Fills the partial statistics [planes, tiles, N or M] of a band of rows. The sums of powers
+    are not good in tiles that `far` [tiles] then names."""
     num_rows, num_cols = part.shape
     use_descriptors = descriptors_fit(part)
     launch(
         _stats_fwd_kernel, config, num_rows, num_cols,
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(config),
-        row_parts, col_parts, far, num_rows, num_cols, row_parts.stride(0), col_parts.stride(0),
-        part.margin,
-        D=part.x.shape[1], HAS_CLASSES=part.row_class is not None,
+        row_parts, col_parts, far, num_rows, num_cols, part.x.shape[1],
+        row_parts.stride(0), col_parts.stride(0), part.margin,
+        EVEN_K=part.x.shape[1] % config.block_k == 0, HAS_CLASSES=part.row_class is not None,
         HAS_MASKS=part.row_mask is not None, TOTALS=part.totals, DESCRIPTORS=use_descriptors,
         INTERPRETED=INTERPRETED,
     )  # fmt: skip
@@ -158,10 +164,8 @@ def similarity_stats_fwd(
 
     What enters which is told by `m3bind.ops.stats`.
     """
-    inputs = Inputs.of(
-        x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals
-    )
-    config = configs.choose("stats_fwd", inputs.x, inputs.y)
+    inputs = Inputs.of(x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals)
+    config = choose("stats_fwd", inputs)
     num_sums = int(row_class is not None) + int(totals)
     states = [empty_state(inputs.x, num_sums, count) for count in inputs.shape]
     for band in _bands(inputs, config, 2 + num_sums):
@@ -183,7 +187,7 @@ def _parts(like: Tensor, planes: int, across: int, block: int, count: int) -> Te
     return like.new_empty((planes, triton.cdiv(across, block), count), dtype=torch.float32)
 
 
-def _bands(inputs: Inputs, config: configs.Config, planes: int) -> list[slice]:
+def _bands(inputs: Inputs, config: Config, planes: int) -> list[slice]:
     """Rows whose partial sums fit PART_BYTES; whole tiles, and at least one."""
     num_rows, num_cols = inputs.shape
     if num_cols == 0:

@@ -1,4 +1,4 @@
-"""What the kernels over the similarity matrix share: the order of tiles, dot products, pair rules."""
+"""What the kernels over the similarity matrix share: tile order, dot products, pair rules."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_at(tile, tiles_n, tiles_m, GROUP: tl.constexpr):
-    """(row, column) of a tile: GROUP rows of tiles side by side, so that L2 serves their operands."""
+    """(row, column) of a tile: GROUP rows of tiles together, so that L2 serves their operands."""
     group = tile // (GROUP * tiles_m)
     first = group * GROUP
     size = tl.minimum(tiles_n - first, GROUP)
@@ -16,34 +16,35 @@ def tile_at(tile, tiles_n, tiles_m, GROUP: tl.constexpr):
 
 @triton.jit
 def features(
-    x, first_row, num_rows, k,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    x, first_row, num_rows, k, num_features,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Features [BLOCK, BLOCK_K]; beyond the last row anything finite or that row, beyond D zeros."""
+    """Features [BLOCK, BLOCK_K]; beyond the last row anything finite or that row, beyond the last
+    feature zeros."""
     if DESCRIPTORS:
         found = x.load([first_row, k])
     else:
         rows = tl.minimum(first_row + tl.arange(0, BLOCK), num_rows - 1).to(tl.int64)
         at = k + tl.arange(0, BLOCK_K)
-        pointers = x + rows[:, None] * D + at[None, :]
-        if D % BLOCK_K == 0:
+        pointers = x + rows[:, None] * num_features + at[None, :]
+        if EVEN_K:
             found = tl.load(pointers)
         else:
-            found = tl.load(pointers, mask=(at < D)[None, :], other=0.0)
+            found = tl.load(pointers, mask=(at < num_features)[None, :], other=0.0)
     return found
 
 
 @triton.jit
 def dot_products(
-    x, y, first_row, first_col, num_rows, num_cols,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, y, first_row, first_col, num_rows, num_cols, num_features,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """float32 dot products of a tile [BLOCK_M, BLOCK_N]."""
     dots = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, D, BLOCK_K):
-        a = features(x, first_row, num_rows, k, D, BLOCK_M, BLOCK_K, DESCRIPTORS)
-        b = features(y, first_col, num_cols, k, D, BLOCK_N, BLOCK_K, DESCRIPTORS)
+    for k in range(0, num_features, BLOCK_K):
+        a = features(x, first_row, num_rows, k, num_features, BLOCK_M, BLOCK_K, EVEN_K, DESCRIPTORS)
+        b = features(y, first_col, num_cols, k, num_features, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS)
         if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
             a, b = a.to(tl.float32), b.to(tl.float32)
         dots = tl.dot(a, b.T, dots, input_precision="ieee")

@@ -1,4 +1,4 @@
-"""Upstream gradients as the backward kernel wants them: in the range of 16-bit numbers, in float32."""
+"""Upstream gradients as the backward kernel wants them: scaled to the range of 16-bit numbers."""
 
 from dataclasses import dataclass
 
