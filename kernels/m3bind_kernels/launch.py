@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from m3bind_kernels.configs import INTERPRETED, Config, for_device, multiprocessors
+from m3bind_kernels.configs import INTERPRETED, Config, multiprocessors
 from m3bind_kernels.tiles import _ranges_kernel
 
 LOG2_E = math.log2(math.e)
@@ -95,10 +95,6 @@ def block_ranges(values: Tensor, block: int) -> Tensor:
         values, out, values.shape[0], SKIP_NEGATIVE=not values.is_floating_point(), BLOCK=block
     )
     return out
-
-
-def choose(kernel: str, inputs: Inputs) -> Config:
-    return for_device(kernel, inputs.x.dtype != torch.float32, inputs.x.device)[0]
 
 
 def can_describe(device: torch.device) -> bool:

@@ -5,15 +5,18 @@ product, as float16 where features are 16-bit; two library GEMMs make gradients 
 in float32.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels.configs import Config
-from m3bind_kernels.launch import INTERPRETED, Inputs, block_ranges, choose, descriptors_fit, launch
+from m3bind_kernels.launch import INTERPRETED, Inputs, block_ranges, descriptors_fit, launch
 from m3bind_kernels.products import add_product, as_float16, product
 from m3bind_kernels.tiles import dot_products, is_special, pair_rules, pieces_of, tile_at
+from m3bind_kernels.tuning import choose
 from m3bind_kernels.upstream import Upstream, add_partners, partners
 
 # Derivatives of one wave. The float32 gradient of y is read and written once a wave, so a wave that
@@ -199,14 +202,19 @@ def similarity_stats_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D], [M, D], [] float32
     """Gradients of x, y and the scale; one that is not needed comes back empty, [0, D]."""
     inputs = Inputs.of(x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals)
-    num_rows, num_cols = inputs.shape
-    grad_x = inputs.x.new_zeros((num_rows if need_x else 0, x.shape[1]))
-    if num_rows == 0 or num_cols == 0:
-        grad_y = inputs.y.new_zeros((num_cols if need_y else 0, x.shape[1]))
-        return grad_x, grad_y, grad_x.new_zeros((), dtype=torch.float32)
-    config = choose("stats_bwd", inputs)
+    grad_x = inputs.x.new_zeros((inputs.shape[0] if need_x else 0, x.shape[1]))
+    total_y = y.new_zeros((inputs.shape[1] if need_y else 0, x.shape[1]), dtype=torch.float32)
+    if 0 in inputs.shape:
+        return grad_x, total_y.to(y.dtype), total_y.new_zeros(())
     upstream = Upstream.of(row_lse, col_lse, grad_rows, grad_cols, inputs.nats())
-    precise = x.dtype == torch.float32 or num_rows * num_cols <= PRECISE_PAIRS
+    with torch.cuda.device_of(x):
+        grad_scale = _fill(inputs, upstream, grad_x, total_y)
+    return grad_x, total_y.to(y.dtype), grad_scale
+
+
+def _fill(inputs: Inputs, upstream: Upstream, grad_x: Tensor, grad_y: Tensor) -> Tensor:
+    """Fills the gradients of the features, where they have rows; returns that of the scale."""
+    precise = inputs.x.dtype == torch.float32 or math.prod(inputs.shape) <= PRECISE_PAIRS
     back_x = back_y = inputs.scale / upstream.factor
     if precise:
         other_x, other_y = inputs.x.float(), inputs.y.float()
@@ -214,34 +222,42 @@ def similarity_stats_bwd(
         other_x, factor_x = as_float16(inputs.x)
         other_y, factor_y = as_float16(inputs.y)
         back_x, back_y = back_x / factor_y, back_y / factor_x
-    # Rounded like the gradient itself, the largest derivatives would be most of its error.
-    apart = not precise and x.dtype == torch.float16 and inputs.row_class is not None
-    if apart:
+    row_partner = col_partner = None
+    if not precise and inputs.x.dtype == torch.float16:
+        # Rounded like the gradient itself, the largest derivatives would be most of its error.
         row_partner = partners(inputs.row_class, inputs.col_class)
         col_partner = partners(inputs.col_class, inputs.row_class)
-    total_y = inputs.y.new_zeros((num_cols if need_y else 0, x.shape[1]), dtype=torch.float32)
-    col_ranges = block_ranges(upstream.cols[0], config.block_n)
-    derivative_sums = []
-    for band, out in _waves(inputs, other_x.dtype, config):
+
+    def derive(band: slice, out: Tensor, config: Config) -> Tensor:
+        """The derivatives by some rows' dot products; returns the scale's gradient from them."""
         row_ranges = block_ranges(upstream.rows[0, band], config.block_m)
-        scale_parts = total_y.new_empty(row_ranges.shape[0] * col_ranges.shape[0])
-        stats_bwd_kernel(
-            inputs, band, upstream, [row_ranges, col_ranges], apart, out, scale_parts, config
-        )
-        derivative_sums.append(scale_parts.sum(dtype=torch.float64))
-        if need_x:
+        ranges = [row_ranges, block_ranges(upstream.cols[0], config.block_n)]
+        scale_parts = upstream.cols.new_empty(row_ranges.shape[0] * ranges[1].shape[0])
+        apart = row_partner is not None
+        stats_bwd_kernel(inputs, band, upstream, ranges, apart, out, scale_parts, config)
+        return scale_parts.sum(dtype=torch.float64)
+
+    def first_wave(_: Inputs, config: Config) -> None:
+        derive(*_waves(inputs, other_x.dtype, config)[0], config)
+
+    config = choose("stats_bwd", inputs, first_wave)
+    by_scale = []
+    for band, out in _waves(inputs, other_x.dtype, config):
+        by_scale.append(derive(band, out, config))
+        if grad_x.shape[0] > 0:
             part = product(out, other_y)
-            if apart:
+            if row_partner is not None:
                 add_partners(
                     part, row_partner[band], upstream.rows[:, band], upstream.cols, inputs.y
                 )
             grad_x[band] = part.mul_(back_x)
-        if need_y:
-            add_product(total_y, out.T, other_x[band])
-    if need_y and apart:
-        add_partners(total_y, col_partner, upstream.cols, upstream.rows, inputs.x)
-    grad_scale = torch.stack(derivative_sums).sum() / upstream.factor
-    return grad_x, total_y.mul_(back_y).to(y.dtype), grad_scale.float()
+        if grad_y.shape[0] > 0:
+            add_product(grad_y, out.T, other_x[band])
+    if grad_y.shape[0] > 0:
+        if col_partner is not None:
+            add_partners(grad_y, col_partner, upstream.cols, upstream.rows, inputs.x)
+        grad_y.mul_(back_y)
+    return (torch.stack(by_scale).sum() / upstream.factor).float()
 
 
 def _waves(inputs: Inputs, dtype: torch.dtype, config: Config) -> list[tuple[slice, Tensor]]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels.configs import Config
-from m3bind_kernels.launch import INTERPRETED, Inputs, choose, descriptors_fit, launch
+from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, launch
 from m3bind_kernels.merge import empty_state, merge_kernel
 from m3bind_kernels.stats_far import stats_far_kernel
 from m3bind_kernels.tiles import (
@@ -22,6 +22,7 @@ from m3bind_kernels.tiles import (
     pieces_of,
     tile_at,
 )
+from m3bind_kernels.tuning import choose
 
 # Partial sums of one band of rows, which is what the memory beyond the features is spent on.
 PART_BYTES = 64 << 20
@@ -165,22 +166,34 @@ def similarity_stats_fwd(
     What enters which is told by `m3bind.ops.stats`.
     """
     inputs = Inputs.of(x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals)
-    config = choose("stats_fwd", inputs)
+    num_rows, num_cols = inputs.shape
     num_sums = int(row_class is not None) + int(totals)
     states = [empty_state(inputs.x, num_sums, count) for count in inputs.shape]
-    for band in _bands(inputs, config, 2 + num_sums):
-        part = inputs.rows(band)
-        num_rows, num_cols = part.shape
-        row_parts = _parts(inputs.x, 2 + num_sums, num_cols, config.block_n, num_rows)
-        col_parts = _parts(inputs.x, 2 + num_sums, num_rows, config.block_m, num_cols)
-        tiles = row_parts.shape[1] * col_parts.shape[1]
-        far = inputs.x.new_empty(tiles, dtype=torch.int32)
-        stats_fwd_kernel(part, row_parts, col_parts, far, config)
-        stats_far_kernel(part, row_parts, col_parts, far, config)
-        merge_kernel(row_parts, states[0][:, band])
-        merge_kernel(col_parts, states[1])
+    if num_rows > 0 and num_cols > 0:
+        with torch.cuda.device_of(inputs.x):
+            _fill(inputs, num_sums, *states)
     rows, cols = (_statistics(state, inputs) for state in states)
     return rows, cols
+
+
+def _fill(inputs: Inputs, num_sums: int, row_state: Tensor, col_state: Tensor) -> None:
+    """Adds the partial statistics of all tiles, band by band of rows."""
+
+    def partial(part: Inputs, config: Config) -> tuple[Tensor, Tensor]:
+        num_rows, num_cols = part.shape
+        row_parts = _parts(part.x, 2 + num_sums, num_cols, config.block_n, num_rows)
+        col_parts = _parts(part.x, 2 + num_sums, num_rows, config.block_m, num_cols)
+        tiles = row_parts.shape[1] * col_parts.shape[1]
+        far = part.x.new_empty(tiles, dtype=torch.int32)
+        stats_fwd_kernel(part, row_parts, col_parts, far, config)
+        stats_far_kernel(part, row_parts, col_parts, far, config)
+        return row_parts, col_parts
+
+    config = choose("stats_fwd", inputs, partial)
+    for band in _bands(inputs, config, 2 + num_sums):
+        row_parts, col_parts = partial(inputs.rows(band), config)
+        merge_kernel(row_parts, row_state[:, band])
+        merge_kernel(col_parts, col_state)
 
 
 def _parts(like: Tensor, planes: int, across: int, block: int, count: int) -> Tensor:
@@ -190,8 +203,6 @@ def _parts(like: Tensor, planes: int, across: int, block: int, count: int) -> Te
 def _bands(inputs: Inputs, config: Config, planes: int) -> list[slice]:
     """Rows whose partial sums fit PART_BYTES; whole tiles, and at least one."""
     num_rows, num_cols = inputs.shape
-    if num_cols == 0:
-        return []
     a_row = 4 * planes * num_cols * (1 / config.block_m + 1 / config.block_n)
     step = max(1, int(PART_BYTES / a_row) // config.block_m) * config.block_m
     return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]

@@ -47,8 +47,10 @@ def _vectors(lse: Tensor, grad: Tensor) -> Tensor:
     return torch.stack([shift, weight, grad[1], grad[2]]).float()
 
 
-def partners(own: Tensor, others: Tensor) -> Tensor:
+def partners(own: Tensor | None, others: Tensor | None) -> Tensor | None:
     """Where the only positive of a class with both bits is among the others; -1: no such class."""
+    if own is None or others is None:
+        return None
     ordered, order = others.sort()
     at = torch.searchsorted(ordered, own).clamp(max=others.shape[0] - 1)
     found = (ordered[at] == own) & (own >= 0) & (own & 3 == 3)

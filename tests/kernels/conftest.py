@@ -14,6 +14,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     # This is the process that test_triton_interpreter.py starts.
-    collect_ignore = ["test_triton_interpreter.py", "test_triton_compile.py"]
+    collect_ignore = [
+        "test_triton_choice.py",
+        "test_triton_compile.py",
+        "test_triton_interpreter.py",
+    ]
 elif not torch.cuda.is_available():
     collect_ignore = ["test_triton_stats.py"]

@@ -120,11 +120,3 @@ def test_merge_and_ranges(capability, sums, tmp_path):
     )
     for result in (merged, ranges):
         assert result.stack == result.count("STL") == result.count("LDL") == 0
-
-
-def test_shared_memory_of_small_devices():
-    """sm_86, sm_89 and sm_120 have 99 KiB, CDNA 64: there is a configuration for each."""
-    for capability in (80, 120):
-        for kernel in ("stats_fwd", "stats_bwd"):
-            first = candidates(kernel, True, capability, 99 << 10)[0]
-            assert first.shared_bytes(2) <= 99 << 10
