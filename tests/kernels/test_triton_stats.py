@@ -32,7 +32,7 @@ SHAPES = (
     (2, 1, 14.3, 1.0),  # one feature
     (3, 512, 100.0, 3.0),  # less than a piece; separated; many steps over the features
     (65, 33, 14.3, 2.0),  # one row and one column beyond a tile
-    (131, 70, 100.0, 3.0),  # nothing is a multiple of anything
+    (101, 70, 100.0, 3.0),  # nothing is a multiple of anything
 )
 # Beside 1.5 x plain PyTorch's own error, worst of 5 seeds.
 TOLERANCE = {"loss": 4e-7, "x": 6e-7, "y": 6e-7, "scale": 4e-6}
@@ -122,18 +122,18 @@ def many_waves(monkeypatch):
     """As for very large matrices: rounded derivatives, several bands of rows, several waves."""
     monkeypatch.setattr(stats_bwd, "PRECISE_PAIRS", 0)
     monkeypatch.setattr(stats_bwd, "WAVE_BYTES", 0)
-    monkeypatch.setattr(stats_bwd, "WAVE_ROWS", 128)
-    monkeypatch.setattr(stats_fwd, "PART_BYTES", 128 * 200)
+    monkeypatch.setattr(stats_bwd, "WAVE_ROWS", 64)
+    monkeypatch.setattr(stats_fwd, "PART_BYTES", 64 * 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_waves_against_float64(many_waves, dtype):
-    check_rule(list(shape_samples(200, 40, 30.0, 2.0, dtype)))
+    check_rule(list(shape_samples(140, 40, 30.0, 2.0, dtype)))
 
 
 @pytest.mark.parametrize("feature", ("mask_ids", "margin", "smoothing", "labels"))
 def test_waves_with_features(many_waves, feature):
-    samples = list(feature_samples(feature, torch.bfloat16, 140, 150, 33, 30.0, 2))
+    samples = list(feature_samples(feature, torch.bfloat16, 70, 130, 33, 30.0, 2))
     check_rule(samples)
 
 
