@@ -108,14 +108,24 @@ def _triton(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_NARROW = _native(_FLOATS, "bfloat16 products where the processor has them; float16 is widened")
+_SEARCH = _native(_FLOATS, "equal rows have equal scores, bit for bit")
 TABLE: dict[str, dict[str, Entry]] = {
-    "similarity_stats": _row(
-        cpp=_native(_FLOATS, "16-bit inputs are widened to float32"),
-        triton=_triton(_FLOATS, "float32 without TF32"),
-    ),
+    "similarity_stats": _row(cpp=_NARROW, triton=_triton(_FLOATS, "float32 without TF32")),
+    "siglip": _row(cpp=_NARROW),
+    "similarity_distill": _row(cpp=_NARROW),
+    "similarity_topk": _row(cpp=_SEARCH),
+    "similarity_rank": _row(cpp=_SEARCH),
 }
-# Public operators that are a primitive of the table plus terms of O((N + M) * D).
-BUILT_ON = {"clip_loss": "similarity_stats", "similarity_lse": "similarity_stats"}
+# Public operators: a primitive of the table, alone or plus terms of O((N + M) * D).
+BUILT_ON = {
+    "clip_loss": "similarity_stats",
+    "similarity_lse": "similarity_stats",
+    "siglip_loss": "siglip",
+    "similarity_distill": "similarity_distill",
+    "similarity_topk": "similarity_topk",
+    "similarity_rank": "similarity_rank",
+}
 
 _override: str | None = os.environ.get("M3BIND_BACKEND") or None
 

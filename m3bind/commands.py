@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from m3bind.config import Config, load_config
+from m3bind.errors import EXIT_REJECTS
 
 if TYPE_CHECKING:
     from m3bind.train import FitResult
@@ -95,7 +96,6 @@ def prepare(
     workers: Workers = None,
 ) -> None:
     """Turn medical files into shards; what cannot be read is listed in rejects.jsonl (exit 3)."""
-    from m3bind.cli import EXIT_REJECTS
     from m3bind.data.prepare import prepare as run
 
     result = run(
