@@ -72,10 +72,10 @@ class Trained:
             if (folder / WEIGHTS).is_file():
                 restore(expert, folder, f"experts.{modality}.")
             elif source == "align":
-                raise M3BindError(f"no aligned expert in {folder}: run m3bind align first")
+                raise M3BindError(f"no aligned expert at {folder}: run m3bind align first")
             else:
                 log.warning(
-                    "%s: no expert in %s: starting from its towers as configured; run m3bind "
+                    "%s: no expert at %s: starting from its towers as configured; run m3bind "
                     "pretrain first unless their weights are pre-trained", modality, folder,
                 )  # fmt: skip
             expert.freeze_trunk()
@@ -88,7 +88,7 @@ class Trained:
         folder = self.folder / source
         if not (folder / WEIGHTS).is_file():
             command = TRAINED_FROM[source][1]
-            raise M3BindError(f"no text encoder in {folder}: run m3bind {command} first")
+            raise M3BindError(f"no text encoder at {folder}: run m3bind {command} first")
         student = self._build_student()
         restore(student, folder, f"experts.{self.modalities[0]}.")
         self._check_start(stage)
