@@ -266,8 +266,10 @@ class _Fit:
         with torch.no_grad():
             scores = {name: float(value) for name, value in self.validate().items()}
         self.validated = self.step
+        if not math.isfinite(scores["score"]):
+            return  # nothing could be measured: nothing to log or to choose by
         self.tracker.log(self.step, {"validation": scores})
-        if math.isfinite(scores["score"]) and scores["score"] > self.best_score:
+        if scores["score"] > self.best_score:
             self.best_step, self.best_score = self.step, scores["score"]
             self._save(self.best, whole=False)
 

@@ -154,6 +154,7 @@ def test_without_any_score_the_last_weights_are_kept(tmp_path) -> None:
     )  # fmt: skip
     assert result.best_step == 10 and math.isnan(result.best_score)
     assert torch.equal(task.weight, trained.weight)
+    assert not any("validation" in line for line in result.history)
     assert load_best(Stub(quadratic), tmp_path / "with") == 10
 
 
