@@ -39,7 +39,9 @@ Workers = Annotated[int | None, typer.Option(help="Processes; every core by defa
 
 def _best(result: "FitResult") -> str:
     if math.isnan(result.best_score):
-        return f"no validation split: the weights of the last step, {result.steps}, are kept"
+        return (
+            f"no labelled validation split: the weights of the last step, {result.steps}, are kept"
+        )
     return f"best score {result.best_score:.3f} at step {result.best_step}"
 
 

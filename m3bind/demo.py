@@ -47,7 +47,7 @@ def demo(config: Path | None, output: Path, overrides: list[str], *, resume: boo
             train=phantom.train, val=phantom.val, test=phantom.test, workers=phantom.workers,
         )  # fmt: skip
     run = Run(settings)
-    with measured(output, "pretrain"):
+    with measured(output, "pretrain", resume=resume):
         _pretrain_all(run, resume)
     run.align(resume=resume)
     run.distill(resume=resume)

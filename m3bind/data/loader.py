@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3bind.data.damage import damaged, find_damage
 from m3bind.data.preprocess import Preprocess
-from m3bind.data.shards import shard_paths
+from m3bind.data.shards import shard_paths, shards_content
 from m3bind.errors import M3BindError
 
 _DALI_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)  # as its operators raise them
@@ -97,6 +97,7 @@ class Loader:
         self._batches = 0  # handed out since the stream, or in one pass since its start, began
         self._verified: set[str] = set()
         self._restored: bytes | None = None
+        self._content: str | None = None
         if state is not None:
             self.load_state(state)
 
@@ -147,9 +148,10 @@ class Loader:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def content(self) -> str:
-        """Sixteen hexadecimal digits that change when the shards do."""
-        parts = json.dumps([_content(path) for path in self.paths])
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+        """`shards_content` of this split, as it was when first asked for."""
+        if self._content is None:
+            self._content = shards_content(self.paths)
+        return self._content
 
     def _built(self) -> Any:
         if self._pipeline is None:
@@ -240,13 +242,6 @@ def _indexed_samples(path: Path) -> int:
         raise M3BindError(
             f"{path} is not an index of version 1 ({error}): write it again"
         ) from None
-
-
-def _content(path: Path) -> list[Any]:
-    """Enough of a shard to know it again: name, size, index, and its first checksums."""
-    with path.open("rb") as shard:
-        start = hashlib.sha256(shard.read(1 << 16) + path.with_suffix(".idx").read_bytes())
-    return [path.name, path.stat().st_size, start.hexdigest()]
 
 
 def _to_torch(images: Any, device_id: int | None) -> Tensor:
