@@ -7,7 +7,6 @@ renamed over it: whatever happens, one whole checkpoint is there.
 """
 
 import json
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from m3bind.errors import M3BindError
+from m3bind.files import atomic_write
 
 FORMAT = "m3bind-checkpoint-1"
 CONFIG = "m3bind_config.json"  # beside published weights
@@ -51,9 +51,8 @@ def export_weights(path: Path, weights: Mapping[str, Tensor], config: Mapping[st
     """Publish weights: plain safetensors, with ``m3bind_config.json`` in the same folder."""
     _write(path, {name: _bare(tensor) for name, tensor in weights.items()}, {"format": "pt"})
     target = path.parent / CONFIG
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, target)
+    with atomic_write(target) as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def import_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -139,16 +138,10 @@ def _bare(tensor: Tensor) -> Tensor:
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(dict(tensors), partial, metadata=metadata)
-        partial.chmod(0o644)  # safetensors makes files that nobody else may read
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # a power cut must not leave a name without its bytes
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            save_file(dict(tensors), partial, metadata=metadata)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise M3BindError(f"cannot write {path}: {error}") from None
 
 

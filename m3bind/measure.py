@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from m3bind.errors import Interrupted
+from m3bind.files import atomic_write
 
 SAMPLE_SECONDS = 0.2
 WRITE_SECONDS = 5.0
@@ -106,6 +107,5 @@ def _write(folder: Path, stage: str, entry: dict[str, Any]) -> None:
     with (folder / ".stages.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # stages of one run may end in several processes at once
         stages = {**_entries(folder), stage: entry}
-        partial = folder / "stages.json.part"
-        partial.write_text(json.dumps(stages, indent=2) + "\n")
-        partial.replace(folder / "stages.json")
+        with atomic_write(folder / "stages.json") as partial:
+            partial.write_text(json.dumps(stages, indent=2) + "\n")

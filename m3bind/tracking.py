@@ -5,10 +5,11 @@
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from m3bind.files import atomic_write
 
 
 class Tracker:
@@ -24,9 +25,8 @@ class Tracker:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "metrics.jsonl"
         kept = [line for line in read_history(self.path) if line["step"] <= step] if step else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.path)
+        with atomic_write(self.path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.history = kept
         self._file = self.path.open("a")
         folder = out / "tensorboard"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from m3bind.config import Config, ExpertConfig
-from m3bind.data.shards import Dataset, shard_paths, shards_content
+from m3bind.data.shards import Dataset, check_patients, shard_paths, shards_content
 from m3bind.errors import M3BindError
 from m3bind.eval.store import EmbeddingSet, load_stage, stage_path
 from m3bind.models.expert import Expert, build_expert, build_text_encoder
@@ -51,6 +51,7 @@ class Trained:
         self.config = config
         self.folder = Path(config.output)
         self.dataset = Dataset.load(config.data)
+        check_patients(config.data)
         known = self.dataset.modalities
         for modality in config.experts:
             if modality not in known:

@@ -23,6 +23,38 @@ if __name__ == "__main__":
 """
 
 
+INTERRUPTED = """
+import sys, time
+from m3bind.processes import spawned_pool
+
+if __name__ == "__main__":
+    pool = spawned_pool(2, ignore_interrupt=True)
+    jobs = [pool.submit(time.sleep, 1) for _ in range(2)]
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pool.shutdown()
+        print([job.result() for job in jobs], flush=True)
+"""
+
+
+def test_ctrl_c_is_left_to_the_parent(tmp_path):
+    """Also while the workers start, which takes seconds of imports."""
+    script = tmp_path / "parent.py"
+    script.write_text(INTERRUPTED)
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
+        out, errors = parent.communicate(timeout=60)
+    assert (out, errors) == ("[None, None]\n", "")
+
+
 def _lives(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as stat:

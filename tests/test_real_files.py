@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3bind.data.records import LEADS, MODALITIES, Record
-from m3bind.data.shards import SPLITS, Dataset, audit, iter_records
+from m3bind.data.constants import LEADS, MODALITIES, SPLITS
+from m3bind.data.records import Record
+from m3bind.data.shards import Dataset, audit, iter_records
 from m3bind.eval.store import load_stage
 
 SETTINGS = Path(__file__).parents[1] / "configs" / "samples.yaml"

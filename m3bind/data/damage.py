@@ -12,15 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from m3bind.data.shards import iter_samples
+from m3bind.data.shards import AGAIN, iter_samples
 from m3bind.errors import M3BindError
 
 
 def damaged(path: Path, key: str, reason: str) -> M3BindError:
     """The error for one sample."""
-    return M3BindError(
-        f"{path}: sample {key}: {reason}: write the shards again with m3bind prepare (or phantom)"
-    )
+    return M3BindError(f"{path}: sample {key}: {reason}: {AGAIN}")
 
 
 def find_damage(paths: Sequence[Path], extensions: Sequence[str]) -> M3BindError | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from m3bind.data.preprocess import KIND, KINDS
+from m3bind.data.constants import KIND, KINDS
 from m3bind.data.shards import Dataset, ModalityInfo
 from m3bind.errors import M3BindError
 

@@ -1,7 +1,6 @@
 """Features of frozen trunks: computed once for each image, and handed out again as batches."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from m3bind.data.loader import Batch
 from m3bind.errors import M3BindError
+from m3bind.files import atomic_write
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,10 +58,8 @@ class Features:
             "values": self.values.contiguous(),
             "text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, partial, metadata={"fingerprint": self.fingerprint})
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            save_file(tensors, partial, metadata={"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, path: Path, modality: str, fingerprint: str) -> "Features | None":

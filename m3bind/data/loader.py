@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3bind.data.constants import EXTENSIONS
 from m3bind.data.damage import damaged, find_damage
 from m3bind.data.preprocess import Preprocess
-from m3bind.data.shards import shard_paths, shards_content
+from m3bind.data.shards import read_index, shard_paths, shards_content
 from m3bind.errors import M3BindError
 
 _DALI_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)  # as its operators raise them
@@ -84,7 +85,7 @@ class Loader:
         if not self.paths:
             raise M3BindError(f"no shards (*.tar) in {folder}: run m3bind phantom or prepare first")
         self.index_paths = [path.with_suffix(".idx") for path in self.paths]
-        total = sum(_indexed_samples(path) for path in self.index_paths)
+        total = sum(len(read_index(path)) for path in self.paths)
         # As DALI divides a data set over processes.
         first, last = (total * part // num_shards for part in (shard_id, shard_id + 1))
         self.num_samples = last - first
@@ -205,10 +206,8 @@ class Loader:
 
     def _explain(self, error: Exception) -> M3BindError:
         """Turn DALI's traceback into the shard, the sample and the remedy."""
-        from m3bind.data.pipelines import EXTENSIONS
-
         self._pipeline = None  # it cannot be run again after an error
-        damage = find_damage(self.paths, EXTENSIONS[self.preprocess.kind].split(";"))
+        damage = find_damage(self.paths, EXTENSIONS[self.preprocess.kind])
         if damage is not None:
             return damage
         lines = str(error).partition("encountered:")[2].split("\n") + str(error).split("\n")
@@ -224,24 +223,6 @@ class Loader:
             if any(word.startswith(f"{key}.") for word in path.read_text().split()):
                 return damaged(path.with_suffix(".tar"), key, reason)
         return damaged(self.paths[0].parent, key, reason)
-
-
-def _indexed_samples(path: Path) -> int:
-    """The number of samples that the first line of an index (wds2idx, ``v1.2 <n>``) gives."""
-    try:
-        with path.open() as index:
-            version, number = index.readline().split()
-            if not version.startswith("v1."):
-                raise ValueError(version)
-            return int(number)
-    except FileNotFoundError:
-        raise M3BindError(
-            f"{path} is missing: write the shards again with m3bind prepare (or phantom)"
-        ) from None
-    except ValueError as error:
-        raise M3BindError(
-            f"{path} is not an index of version 1 ({error}): write it again"
-        ) from None
 
 
 def _to_torch(images: Any, device_id: int | None) -> Tensor:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m3bind.data.constants import SPLITS
 from m3bind.data.reports import compose, sections
-from m3bind.data.shards import SPLITS
 from m3bind.errors import M3BindError
 
 REQUIRED = ("path", "modality", "patient", "split")
@@ -102,7 +102,7 @@ def _from_csv(path: Path, text: str) -> list[_Line]:
 
 def _from_json(path: Path, text: str) -> list[_Line]:
     found: list[_Line] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -17,9 +17,9 @@ import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline
 
-from m3bind.data.preprocess import SIGNAL_HZ, Preprocess
+from m3bind.data.constants import EXTENSIONS, SIGNAL_HZ
+from m3bind.data.preprocess import Preprocess
 
-EXTENSIONS = {"image2d": "png;jpg;jpeg", "volume": "hu", "signal": "uv"}
 READER = "shards"
 _RESIZE_MODE = {"stretch": "stretch", "pad": "not_larger", "crop": "not_smaller"}
 _SHUFFLE_BUFFER = 4096  # samples; they are memory-mapped, so the buffer holds addresses
@@ -60,7 +60,7 @@ def build_pipeline(
         checkpoint=checkpoint,
     )
     with pipeline:
-        components = [EXTENSIONS[kind], "txt", "json"]
+        components = [";".join(EXTENSIONS[kind]), "txt", "json"]
         dtypes = [types.UINT8 if kind == "image2d" else types.INT16, types.UINT8, types.UINT8]
         if kind != "image2d":
             components.append("shape")

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m3bind.data.constants import SPLITS
 from m3bind.data.description import Description
 from m3bind.data.manifest import Entry, read_manifest
 from m3bind.data.records import Record
-from m3bind.data.shards import SPLITS, Dataset, ShardWriter
+from m3bind.data.shards import Dataset, ShardWriter
 from m3bind.data.workers import Job, Outcome, run
 from m3bind.errors import M3BindError
 
@@ -50,8 +51,9 @@ def prepare(
     """Write the manifest's files as shards and dataset.yaml into ``out``.
 
     See `m3bind.data.manifest` for the columns and `m3bind.data.description` for the YAML. A file
-    that cannot be read becomes one line of ``<out>/rejects.jsonl`` (line, path, reason, remedy),
-    and the rest goes on. ``out`` must be new, empty, or an earlier result, which is replaced once
+    that cannot be read becomes one line of ``<out>/rejects.jsonl`` (the manifest's line, reason,
+    remedy; no path, which may name the patient), and the rest goes on. ``out`` must be new, empty,
+    or an earlier result, which is replaced once
     the new one is complete. ``workers`` are processes, one a core by default; they do not change
     the bytes.
 
@@ -162,9 +164,7 @@ def _write(
             problem = outcome.problem or _twin(outcome.records, splits)
             if problem:
                 reason, remedy = problem
-                rejects.append(
-                    {"line": entry.line, "path": entry.path, "reason": reason, "remedy": remedy}
-                )
+                rejects.append({"line": entry.line, "reason": reason, "remedy": remedy})
                 continue
             for record in outcome.records:
                 key = (record.modality, record.split)
@@ -205,7 +205,7 @@ def _claim(out: Path) -> None:
         own = Dataset.load(out).extra.get("made_by") == MADE_BY
     foreign = [] if own else sorted(out.iterdir())[:1]
     for entry in sorted(out.iterdir()):
-        if entry.name in (SALT, REJECTS, UNFINISHED, DATASET, f".{DATASET}.part"):
+        if entry.name in (SALT, REJECTS, UNFINISHED, DATASET):
             continue
         if not entry.is_dir():
             foreign.append(entry)

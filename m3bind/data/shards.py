@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from m3bind.data.preprocess import KINDS
+from m3bind.data.constants import KINDS, SPLITS
 from m3bind.data.records import Record
 from m3bind.errors import M3BindError
+from m3bind.files import atomic_write, partial_path
 
-SPLITS = ("train", "val", "test")
+AGAIN = "remove the shard, and write it again with m3bind prepare (or phantom)"
 _BLOCK = 512
 
 
@@ -92,10 +93,8 @@ class Dataset:
             "modalities": {name: asdict(info) for name, info in self.modalities.items()},
             **self.extra,
         }  # fmt: skip
-        self.root.mkdir(parents=True, exist_ok=True)
-        partial = self.root / ".dataset.yaml.part"
-        partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        os.replace(partial, self.root / "dataset.yaml")
+        with atomic_write(self.root / "dataset.yaml") as partial:
+            partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 class ShardWriter:
@@ -156,7 +155,7 @@ class ShardWriter:
 class _Shard:
     def __init__(self, path: Path) -> None:
         self.path, self.samples, self.index = path, 0, list[str]()
-        self.partial = path.with_name(f".{path.name}.part")
+        self.partial = partial_path(path)
         self.tar = tarfile.open(  # noqa: SIM115 (finish or drop closes it)
             self.partial, "w", format=tarfile.USTAR_FORMAT
         )
@@ -219,6 +218,41 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_index(shard: Path) -> list[dict[str, tuple[int, int]]]:
+    """What a shard's index lists: for each sample ``{extension: (start, bytes)}``.
+
+    Raises M3BindError for an index that is missing or not whole.
+    """
+    path = shard.with_suffix(".idx")
+    try:
+        heading, *lines = path.read_text().splitlines()
+        version, number = heading.split()
+        samples = []
+        for line in lines:
+            words = line.split()
+            parts = zip(words[::4], words[1::4], words[2::4], strict=True)
+            samples.append({name: (int(start), int(size)) for name, start, size in parts})
+        if version != "v1.2" or int(number) != len(samples):
+            raise ValueError(f"{heading!r} over {len(samples)} samples")
+    except FileNotFoundError:
+        raise M3BindError(f"{path} is missing: {AGAIN}") from None
+    except ValueError as error:
+        raise M3BindError(f"{path} is not a whole index (v1.2): {error}: {AGAIN}") from None
+    return samples
+
+
+def whole_samples(shard: Path) -> int:
+    """The samples of a shard; raises M3BindError if it is not as long as its index says."""
+    samples = read_index(shard)
+    end = max((start + size for parts in samples for start, size in parts.values()), default=0)
+    blocks = -(-end // _BLOCK) + 2  # two empty ones end a tar file
+    want = -(-blocks * _BLOCK // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+    found = shard.stat().st_size
+    if found != want:
+        raise M3BindError(f"{shard}: {found} bytes, but its index says {want}: {AGAIN}")
+    return len(samples)
+
+
 def iter_samples(
     path: Path, wanted: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -245,8 +279,7 @@ def iter_samples(
                 raise EOFError("it ends in the middle of a sample")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise M3BindError(
-            f"{path}: the shard cannot be read beyond {key or 'its beginning'} ({error}): write it "
-            "again with m3bind prepare (or phantom)"
+            f"{path}: the shard cannot be read beyond {key or 'its beginning'} ({error}): {AGAIN}"
         ) from None
     if parts:
         yield key, parts
@@ -268,7 +301,7 @@ def iter_records(root: str | Path, modality: str, split: str) -> Iterator[Record
         if listed != [str(count)]:
             raise M3BindError(
                 f"{path}: {count} samples, but its index ({index.name}) lists "
-                f"{(listed or ['none'])[0]}: write the shard again with m3bind prepare (or phantom)"
+                f"{(listed or ['none'])[0]}: {AGAIN}"
             )
 
 
@@ -299,31 +332,70 @@ def _record(path: Path, key: str, parts: dict[str, bytes]) -> Record:
     except (KeyError, ValueError, TypeError) as error:
         raise M3BindError(f"{path}: sample {key} is not whole: {error}") from None
     if rest or hashlib.sha256(payload).hexdigest() != checksum:
-        raise M3BindError(
-            f"{path}: sample {key}: its bytes do not match its checksum: write the shard again"
-        )
+        raise M3BindError(f"{path}: sample {key}: its bytes do not match its checksum: {AGAIN}")
     return record
 
 
+def check_patients(root: str | Path) -> dict[str, set[str]]:
+    """The modalities in which each patient occurs; quick, as it reads metadata alone.
+
+    Raises M3BindError where one patient, or the same image, volume or signal under two patients'
+    names (as in data sets that were prepared apart and put together), stands in two splits: a
+    model would be tested on those it was trained on.
+    """
+    splits = dict[str, tuple[str, str]]()  # a patient or a checksum: where it was seen first
+    found = dict[str, set[str]]()
+    for modality in Dataset.load(root).modalities:
+        for split in SPLITS:
+            for meta in _iter_meta(root, modality, split):
+                patient, checksum = str(meta["patient"]), str(meta["sha256"])
+                for what in (patient, checksum):
+                    other, sample = splits.setdefault(what, (split, meta["id"]))
+                    if other != split:
+                        named = f"patient {patient}" if what == patient else "the same payload"
+                        raise M3BindError(
+                            f"{root}: {named} stands in the splits {other} and {split} ({sample} "
+                            f"and {meta['id']}): put all samples of a patient into one"
+                        )
+                found.setdefault(patient, set()).add(modality)
+    return found
+
+
+def shared_patients(root: str | Path) -> int:
+    """How many patients occur in more than one modality; raises as `check_patients`."""
+    return sum(len(modalities) > 1 for modalities in check_patients(root).values())
+
+
+def _iter_meta(root: str | Path, modality: str, split: str) -> Iterator[dict[str, Any]]:
+    """The metadata of a split's samples, found by the index: the payloads are not read."""
+    for path in shard_paths(root, modality, split):
+        with path.open("rb") as shard:
+            for number, parts in enumerate(read_index(path)):
+                try:
+                    start, size = parts["json"]
+                    shard.seek(start)
+                    meta = json.loads(shard.read(size))
+                    yield {name: meta[name] for name in ("id", "patient", "sha256")}
+                except (ValueError, KeyError, TypeError) as error:
+                    raise M3BindError(
+                        f"{path}: the metadata of its sample {number} cannot be read "
+                        f"({type(error).__name__}): {AGAIN}"
+                    ) from None
+
+
 def audit(root: str | Path) -> dict[str, int]:
-    """Check every sample; returns the samples by ``modality/split``.
+    """Check every sample, byte by byte; returns the samples by ``modality/split``.
 
     Raises M3BindError for a patient in two splits, a damaged sample, or an unknown label.
     """
     dataset = Dataset.load(root)
-    seen: dict[str, str] = {}
+    check_patients(root)
     counts = dict[str, int]()
     for modality, info in dataset.modalities.items():
         for split in SPLITS:
             for record in iter_records(root, modality, split):
                 where = f"{modality}/{split}"
                 counts[where] = counts.get(where, 0) + 1
-                other = seen.setdefault(record.patient, split)
-                if other != split:
-                    raise M3BindError(
-                        f"{root}: patient {record.patient} stands in the splits {other} and "
-                        f"{split} ({record.id}): put all samples of a patient into one"
-                    )
                 for label in record.labels:
                     if label not in info.labels:
                         raise M3BindError(

@@ -1,7 +1,7 @@
 """Reading files in processes: bounded, in order, and safe from a decoder that crashes."""
 
 import logging
-import signal
+import re
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -16,11 +16,11 @@ from m3bind.data.readers import reader_for
 from m3bind.data.readers.common import (
     Reading,
     Unreadable,
-    names_patient,
     one_line,
     sha256_of,
     versions,
 )
+from m3bind.data.readers.identity import names_patient
 from m3bind.data.records import Record
 from m3bind.processes import spawned_pool
 
@@ -53,7 +53,7 @@ def run(jobs: list[Job], workers: int) -> Generator[Outcome, None, None]:
         yield from map(read_job, jobs)
         return
     left, ahead = deque(jobs), deque[tuple[Job, Future[Outcome]]]()
-    pool = spawned_pool(workers, initializer=_ignore_interrupt)
+    pool = spawned_pool(workers, ignore_interrupt=True)
     try:
         while left or ahead:
             # Volumes are large: what is read ahead waits in memory.
@@ -75,25 +75,21 @@ def run(jobs: list[Job], workers: int) -> Generator[Outcome, None, None]:
                 ahead.clear()
                 pool.shutdown()
                 yield from _one_by_one(suspects)
-                pool = spawned_pool(workers, initializer=_ignore_interrupt)
+                pool = spawned_pool(workers, ignore_interrupt=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the work
-
-
 def _one_by_one(jobs: list[Job]) -> Iterator[Outcome]:
     """So that a process that ends tells which file it ended on."""
-    pool = spawned_pool(1, initializer=_ignore_interrupt)
+    pool = spawned_pool(1, ignore_interrupt=True)
     try:
         for job in jobs:
             try:
                 yield pool.submit(read_job, job).result()
             except BrokenProcessPool:
                 pool.shutdown()
-                pool = spawned_pool(1, initializer=_ignore_interrupt)
+                pool = spawned_pool(1, ignore_interrupt=True)
                 reason = "the process that read the file crashed (a decoder's fault, or no memory)"
                 remedy = "fetch the file again; with a very large file use fewer workers"
                 yield Outcome(entry=job.entry, problem=(reason, remedy))
@@ -118,7 +114,20 @@ def read_job(job: Job) -> Outcome:
         # Damaged files make libraries fail in any way; one of them must not end the work.
         phrase = f"it cannot be read: {type(error).__name__}: {one_line(error)}"
         problem = (phrase, "look at the file in a viewer; if it is whole, report this")
-    return Outcome(entry=job.entry, problem=problem)
+    reason, remedy = problem
+    return Outcome(entry=job.entry, problem=(_without_path(reason, job.path), remedy))
+
+
+def _without_path(reason: str, path: Path) -> str:
+    """Libraries name the file in their errors; its path may name the patient."""
+    forms = [str(form) for form in (path, path.absolute(), path.resolve())]
+    forms += [form.removesuffix(path.suffix) for form in forms]
+    forms = [form for form in forms if "/" in form]  # a bare name may be any word
+    if path.suffix:
+        forms.append(path.name)
+    for form in sorted(forms, key=len, reverse=True):
+        reason = re.sub(rf"(?<!\w){re.escape(form)}[^\s'\":,;)]*", "the file", reason)
+    return reason
 
 
 def _records(job: Job) -> list[Record]:

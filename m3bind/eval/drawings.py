@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LEADS", "WINDOWS", "draw", "draw_ct", "draw_ecg", "draw_image"]
+from m3bind.data.constants import LEADS
 
-LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+__all__ = ["WINDOWS", "draw", "draw_ct", "draw_ecg", "draw_image"]
+
 WINDOWS = {"lung": (-600.0, 1500.0), "mediastinal": (40.0, 400.0)}  # level, width in HU
 
 _MM_PER_S, _MM_PER_MV = 25.0, 10.0

@@ -18,7 +18,6 @@
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3bind.errors import M3BindError
+from m3bind.files import atomic_write
 
 __all__ = ["Target", "assemble", "load_metrics", "save_metrics", "targets", "validate", "versions"]
 
@@ -104,11 +104,9 @@ def assemble(
 
 def save_metrics(metrics: Mapping[str, Any], path: Path | str) -> None:
     """Write JSON atomically; NaN and infinity are refused (``ValueError``), as JSON has none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    content = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    with atomic_write(Path(path)) as partial:
+        partial.write_text(content, encoding="utf-8")
 
 
 def load_metrics(path: Path | str) -> dict[str, Any]:

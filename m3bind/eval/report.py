@@ -1,6 +1,5 @@
 """The report: one HTML file that needs nothing beside it."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from m3bind.eval.figures import (
 from m3bind.eval.gallery import Fetch, Search, choose_queries, search
 from m3bind.eval.metrics import lookup, targets
 from m3bind.eval.store import EmbeddingSet
+from m3bind.files import atomic_write
 from m3bind.tracking import read_history
 
 __all__ = ["write_report"]
@@ -76,10 +76,8 @@ def write_report(
         total_seconds=_total_seconds(metrics),
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_write(path) as partial:
+        partial.write_text(html, encoding="utf-8")
     return path
 
 

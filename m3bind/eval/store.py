@@ -1,7 +1,6 @@
 """Embeddings on disk: one safetensors file for each stage, modality and split."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from m3bind.errors import M3BindError
+from m3bind.files import atomic_write
 
 __all__ = ["EmbeddingSet", "Prompts", "as_unit", "load_stage", "save_stage", "stage_path"]
 
@@ -91,8 +91,6 @@ class EmbeddingSet:
         """Write atomically, so that a killed run leaves no half file behind."""
         from safetensors.numpy import save_file
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors stores raw memory: a view with strides would be written in the wrong order
         arrays = {
             "image": np.ascontiguousarray(self.image),
@@ -109,9 +107,9 @@ class EmbeddingSet:
             "simulated": self.simulated,
             "origin": self.origin,
         }
-        temporary = path.with_name(path.name + ".part")
-        save_file(arrays, temporary, metadata={"format": _FORMAT, "m3bind": json.dumps(meta)})
-        os.replace(temporary, path)
+        header = {"format": _FORMAT, "m3bind": json.dumps(meta)}
+        with atomic_write(Path(path)) as partial:
+            save_file(arrays, partial, metadata=header)
 
     @classmethod
     def load(cls, path: Path | str) -> "EmbeddingSet":

@@ -2,13 +2,13 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from m3bind.files import atomic_write
 from m3bind.models.bert import Packed
 
 log = logging.getLogger(__name__)
@@ -90,10 +90,8 @@ class HiddenCache:
             "lengths": torch.tensor([len(state) for state in states]),
             "texts": torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, partial, metadata={"fingerprint": self.fingerprint})
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            save_file(tensors, partial, metadata={"fingerprint": self.fingerprint})
 
     def load(self, path: Path) -> bool:
         """Take the states of a saved cache; False if there is none, or one of other weights."""

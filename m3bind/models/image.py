@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from m3bind.config import ImageTowerConfig, LoraConfig
-from m3bind.data.preprocess import KIND, Preprocess
+from m3bind.data.constants import KIND
+from m3bind.data.preprocess import Preprocess
 from m3bind.models.lora import add_lora
 from m3bind.models.text import freeze_upstream
 

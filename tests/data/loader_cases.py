@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from m3bind.data.preprocess import KIND
+from m3bind.data.constants import KIND
 from m3bind.data.records import Record
 from m3bind.data.shards import ShardWriter
 

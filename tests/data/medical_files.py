@@ -72,6 +72,14 @@ def body(shape: tuple[int, int, int] = (6, 32, 36), seed: int = 0) -> np.ndarray
     return np.maximum(np.rint(hu), -1024).astype(np.int16)
 
 
+def limb_leads(signals: list[np.ndarray]) -> np.ndarray:
+    """[12, T] in the usual order, whose III, aVR, aVL and aVF follow from I and II."""
+    found = np.stack(signals)
+    one, two = found[:2]
+    found[2:6] = two - one, -(one + two) / 2, one - two / 2, two - one / 2
+    return found
+
+
 def waveform(
     path: Path, channels: dict[str, np.ndarray], rate: float, *, unit: str = "uV",
     sensitivity: float = 1.25, baseline: float = 0.0, padding: int | None = None,

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from m3bind.data.constants import KIND
 from m3bind.data.loader import Batch, Loader
-from m3bind.data.preprocess import KIND, Preprocess
+from m3bind.data.preprocess import Preprocess
 from m3bind.errors import M3BindError
 
 from loader_cases import cohort, record, write  # isort: skip

@@ -1,11 +1,14 @@
 """The simulated cohort as a data set: its table, its patients, its files and its reports."""
 
 import itertools
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from m3bind.data.phantom import cohort as cohort_module
 from m3bind.data.phantom import make_cohort, make_patient, make_record, simulate, table
 from m3bind.data.phantom.patients import patient_number
 from m3bind.data.phantom.reports import write_report
@@ -146,9 +149,49 @@ def test_a_finished_cohort_is_left_alone_and_another_replaces_it(tmp_path):
     make_cohort(tmp_path, **sizes, seed=1)
     assert shard.read_bytes() != content
     assert Dataset.load(tmp_path).extra["seed"] == 1
-    shard.unlink()  # somebody tidied up: the shard is made again
+    content = shard.read_bytes()
+    shard.unlink()  # somebody tidied up, or followed the advice for a damaged shard
     make_cohort(tmp_path, **sizes, seed=1)
-    assert shard.is_file()
+    assert shard.read_bytes() == content
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx"])
+@pytest.mark.parametrize("size", [0, 5000])
+def test_a_shard_that_was_cut_is_made_again(tmp_path, suffix, size):
+    sizes = {"train": 60, "val": 1, "test": 1, "workers": 1, "modalities": ["ecg"]}
+    make_cohort(tmp_path, **sizes)
+    file = shard_paths(tmp_path, "ecg", "train")[0].with_suffix(suffix)
+    content = file.read_bytes()
+    file.write_bytes(content[:size])
+    make_cohort(tmp_path, **sizes)
+    assert file.read_bytes() == content and len(content) > size
+
+
+def test_the_fingerprint_covers_every_module_that_shapes_the_bytes():
+    """Those of m3bind.data that the simulators, and in turn those themselves, import."""
+    package = Path(cohort_module.__file__).parent
+    wanted, todo = set(), [*package.glob("*.py")]
+    while todo:
+        names = re.findall(
+            r"^from m3bind\.data\.(\w+) import", todo.pop().read_text(), re.MULTILINE
+        )
+        todo += [package.parent / f"{name}.py" for name in set(names) - wanted]
+        wanted |= set(names)
+    assert set(cohort_module._SHAPES_BYTES) == wanted
+
+
+class Deadly:
+    """Ends the process that unpickles it, as the kernel does where memory runs out."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_process_that_is_killed_is_one_error():
+    jobs = [("ecg", "train", i, 0) for i in range(40)]
+    jobs[20] = ("ecg", "train", Deadly(), 0)
+    with pytest.raises(M3BindError, match=r"one of 2 processes .* was killed.*--workers"):
+        list(cohort_module._records(jobs, 2))
 
 
 def test_a_cohort_that_was_interrupted_is_no_data_set(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from scipy.signal import find_peaks
 
+from m3bind.data.constants import LEADS
 from m3bind.data.phantom import make_patient, simulate
-from m3bind.data.phantom.ecg import LEADS
 
 
 def examine(modality: str, count: int, seed: int = 21):

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3bind.data.constants import LEADS
 from m3bind.data.manifest import Entry
 from m3bind.data.prepare import prepare
-from m3bind.data.preprocess import LEADS
-from m3bind.data.readers import image
+from m3bind.data.readers import ct_nifti, image
 from m3bind.data.shards import Dataset, audit, iter_records
 from m3bind.data.workers import Job
 from m3bind.data.workers import run as run_jobs
 from m3bind.errors import M3BindError
 
-from medical_files import body, ct_slice, radiograph, waveform  # isort: skip
+from medical_files import body, ct_slice, limb_leads, radiograph, waveform  # isort: skip
 
 COLUMNS = ("path", "modality", "patient", "split", "report", "labels", "part")
 
@@ -83,10 +83,8 @@ def test_manifest_to_shards(tmp_path) -> None:
 
 def sine(leads: int = 12) -> dict[str, np.ndarray]:
     t = np.arange(5000) / 500
-    return {
-        lead: (400 * np.sin(2 * np.pi * t + k)).astype(np.int16)
-        for k, lead in enumerate(LEADS[:leads])
-    }
+    uv = limb_leads([400 * np.sin(2 * np.pi * t + k) for k in range(12)])
+    return dict(zip(LEADS[:leads], uv.astype(np.int16), strict=False))
 
 
 def secret_files(folder: Path) -> list[dict[str, str]]:
@@ -125,6 +123,32 @@ def test_no_identifier_of_a_patient_enters_the_shards(tmp_path) -> None:
     assert stat.S_IMODE((out / ".salt").stat().st_mode) == 0o600
     np.testing.assert_array_equal(series.array(), body())
     assert series.source["files"] == 6
+
+
+def test_rejects_hold_no_path(tmp_path, monkeypatch) -> None:
+    """A path may name the patient, also where a library puts it into its error."""
+    folder = tmp_path / "QUISLING_ZEBEDIAH"
+    folder.mkdir()
+    (folder / "quisling.hea").write_text("quisling 12 500 5000\nquisling.dat 16\n")
+    (folder / "quisling.nii").write_bytes(b"no NIfTI" * 99)
+    picture(folder / "quisling.png")
+    picture(tmp_path / "good.png", 1)
+
+    def read(path: Path, part: str = "") -> Any:
+        raise OSError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(ct_nifti, "read", read)
+    rows = [
+        {"path": f"{folder.name}/quisling.hea", "modality": "ecg"},
+        {"path": f"{folder.name}/quisling.nii", "modality": "ct"},
+        {"path": f"{folder.name}/gone.png"},
+        {"path": "good.png"},
+    ]
+    out = tmp_path / "out"
+    assert run(manifest(tmp_path, *rows), out) == (1, 3)
+    assert [reject["line"] for reject in rejects(out)] == [2, 4, 6]  # a report runs over two
+    assert "Permission denied: 'the file'" in rejects(out)[1]["reason"]
+    assert "quisling" not in (out / "rejects.jsonl").read_text().lower()
 
 
 def test_pseudonyms_follow_the_salt(tmp_path, monkeypatch) -> None:
@@ -182,8 +206,10 @@ def test_every_fault_is_one_line_and_the_rest_goes_on(tmp_path) -> None:
     assert run(path, out) == (2, len(wrong))
     assert audit(out) == {"retina/train": 1, "retina/test": 1}
     found = rejects(out)
+    lines = path.read_text().split("\n")
     for (row, words), reject in zip(wrong, found, strict=True):
-        assert reject["path"] == row["path"] and reject["remedy"]
+        assert lines[reject["line"] - 1].startswith(f"{row['path']},") and reject["remedy"]
+        assert set(reject) == {"line", "reason", "remedy"}
         assert re.search(words, reject["reason"]), reject
         assert "Traceback" not in json.dumps(reject)
 
@@ -261,6 +287,17 @@ def test_prompts_for_some_labels_only_stop_before_anything_is_read(
     with pytest.raises(M3BindError, match=message):
         run(path, out, description=described)
     assert not out.exists()
+
+
+def test_json_lines_end_at_newlines_alone(tmp_path) -> None:
+    picture(tmp_path / "a.png")
+    report = "FINDINGS: clear\u2028disc\x85and macula"
+    row = {"path": "a.png", "modality": "retina", "patient": "x", "split": "val", "report": report}
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    assert run(path, tmp_path / "out") == (1, 0)
+    (record,) = iter_records(tmp_path / "out", "retina", "val")
+    assert record.report == report
 
 
 def test_only_an_earlier_result_is_replaced_and_only_by_a_whole_one(tmp_path) -> None:

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from m3bind.data.preprocess import KIND, Preprocess
+from m3bind.data.constants import KIND
+from m3bind.data.preprocess import Preprocess
 
 GOOD = {"kind": "image2d", "size": (64, 48), "channels": 3}
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import wfdb
 
-from m3bind.data.preprocess import LEADS
+from m3bind.data.constants import LEADS
 from m3bind.data.readers import common, reader_for
 from m3bind.data.readers.common import Unreadable
 from m3bind.data.readers.ecg import lead_of
 
-from medical_files import waveform  # isort: skip
+from medical_files import limb_leads, waveform  # isort: skip
 
 
 def read(path, part=""):
@@ -25,9 +25,9 @@ def refuse(path, words, part=""):
 
 
 def wave(seconds=10.0, rate=500, amplitude=0.8):
-    """Millivolt [samples, 12]: each lead its own slow sine, so that leads cannot be confused."""
+    """Millivolt [samples, 12]: slow sines that tell the leads apart, and limb leads that fit."""
     t = np.arange(int(seconds * rate)) / rate
-    return np.stack([amplitude * np.sin(2 * np.pi * (k + 1) * t + k) for k in range(12)], axis=1)
+    return limb_leads([amplitude * np.sin(2 * np.pi * (k + 1) * t + k) for k in range(12)]).T
 
 
 def record(folder, millivolt, names=LEADS, rate=500, units="mV", scale=1.0, **values):
@@ -122,7 +122,7 @@ def test_wfdb_that_is_refused(tmp_path) -> None:
     data.write_bytes(data.read_bytes()[:20000])
     refuse(path, "cannot be read as a WFDB")
     data.unlink()
-    refuse(path, "r1.dat is missing")
+    refuse(path, r"a \.dat file that the record's header names is missing")
     path.write_text("nonsense\n")
     refuse(path, "cannot be read as a WFDB")
 
@@ -174,8 +174,41 @@ def test_dicom_waveform_that_is_refused(tmp_path) -> None:
     ("text", "lead"),
     [
         ("Lead I (Einthoven)", "I"), ("MDC_ECG_LEAD_AVR", "aVR"), ("v1", "V1"), ("III", "III"),
-        ("AVF", "aVF"), ("MLII", None), ("V10", None), ("I-II", None), ("", None),
+        ("AVF", "aVF"), ("Lead-aVR", "aVR"), ("ECG-I", "I"), ("ECG - I", "I"), ("MLII", None),
+        ("V10", None), ("I-II", None), ("", None),
+        ("-aVR", "-aVR"), ("Lead -aVR", "-aVR"), ("Lead (\N{MINUS SIGN}aVR)", "-aVR"),
+        ("aVR (-)", "-aVR"), ("MDC_ECG_LEAD_neg_AVR", "-aVR"), ("MDC_ECG_LEAD_AVRneg", "-aVR"),
+        ("inverted aVL", "-aVL"), ("minus III", "-III"),
     ],
 )  # fmt: skip
 def test_names_of_leads(text, lead) -> None:
-    assert lead_of(text) == lead
+    found = lead_of(text)
+    assert (found and found[0].rjust(len(found[0]) + (found[1] < 0), "-")) == lead
+
+
+def test_an_inverted_lead_comes_in_upright(tmp_path) -> None:
+    """Cabrera's order of the limb leads holds -aVR."""
+    (straight,) = read(record(tmp_path, wave()))
+    names = ["-aVR" if lead == "aVR" else lead for lead in LEADS]
+    turned = wave()
+    turned[:, 3] *= -1
+    (reading,) = read(record(tmp_path, turned, names))
+    np.testing.assert_array_equal(reading.array, straight.array)
+    assert reading.steps[1:] == ["lead aVR turned: it stood there inverted (-aVR)"]
+    dicom = samples()
+    dicom["-aVR"] = -dicom.pop("aVR")
+    (reading,) = read(waveform(tmp_path / "a.dcm", dicom, 500))
+    assert np.abs(reading.array - straight.array).max() <= 1
+    assert any("aVR turned" in step for step in reading.steps)
+
+
+@pytest.mark.parametrize("lead", LEADS[:6])
+def test_limb_leads_that_contradict_each_other_are_refused(tmp_path, lead) -> None:
+    """An inverted lead under the usual name; electrodes that fell off for 2 s are no reason."""
+    signal = wave() + 0.005 * np.random.default_rng(0).standard_normal((5000, 12))
+    signal[1000:2000, 3] = 0
+    signal[:, 1] += np.linspace(0, 1, 5000)
+    path = record(tmp_path, signal)
+    assert len(read(path)) == 1
+    signal[:, LEADS.index(lead)] *= -1
+    refuse(record(tmp_path, signal), r"is not .*: they differ by \d+ uV")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3bind.data.preprocess import KIND
+from m3bind.data.constants import KIND
 from m3bind.data.records import Record
 
 from loader_cases import noise, record  # isort: skip

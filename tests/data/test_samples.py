@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from m3bind.data import samples
+from m3bind.data.constants import MODALITIES
 from m3bind.data.manifest import read_manifest
-from m3bind.data.records import MODALITIES
 from m3bind.errors import M3BindError
 
 FILM, TERMS = b"not quite a film" * 5000, b"Everybody may use it."

@@ -10,16 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3bind.data.preprocess import KIND
+from m3bind.data.constants import KIND
 from m3bind.data.shards import (
     Dataset,
     ModalityInfo,
     ShardWriter,
     audit,
+    check_patients,
     iter_records,
     iter_reports,
+    read_index,
     shard_paths,
     shards_content,
+    shared_patients,
+    whole_samples,
 )
 from m3bind.errors import M3BindError
 
@@ -140,6 +144,49 @@ def test_audit_finds_a_patient_in_two_splits_also_across_modalities(tmp_path) ->
     write(tmp_path, [record("retina", 1, noise("retina", 1), split="test")])
     with pytest.raises(M3BindError, match="patient p1 stands in the splits train and test"):
         audit(described(tmp_path, "ecg", "retina"))
+
+
+def test_two_data_sets_put_together_show_the_same_image_in_two_splits(tmp_path) -> None:
+    """Prepared apart, with a salt each, they give one patient two names."""
+    write(tmp_path, [record("ecg", 1, noise("ecg", 1))])
+    write(tmp_path, [record("ecg", 2, noise("ecg", 1), split="test")])
+    with pytest.raises(M3BindError, match=r"same payload stands .* train and test .*ecg-0002"):
+        check_patients(described(tmp_path, "ecg"))
+
+
+def test_patients_of_two_modalities_are_counted(tmp_path) -> None:
+    """One split, several modalities: no leak, but to be told."""
+    write(tmp_path, [record("ecg", i, noise("ecg", i)) for i in range(5)])
+    write(tmp_path, [record("retina", i, noise("retina", i)) for i in range(3, 7)])
+    described(tmp_path, "ecg", "retina")
+    assert check_patients(tmp_path)["p3"] == {"ecg", "retina"}
+    assert shared_patients(tmp_path) == 2
+
+
+def test_a_run_refuses_a_patient_in_two_splits(tmp_path) -> None:
+    from m3bind.config import Config
+    from m3bind.stages import Run
+
+    write(tmp_path, [record("ecg", 1, noise("ecg", 1))])
+    write(tmp_path, [record("ecg", 1, noise("ecg", 2), split="test")])
+    described(tmp_path, "ecg")
+    with pytest.raises(M3BindError, match="patient p1 stands in the splits train and test"):
+        Run(Config(data=str(tmp_path), output=str(tmp_path / "run")))
+
+
+def test_index_at_fault(tmp_path) -> None:
+    write(tmp_path, [record("ecg", i, noise("ecg", i)) for i in range(3)])
+    (path,) = shard_paths(tmp_path, "ecg", "train")
+    assert len(read_index(path)) == whole_samples(path) == 3
+    index = path.with_suffix(".idx")
+    lines = index.read_text().splitlines()
+    for bad in ("", "v1.2 4\n" + "\n".join(lines[1:]), "\n".join([*lines[:3], lines[3][:-20]])):
+        index.write_text(bad)
+        with pytest.raises(M3BindError, match=r"ecg-train-000000\.idx is not a whole index"):
+            read_index(path)
+    index.unlink()
+    with pytest.raises(M3BindError, match=r"000000\.idx is missing: remove the shard"):
+        whole_samples(path)
 
 
 def test_audit_finds_an_unknown_label(tmp_path) -> None:

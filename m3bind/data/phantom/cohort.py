@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,24 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from m3bind.data.constants import SPLITS
 from m3bind.data.phantom.canvas import Simulated
 from m3bind.data.phantom.patients import Patient, make_patient
 from m3bind.data.phantom.reports import plain_facts, write_report
-from m3bind.data.phantom.table import SPLITS, table
+from m3bind.data.phantom.table import table
 from m3bind.data.records import Record
 from m3bind.data.reports import compose
-from m3bind.data.shards import Dataset, ModalityInfo, ShardWriter, shard_paths
+from m3bind.data.shards import Dataset, ModalityInfo, ShardWriter, shard_paths, whole_samples
 from m3bind.errors import M3BindError
+from m3bind.processes import spawned_pool
 
 NAME = "simulated"
 _JPEG_QUALITY = 90
+# The modules of m3bind.data, besides those of the phantom, that shape a shard's bytes.
+_SHAPES_BYTES = ("constants", "records", "reports", "shards")
+_CHUNK = 8  # patients that a process simulates at a time
+
+_Job = tuple[str, str, int, int]  # the arguments of make_record
 
 
 def simulate(patient: Patient) -> Simulated:
@@ -63,10 +72,11 @@ def make_record(modality: str, split: str, index: int, seed: int) -> Record:
 
 
 def fingerprint(seed: int, counts: dict[str, int], modalities: Sequence[str]) -> str:
-    """Changes whenever the cohort would: seed, sizes, or anything in this package."""
+    """Changes whenever the cohort would: seed, sizes, or the code that makes the bytes."""
     digest = hashlib.sha256(repr((seed, sorted(counts.items()), list(modalities))).encode())
-    folder = resources.files(__package__)
-    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+    package = resources.files("m3bind.data")
+    beside = [package / f"{name}.py" for name in _SHAPES_BYTES]
+    for entry in sorted([*(package / "phantom").iterdir(), *beside], key=lambda e: e.name):
         if entry.name.endswith((".py", ".yaml")):
             digest.update(entry.name.encode() + entry.read_bytes())
     return digest.hexdigest()[:16]
@@ -81,12 +91,10 @@ def _finished(root: Path, key: str, counts: dict[str, int]) -> Dataset | None:
         return None
     for modality in dataset.modalities:
         for split in counts:
-            held = 0
-            for path in shard_paths(root, modality, split):
-                index = path.with_suffix(".idx")
-                if not index.is_file():
-                    return None
-                held += int(index.read_text().split(maxsplit=2)[1])
+            try:
+                held = sum(whole_samples(path) for path in shard_paths(root, modality, split))
+            except M3BindError:
+                return None
             if held != counts[split]:
                 return None
     return dataset
@@ -97,8 +105,10 @@ def _make_room(root: Path) -> None:
     if not root.is_dir():
         return
     for entry in sorted(root.iterdir()):
-        ours = entry.name in (".dataset.yaml.part", "dataset.yaml") or (
-            entry.is_dir() and entry.name in table().modalities
+        ours = (
+            entry.name == "dataset.yaml"
+            or entry.match(".dataset.yaml.*.part")
+            or (entry.is_dir() and entry.name in table().modalities)
         )
         others = [entry] if not ours else []
         if entry.is_dir():
@@ -153,8 +163,11 @@ def make_cohort(
         for i in range(count)
     ]
     workers = workers or len(os.sched_getaffinity(0))
-    with _records(jobs, workers) as records:
-        bar = tqdm(records, total=len(jobs), desc="simulated cohort", unit="patient")
+    records = _records(jobs, workers)
+    with (
+        closing(records),
+        tqdm(records, total=len(jobs), desc="simulated cohort", unit="patient") as bar,
+    ):
         stream = iter(bar)
         for modality in chosen:
             bar.set_postfix_str(modality)
@@ -162,7 +175,6 @@ def make_cohort(
                 with ShardWriter(root, NAME, modality, split) as writer:
                     for _ in range(count):
                         writer.write(next(stream))
-        bar.close()
     dataset = Dataset(
         root=root,
         name=NAME,
@@ -186,28 +198,45 @@ def make_cohort(
     return dataset
 
 
-def _run(job: tuple[str, str, int, int]) -> Record:
-    return make_record(*job)
+def _make_records(jobs: list[_Job]) -> list[Record]:
+    return [make_record(*job) for job in jobs]
+
+
+def _records(jobs: list[_Job], workers: int) -> Generator[Record, None, None]:
+    """The records of all jobs, in order, with at most a few chunks of them ahead."""
+    if workers == 1 or len(jobs) < 2 * _CHUNK:
+        for job in jobs:
+            yield make_record(*job)
+        return
+    left = deque(jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK))
+    ahead = deque[Future[list[Record]]]()
+    pool = spawned_pool(workers, ignore_interrupt=True)
+    try:
+        while left or ahead:
+            with _one_thread_each():
+                while left and len(ahead) < 4 * workers:
+                    ahead.append(pool.submit(_make_records, left.popleft()))
+            yield from ahead.popleft().result()
+    except BrokenProcessPool:
+        raise M3BindError(
+            f"one of {workers} processes that simulate patients was killed, mostly because memory "
+            "ran out: free memory, or use fewer of them (m3bind phantom --workers), and do it again"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def _records(jobs: list[tuple[str, str, int, int]], workers: int) -> Iterator[Iterator[Record]]:
-    """The records of all jobs, in order."""
-    if workers == 1 or len(jobs) < 16:
-        yield map(_run, jobs)
-        return
-    # Spawned, since the caller may hold threads (torch, DALI) that do not survive a fork; one
-    # numerical thread each, as there is a process a core.
+def _one_thread_each() -> Iterator[None]:
+    """Processes that start inside use one numerical thread: there is a process a core."""
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     before = {name: os.environ.get(name) for name in threads}
     os.environ.update(threads)
     try:
-        pool = multiprocessing.get_context("spawn").Pool(workers)
+        yield
     finally:
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-    with pool:
-        yield pool.imap(_run, jobs, chunksize=8)

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
+from m3bind.data.constants import SIGNAL_HZ
 from m3bind.data.phantom.canvas import Floats, Simulated
 from m3bind.data.phantom.ecg_heart import Heart, contract, make_heart
 from m3bind.data.phantom.patients import Patient
 
-RATE_HZ = 500
 LENGTH = 5000
-LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 
 _V_ANGLES = np.deg2rad([115.0, 94.0, 75.0, 58.0, 30.0, 0.0])
 _V_GAINS = np.array([1.0, 1.4, 1.5, 1.5, 1.3, 1.1])
@@ -35,7 +34,7 @@ def simulate(p: Patient) -> Simulated:
     rng = p.rng("image")
     h = make_heart(p, rng)
     r, ectopic = contract(h, rng)
-    seconds = np.arange(LENGTH, dtype=np.float32) / RATE_HZ
+    seconds = np.arange(LENGTH, dtype=np.float32) / SIGNAL_HZ
     dipole = _render(h.waves, seconds)
     if h.fibrillation:
         dipole += _fibrillation(rng)
@@ -52,8 +51,8 @@ def _render(waves: list[tuple[float, float, np.ndarray]], seconds: Floats) -> Fl
     """The sum of all waves, [3, T]; each is evaluated over five sigmas only."""
     out = np.zeros((3, LENGTH), np.float32)
     for time, sigma, vector in waves:
-        lo = max(0, int((time - 5 * sigma) * RATE_HZ))
-        hi = min(LENGTH, int((time + 5 * sigma) * RATE_HZ) + 1)
+        lo = max(0, int((time - 5 * sigma) * SIGNAL_HZ))
+        hi = min(LENGTH, int((time + 5 * sigma) * SIGNAL_HZ) + 1)
         if hi > lo:
             shape = np.exp(-0.5 * ((seconds[lo:hi] - time) / sigma) ** 2)
             out[:, lo:hi] += vector[:, None].astype(np.float32) * shape
@@ -63,7 +62,7 @@ def _render(waves: list[tuple[float, float, np.ndarray]], seconds: Floats) -> Fl
 def _fibrillation(rng: np.random.Generator) -> Floats:
     """Waves of fibrillating atria, [3, T], of changing rate and size."""
     f = rng.uniform(5.0, 8.0)
-    phase = 2 * np.pi * np.cumsum(f + 1.2 * _slow(rng, 0.25)) / RATE_HZ
+    phase = 2 * np.pi * np.cumsum(f + 1.2 * _slow(rng, 0.25)) / SIGNAL_HZ
     size = rng.uniform(0.06, 0.11) * (1 + 0.35 * _slow(rng, 0.4))
     wave = size * (np.sin(phase) + 0.35 * np.sin(2 * phase + 1) + 0.4 * _slow(rng, 0.03))
     return np.array([[-0.25], [0.6], [0.75]], np.float32) * wave
@@ -71,7 +70,7 @@ def _fibrillation(rng: np.random.Generator) -> Floats:
 
 def _slow(rng: np.random.Generator, seconds: float) -> Floats:
     """Unit-variance noise, smooth over about `seconds`."""
-    step = max(1, int(seconds * RATE_HZ))
+    step = max(1, int(seconds * SIGNAL_HZ))
     coarse = rng.standard_normal(LENGTH // step + 3)
     line = np.interp(np.arange(LENGTH) / step, np.arange(len(coarse)), coarse)
     return (gaussian_filter1d(line, step / 3, truncate=2) * 1.25).astype(np.float32)
@@ -125,7 +124,7 @@ def _calibrate(
 
 
 def _facts(h: Heart, r: np.ndarray, ectopic: str) -> dict[str, Any]:
-    inside = r[(r >= 0) & (r < LENGTH / RATE_HZ)]
+    inside = r[(r >= 0) & (r < LENGTH / SIGNAL_HZ)]
     rate = 60 / np.diff(inside).mean() if len(inside) > 1 else h.rate
     facts: dict[str, Any] = {
         "rate": round(float(rate)),

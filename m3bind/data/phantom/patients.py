@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from m3bind.data.phantom.table import SPLITS, table
+from m3bind.data.constants import SPLITS
+from m3bind.data.phantom.table import table
 
 SEVERITIES = ("mild", "moderate", "severe")
 # Room for a million patients in each (modality, split).

@@ -9,8 +9,6 @@ from typing import Any
 
 import yaml
 
-SPLITS = ("train", "val", "test")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModalityTable:

@@ -94,15 +94,3 @@ def thin(items: list[Any]) -> list[Any]:
     if len(items) <= MAX_PARTS:
         return items
     return [items[i * len(items) // MAX_PARTS] for i in range(MAX_PARTS)]
-
-
-def names_patient(report: str, identifiers: tuple[str, ...]) -> bool:
-    """Whether the report holds one of the identifiers (a number, or a whole name)."""
-    words = {word.casefold() for word in re.findall(r"[\w-]+", report)}
-    for identifier in identifiers:
-        pieces = [word.casefold() for word in re.findall(r"[\w-]+", identifier)]
-        is_name = len([piece for piece in pieces if len(piece) > 1]) > 1
-        is_number = len(identifier) > 3 and any(c.isdigit() for c in identifier)
-        if pieces and (is_name or is_number) and all(piece in words for piece in pieces):
-            return True
-    return False

@@ -28,10 +28,15 @@ def open_dicom(path: Path) -> Any:
 
 def identifiers(data: Any) -> tuple[str, ...]:
     """Names and numbers of the patient in the header; to be compared with, never to be stored."""
-    names = [str(data.get(name, "") or "").replace("^", " ") for name in _NAMES]
-    numbers = [str(data.get(name, "") or "") for name in _NUMBERS]
+    names = [text for name in _NAMES for text in _values(data, name)]
+    numbers = [text for name in _NUMBERS for text in _values(data, name)]
     # "exam number" where a number should stand names nobody
     return (*names, *(text for text in numbers if any(c.isdigit() for c in text)))
+
+
+def _values(data: Any, name: str) -> list[str]:
+    value = data.get(name) or []
+    return [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
 
 
 def pixels(data: Any) -> NDArray[Any]:

@@ -1,12 +1,14 @@
 """What ECG readers share: from channels to twelve leads in microvolt at 500 Hz, in 10 s windows."""
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3bind.data.preprocess import LEADS, SIGNAL_HZ
+from m3bind.data.constants import LEADS, SIGNAL_HZ
 from m3bind.data.readers.common import Reading, Unreadable, slices, thin
 
 WINDOW_S = 10
@@ -14,13 +16,31 @@ _SHORTEST_S = 5
 _SLOWEST_HZ = 100.0  # below it the QRS complex is lost
 _MICROVOLT = {"uv": 1.0, "µv": 1.0, "μv": 1.0, "mv": 1e3, "v": 1e6, "nv": 1e-3}
 _LEAD = {lead.casefold(): lead for lead in LEADS}
-_WORD = re.compile(r"(?<![a-z0-9])(avr|avl|avf|v[1-6]|iii|ii|i)(?![a-z0-9])", re.IGNORECASE)
+_NAME = r"(avr|avl|avf|v[1-6]|iii|ii|i)"
+_WORD = re.compile(rf"(?<![a-z0-9]){_NAME}(?:neg)?(?![a-z0-9])")
+# A minus that touches the lead's name alone, as in "Lead -aVR", but not in "Lead-aVR".
+_INVERTED = re.compile(
+    rf"\b(?:neg|negative|inv|inverted|minus|reversed)\b|\(-\)|{_NAME}neg\b|(?<!\S)\(?-{_NAME}"
+)
+# By Einthoven's law and Goldberger's definitions.
+_LIMB: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "II": ("I + III", lambda uv: uv["I"] + uv["III"]),
+    "aVR": ("-(I + II)/2", lambda uv: -(uv["I"] + uv["II"]) / 2),
+    "aVL": ("(I - III)/2", lambda uv: (uv["I"] - uv["III"]) / 2),
+    "aVF": ("(II + III)/2", lambda uv: (uv["II"] + uv["III"]) / 2),
+}
+# Of the difference, in uV and as a share of the lead. Recorders derive four limb leads from two,
+# so that real recordings differ by rounding (1 uV); an inverted lead differs by twice itself.
+_ROUNDING_UV, _SHARE = 20.0, 0.25
 
 
-def lead_of(text: str) -> str | None:
-    """The lead that a channel's name means: "MDC_ECG_LEAD_AVR", "Lead I (Einthoven)", "v1"."""
-    found = _WORD.findall(text.replace("_", " "))
-    return _LEAD[found[0].casefold()] if len(found) == 1 else None
+def lead_of(text: str) -> tuple[str, int] | None:
+    """The lead that a channel's name means, and -1 if inverted: "Lead I (Einthoven)", "-aVR"."""
+    text = re.sub(r"[\u2010-\u2015\u2212]", "-", text.casefold().replace("_", " "))
+    found = _WORD.findall(text)
+    if len(found) != 1:
+        return None
+    return _LEAD[found[0]], -1 if _INVERTED.search(text) else 1
 
 
 def microvolts(unit: str) -> float:
@@ -31,11 +51,19 @@ def microvolts(unit: str) -> float:
         raise Unreadable(f"the unit {unit!r} is not uV, mV or V", "correct the header") from None
 
 
-def add_lead(channels: dict[str, NDArray[np.float64]], lead: str, uv: NDArray[np.float64]) -> None:
-    """Put a channel among the leads; raises Unreadable where there is one of that name."""
+def add_lead(
+    channels: dict[str, NDArray[np.float64]],
+    named: tuple[str, int],  # as `lead_of` gives it
+    uv: NDArray[np.float64],
+    steps: list[str],
+) -> None:
+    """Put a channel among the leads, upright; raises Unreadable where there is one already."""
+    lead, sign = named
     if lead in channels:
         raise Unreadable(f"lead {lead} stands there twice", "leave one of them in the recording")
-    channels[lead] = uv
+    channels[lead] = sign * uv
+    if sign < 0:
+        steps.append(f"lead {lead} turned: it stood there inverted (-{lead})")
 
 
 def to_readings(
@@ -82,12 +110,35 @@ def to_readings(
         # "line": the ends are not 0 mV, and a filter that takes them for it would ring there.
         uv = resample_poly(uv, ratio.numerator, ratio.denominator, axis=1, padtype="line")
         steps.append(f"{rate_hz:g} to {SIGNAL_HZ} Hz by {ratio.numerator}/{ratio.denominator}")
+    _check_limb_leads(uv)
     whole = np.rint(uv)
     if np.abs(whole).max() > 32767:
         raise Unreadable(
             f"up to {np.abs(whole).max() / 1000:.0f} mV cannot be an ECG", "correct its units"
         )
     return _windows(whole.astype(np.int16), rate_hz, part, steps)
+
+
+def _check_limb_leads(uv: NDArray[np.float64]) -> None:
+    """Raises Unreadable where the six limb leads contradict each other."""
+    whole = uv.shape[1] // SIGNAL_HZ * SIGNAL_HZ
+    # Second by second and its median: neither drift nor a loose electrode's artefact decides.
+    beats = uv[:6, :whole].reshape(6, -1, SIGNAL_HZ)
+    leads = dict(zip(LEADS[:6], beats - beats.mean(axis=2, keepdims=True), strict=True))
+    for lead, (formula, derive) in _LIMB.items():
+        derived = derive(leads)
+        differs, *sizes = (_rms(v) for v in (leads[lead] - derived, leads[lead], derived))
+        if differs > _ROUNDING_UV + _SHARE * max(sizes):
+            raise Unreadable(
+                f"lead {lead} is not {formula}: they differ by {differs:.0f} uV (rms)",
+                "look whether one of these leads is inverted, and call it so (-aVR), or stands "
+                "under another's name; or leave the recording out",
+            )
+
+
+def _rms(values: NDArray[np.float64]) -> float:
+    """Of the median second."""
+    return float(np.median(np.sqrt((values**2).mean(axis=-1))))
 
 
 def _windows(uv: NDArray[np.int16], rate_hz: float, part: str, steps: list[str]) -> list[Reading]:

@@ -12,7 +12,7 @@ from m3bind.data.readers.ecg import add_lead, lead_of, microvolts, to_readings
 
 PACKAGES = ("pydicom", "scipy")
 # The last number of a lead's code, in SCP-ECG's (5.6.3-9-61) and in ISO 11073's (2:61) scheme.
-_CODES = {1: "I", 2: "II", 61: "III", 62: "aVR", 63: "aVL", 64: "aVF"} | {
+_CODES = {1: "I", 2: "II", 61: "III", 62: "aVR", 63: "aVL", 64: "aVF", 65: "-aVR"} | {
     n + 2: f"V{n}" for n in range(1, 7)
 }
 _SAMPLES = {"SB": "<i1", "UB": "<u1", "SS": "<i2", "US": "<u2", "SL": "<i4", "UL": "<u4"}
@@ -32,6 +32,7 @@ def read(path: Path, part: str = "") -> list[Reading]:
     group = max(original or groups, key=lambda g: int(g.NumberOfWaveformSamples))
     stored = _stored(group)
     padding = _padding(group)
+    steps = ["samples * sensitivity + baseline, in uV"]
     channels: dict[str, NDArray[np.float64]] = {}
     for index, channel in enumerate(group.ChannelDefinitionSequence):
         lead = _lead(channel)
@@ -42,14 +43,13 @@ def read(path: Path, part: str = "") -> list[Reading]:
             unit = str(channel.ChannelSensitivityUnitsSequence[0].CodeValue)
         except (AttributeError, TypeError, ValueError, IndexError):
             raise Unreadable(
-                f"lead {lead} has no sensitivity: its unit is unknown", AGAIN
+                f"lead {lead[0]} has no sensitivity: its unit is unknown", AGAIN
             ) from None
         sensitivity *= float(channel.get("ChannelSensitivityCorrectionFactor") or 1)
         values = stored[:, index] * sensitivity + float(channel.get("ChannelBaseline") or 0)
         if padding is not None:
             values[stored[:, index] == padding] = np.nan
-        add_lead(channels, lead, values * microvolts(unit))
-    steps = ["samples * sensitivity + baseline, in uV"]
+        add_lead(channels, lead, values * microvolts(unit), steps)
     readings = to_readings(channels, float(group.SamplingFrequency), part, steps)
     readings[0].identifiers = identifiers(data)
     return readings
@@ -75,8 +75,8 @@ def _padding(group: Any) -> int | None:
     return None if value is None else int(value)
 
 
-def _lead(channel: Any) -> str | None:
+def _lead(channel: Any) -> tuple[str, int] | None:
     source = channel.ChannelSourceSequence[0]
     named = lead_of(str(source.get("CodeMeaning", "")))
     last = str(source.get("CodeValue", "")).replace(":", "-").rpartition("-")[2]
-    return named or (_CODES.get(int(last)) if last.isdigit() else None)
+    return named or lead_of(_CODES.get(int(last), "") if last.isdigit() else "")

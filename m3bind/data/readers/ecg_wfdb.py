@@ -37,16 +37,19 @@ def read(path: Path, part: str = "") -> list[Reading]:
 
     absent = [file.name for file in files(path) if not file.is_file()]
     if absent:
-        raise Unreadable(f"the record's file {absent[0]} is missing", "put it beside the header")
+        kind = Path(absent[0]).suffix or "data"
+        raise Unreadable(
+            f"a {kind} file that the record's header names is missing", "put it beside the header"
+        )
     try:
         record = wfdb.rdrecord(str(header(path).with_suffix("")))
     except Exception as error:  # of many kinds for a bad header or a short file
         reason = f"it cannot be read as a WFDB record: {one_line(error)}"
         raise Unreadable(reason, "fetch the record's files again") from None
+    steps = [f"{', '.join(sorted(set(record.units)))} to uV"]
     channels: dict[str, NDArray[np.float64]] = {}
     for index, (name, unit) in enumerate(zip(record.sig_name, record.units, strict=True)):
         lead = lead_of(name)
         if lead is not None:
-            add_lead(channels, lead, record.p_signal[:, index] * microvolts(unit))
-    units = ", ".join(sorted(set(record.units)))
-    return to_readings(channels, float(record.fs), part, [f"{units} to uV"])
+            add_lead(channels, lead, record.p_signal[:, index] * microvolts(unit), steps)
+    return to_readings(channels, float(record.fs), part, steps)

@@ -1,0 +1,46 @@
+"""Files appear whole or not at all, whoever is killed or fails."""
+
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from m3bind.files import atomic_write
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "deep" / "metrics.json"
+    with atomic_write(path) as partial:
+        partial.write_text("old")
+        assert not path.exists() and partial.parent == path.parent
+    with pytest.raises(RuntimeError), atomic_write(path) as partial:
+        partial.write_text("ne")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_others_may_read_it_as_the_umask_says(tmp_path):
+    """safetensors writes files that only their owner may read."""
+    with atomic_write(tmp_path / "x") as partial:
+        partial.unlink()
+        partial.write_bytes(b"x")
+        partial.chmod(0o600)
+    (tmp_path / "plain").touch()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
+    killed = (
+        "import os, pathlib, sys\n"
+        "from m3bind.files import atomic_write\n"
+        "with atomic_write(pathlib.Path(sys.argv[1])) as partial: os._exit(9)\n"
+    )
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path / "x")], check=False)
+    (left,) = tmp_path.iterdir()
+    living = tmp_path / ".x.1.part"  # of a process that still writes
+    living.touch()
+    with atomic_write(tmp_path / "x") as partial:
+        partial.write_text("whole")
+    assert not left.exists() and living.exists() and (tmp_path / "x").read_text() == "whole"
