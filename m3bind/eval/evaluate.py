@@ -92,7 +92,13 @@ def _zero_shot(sets: Stage, seed: int) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for kind in kinds:
         results = {
-            name: zero_shot(item.image, item.labels, item.prompts[kind], seed=seed)
+            name: zero_shot(
+                item.image,
+                item.labels,
+                item.prompts[kind],
+                seed=seed,
+                where=f"the {kind!r} prompts of {name}",
+            )
             for name, item in sets.items()
             # with the prompts of one class alone every answer would be right
             if len(item.prompts.get(kind, ())) > 1 and any(item.labels)

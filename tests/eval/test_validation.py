@@ -36,3 +36,13 @@ def test_without_labels_the_score_is_not_a_number(test_sets):
     ]
     found = validate(unlabelled)
     assert set(found) == {"score"} and math.isnan(found["score"])
+
+
+def test_a_label_without_a_prompt_names_modality_and_kind(test_sets):
+    item = test_sets["aligned"]["ct"]
+    prompts = {
+        **item.prompts,
+        "findings": {k: item.prompts["findings"][k] for k in item.labels[:2]},
+    }
+    with pytest.raises(ValueError, match=r"no prompt for .* in the 'findings' prompts of ct"):
+        validate([dataclasses.replace(item, prompts=prompts)])
