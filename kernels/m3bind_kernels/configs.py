@@ -29,6 +29,8 @@ class Config:
 
 # Small tiles, so that small matrices have several.
 _INTERPRETER = Config(64, 64, 64, 4, 1)
+# In 64 KiB of local memory, of which the pieces of a tile take as much as the tile.
+_ROCM = Config(64, 64, 32, 4, 2)
 _HALF_80 = (Config(128, 128, 32, 8, 4), Config(128, 128, 64, 8, 3))
 _HALF_90 = (
     Config(128, 256, 64, 8, 3),
@@ -64,8 +66,7 @@ def for_device(kernel: str, half: bool, device: torch.device) -> list[Config]:
         return [_INTERPRETER]
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        # No tensor descriptors: the plainest kernels, in the 64 KiB of local memory.
-        return candidates(kernel, half, 80, 64 << 10)
+        return [_ROCM]
     limit = found.shared_memory_per_block_optin
     return candidates(kernel, half, 10 * found.major + found.minor, limit)
 

@@ -82,10 +82,10 @@ def signature(kernel: Any, dtype: str, out: str, constants: dict[str, Any]) -> d
     return kinds
 
 
-def compile_kernel(
-    name: str, capability: int, folder: Path, *, dtype: str = "fp32", out: str = "fp32",
-    num_warps: int = 4, num_stages: int = 3, **constants: Any,
-) -> Compiled:  # fmt: skip
+def compile_for(
+    target: GPUTarget, name: str, *, dtype: str = "fp32", out: str = "fp32", num_warps: int = 4,
+    num_stages: int = 3, **constants: Any,
+) -> Any:  # fmt: skip
     kernel = KERNELS[name]
     kinds = signature(kernel, dtype, out, constants)
     # Whole allocations, a padded stride, and as many features as models have: Triton is told that
@@ -94,14 +94,18 @@ def compile_kernel(
     aligned = [
         i for i, (arg, kind) in enumerate(kinds.items()) if kind.startswith("*") or arg in multiples
     ]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(
             fn=kernel, signature=kinds, constexprs=constants,
             attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
         ),
-        target=GPUTarget("cuda", capability, 32),
+        target=target,
         options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
     )  # fmt: skip
+
+
+def compile_kernel(name: str, capability: int, folder: Path, **options: Any) -> Compiled:
+    compiled = compile_for(GPUTarget("cuda", capability, 32), name, **options)
     binary = folder / f"{name}.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     usage = _tool("cuobjdump", "-res-usage", binary)

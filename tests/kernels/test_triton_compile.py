@@ -5,10 +5,13 @@ on its tensor cores. The number of features is no constant of the kernels: one c
 for 256, 512, 768 and 1024, which differ in nothing that Triton looks at.
 """
 
-import pytest
-from compiled import SHARED_LIMIT, TENSOR_CORE, compile_kernel, stats_constants
+import re
 
-from m3bind_kernels.configs import Config, candidates
+import pytest
+from compiled import SHARED_LIMIT, TENSOR_CORE, compile_for, compile_kernel, stats_constants
+from triton.backends.compiler import GPUTarget
+
+from m3bind_kernels.configs import _ROCM, Config, candidates
 
 CAPABILITIES = (80, 90, 100)
 # (classes, masks, totals): the default, and everything at once.
@@ -120,3 +123,18 @@ def test_merge_and_ranges(capability, sums, tmp_path):
     )
     for result in (merged, ranges):
         assert result.stack == result.count("STL") == result.count("LDL") == 0
+
+
+@pytest.mark.parametrize("kernel", ("stats_fwd", "stats_far", "stats_bwd"))
+def test_rocm(kernel):
+    constants = stats_constants(
+        kernel, 80, _ROCM, dtype="bf16", out="fp16", classes=True, masks=True, totals=True
+    )
+    compiled = compile_for(
+        GPUTarget("hip", "gfx942", 64), kernel, dtype="bf16", out="fp16",
+        num_warps=_ROCM.num_warps, num_stages=_ROCM.num_stages, **constants,
+    )  # fmt: skip
+    code = compiled.asm["amdgcn"]
+    assert compiled.metadata.shared <= 64 << 10
+    assert "v_mfma" in code
+    assert re.findall(r"vgpr_spill_count: *(\d+)", code) == ["0"]
