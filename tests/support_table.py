@@ -4,6 +4,7 @@ A row is what a test shows (with the feature it shows it of), a column a backend
 dtypes of the test, or says that it failed or was skipped.
 """
 
+import json
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -35,7 +36,9 @@ _titles: dict[str, str] = {}
 def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     report = yield
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    backend = parameters.get("backend")
+    # The kernels under Triton's interpreter are tested in a process of their own.
+    own = "triton" if item.path.stem == "test_triton_stats" else None
+    backend = parameters.get("backend", own)
     if backend in BACKENDS and (report.when == "call" or report.outcome != "passed"):
         dtype = str(parameters.get("dtype", "")).removeprefix("torch.")
         passed = DTYPES.get(dtype, "yes") if report.outcome == "passed" else report.outcome
@@ -50,22 +53,31 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
 
 def pytest_sessionfinish(session: Any) -> None:
     target = os.environ.get("M3BIND_SUPPORT_TABLE")
-    if target and _found:
-        Path(target).write_text(_markdown(), encoding="utf-8")
+    if not target or not _found:
+        return
+    # What other processes found, while `make support` runs, stands beside the table.
+    kept = Path(f"{target}.json")
+    found = json.loads(kept.read_text()) if kept.is_file() else {}
+    for file, rows in _found.items():
+        cells = {row: {b: sorted(c) for b, c in by.items()} for row, by in rows.items()}
+        found[file] = {"title": _titles[file], "rows": cells}
+    kept.write_text(json.dumps(found))
+    Path(target).write_text(_markdown(found), encoding="utf-8")
 
 
-def _markdown() -> str:
+def _markdown(found: dict[str, Any]) -> str:
     import torch
 
     ran = "ran on a GPU too" if torch.cuda.is_available() else "nothing has run on a GPU"
     machine = f"torch {torch.__version__.split('+')[0]}; {ran}; Triton runs in its interpreter."
     lines = [HEAD.format(machine=machine)]
-    for file, rows in _found.items():
+    for file in sorted(found):
+        rows = found[file]["rows"]
         used = [b for b in BACKENDS if any(b in cells for cells in rows.values())]
-        lines += [f"## {_titles[file]}", "", f"`{file}.py`", ""]
+        lines += [f"## {found[file]['title']}", "", f"`{file}.py`", ""]
         lines += [f"| | {' | '.join(used)} |", f"|---|{'---|' * len(used)}"]
         for row, cells in rows.items():
-            shown = (" ".join(sorted(cells[b])) if b in cells else "-" for b in used)
+            shown = (" ".join(cells[b]) if b in cells else "-" for b in used)
             lines.append(f"| {row} | {' | '.join(shown)} |")
         lines.append("")
     return "\n".join(lines)
