@@ -9,12 +9,13 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 CONSTRAIN := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 OUT    ?= runs/demo
 
-.PHONY: setup demo test test-all bench lint format ablation clean help
+.PHONY: setup demo test test-all bench support lint format ablation clean help
 
 help:
 	@echo "make demo      the whole path on a simulated cohort: $(OUT)/report.html"
 	@echo "make test      the tests (make test-all: the slow ones too)"
 	@echo "make bench     the benchmarks against the peers"
+	@echo "make support   docs/support.md out of the operators' tests"
 	@echo "make lint      ruff, clang-format, mypy, import layers"
 	@echo "make ablation  the demo with three seeds, tabulated"
 	@echo "make setup     only install (into $(ENV))"
@@ -42,6 +43,11 @@ test-all: setup
 
 bench: setup
 	$(BIN)/python -m pytest --benchmark-only benchmarks
+
+# docs/support.md: what works in which backend, out of the outcomes of the tests.
+support: setup
+	M3BIND_SUPPORT_TABLE=docs/support.md $(BIN)/python -m pytest -q tests/ops tests/kernels
+	rm -f docs/support.md.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/row_kernels.h"
+#include "cpu/siglip.h"
+#include "cpu/similarity_distill.h"
+#include "cpu/similarity_search.h"
 #include "cpu/similarity_stats.h"
 
 STABLE_TORCH_LIBRARY(m3bind_native, m) {
@@ -16,11 +19,44 @@ STABLE_TORCH_LIBRARY(m3bind_native, m) {
       " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, float margin, bool totals,"
       " Tensor row_lse, Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x,"
       " bool need_y) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "siglip_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? row_class,"
+      " Tensor? col_class, Tensor? row_mask, Tensor? col_mask) -> Tensor");
+  m.def(
+      "siglip_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? row_class,"
+      " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, Tensor grad_rows, bool need_x,"
+      " bool need_y) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "siglip_total_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias,"
+      " Tensor? row_class, Tensor? col_class, Tensor? row_mask, Tensor? col_mask, bool mean,"
+      " bool need_x, bool need_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_distill_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor teacher_x,"
+      " Tensor teacher_y, Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask, bool kl)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_distill_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor teacher_x,"
+      " Tensor teacher_y, Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask, Tensor row_lse,"
+      " Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x, bool need_y)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_topk_fwd(Tensor queries, Tensor gallery, int k, Tensor? query_ids,"
+      " Tensor? gallery_ids) -> (Tensor, Tensor)");
+  m.def(
+      "similarity_rank_fwd(Tensor queries, Tensor gallery, Tensor labels, Tensor? query_ids,"
+      " Tensor? gallery_ids) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
   m.impl("similarity_stats_fwd", TORCH_BOX(&m3bind::cpu::similarity_stats_fwd));
   m.impl("similarity_stats_bwd", TORCH_BOX(&m3bind::cpu::similarity_stats_bwd));
+  m.impl("siglip_fwd", TORCH_BOX(&m3bind::cpu::siglip_fwd));
+  m.impl("siglip_bwd", TORCH_BOX(&m3bind::cpu::siglip_bwd));
+  m.impl("siglip_total_fwd", TORCH_BOX(&m3bind::cpu::siglip_total_fwd));
+  m.impl("similarity_distill_fwd", TORCH_BOX(&m3bind::cpu::similarity_distill_fwd));
+  m.impl("similarity_distill_bwd", TORCH_BOX(&m3bind::cpu::similarity_distill_bwd));
+  m.impl("similarity_topk_fwd", TORCH_BOX(&m3bind::cpu::similarity_topk_fwd));
+  m.impl("similarity_rank_fwd", TORCH_BOX(&m3bind::cpu::similarity_rank_fwd));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -2,8 +2,18 @@
 
 from m3bind import losses, ops
 from m3bind.backends import use_backend
-from m3bind.losses import ClipLoss
-from m3bind.ops import clip_loss
+from m3bind.losses import ClipLoss, DistillClipLoss, SigLipLoss
+from m3bind.ops import clip_loss, siglip_loss, similarity_distill
 
 __version__ = "0.1.0"
-__all__ = ["ClipLoss", "clip_loss", "losses", "ops", "use_backend"]
+__all__ = [
+    "ClipLoss",
+    "DistillClipLoss",
+    "SigLipLoss",
+    "clip_loss",
+    "losses",
+    "ops",
+    "siglip_loss",
+    "similarity_distill",
+    "use_backend",
+]

@@ -2,7 +2,7 @@
 
 The only module that names `m3bind._C` or `m3bind_kernels`, and it imports them when first asked.
 An explicit choice (`backend=`, `use_backend`, `M3BIND_BACKEND`) that cannot be met raises and says
-why; the automatic one takes the first backend that can run.
+why; the automatic one takes the first backend that can run and is verified.
 """
 
 import importlib
@@ -38,6 +38,7 @@ class Entry:
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
     note: str = ""
     missing: Callable[[], str | None] = lambda: None  # why it cannot run at all, or None
+    unverified: str = ""  # why it runs only where it is asked for; empty: it may be automatic
 
 
 @cache
@@ -59,6 +60,20 @@ def _native_missing() -> str | None:
 def _native_ops() -> Any:
     native()
     return torch.ops.m3bind_native
+
+
+@cache
+def kernels() -> ModuleType | str:
+    """The package m3bind_kernels, or the reason why it does not load."""
+    try:
+        return importlib.import_module("m3bind_kernels")
+    except ImportError as error:
+        return f"m3bind_kernels does not load: {error}"
+
+
+def _kernels_missing() -> str | None:
+    found = kernels()
+    return found if isinstance(found, str) else None
 
 
 def _no_kernels() -> str:
@@ -83,12 +98,34 @@ def _native(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
     )
 
 
+def _triton(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
+    # Triton's interpreter runs kernels on the CPU, to test them.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return Entry(
+        load=kernels, devices=("cuda", "cpu") if interpreted else ("cuda",), dtypes=dtypes,
+        note=note, missing=_kernels_missing, unverified="it has not yet run on a GPU",
+    )  # fmt: skip
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_NARROW = _native(_FLOATS, "bfloat16 products where the processor has them; float16 is widened")
+_SEARCH = _native(_FLOATS, "equal rows have equal scores, bit for bit")
 TABLE: dict[str, dict[str, Entry]] = {
-    "similarity_stats": _row(cpp=_native(_FLOATS, "16-bit inputs are widened to float32")),
+    "similarity_stats": _row(cpp=_NARROW, triton=_triton(_FLOATS, "float32 without TF32")),
+    "siglip": _row(cpp=_NARROW),
+    "similarity_distill": _row(cpp=_NARROW),
+    "similarity_topk": _row(cpp=_SEARCH),
+    "similarity_rank": _row(cpp=_SEARCH),
 }
-# Public operators that are a primitive of the table plus terms of O((N + M) * D).
-BUILT_ON = {"clip_loss": "similarity_stats", "similarity_lse": "similarity_stats"}
+# Public operators: a primitive of the table, alone or plus terms of O((N + M) * D).
+BUILT_ON = {
+    "clip_loss": "similarity_stats",
+    "similarity_lse": "similarity_stats",
+    "siglip_loss": "siglip",
+    "similarity_distill": "similarity_distill",
+    "similarity_topk": "similarity_topk",
+    "similarity_rank": "similarity_rank",
+}
 
 _override: str | None = os.environ.get("M3BIND_BACKEND") or None
 
@@ -128,6 +165,8 @@ def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str | None =
             )
         return chosen
     for candidate in AUTOMATIC:
+        if TABLE[BUILT_ON.get(op, op)][candidate].unverified:
+            continue
         if why_not(op, candidate, device_type, dtype) is None:
             return candidate
     raise BackendUnavailable(f"no backend runs {op} on {device_type} tensors of {dtype}")

@@ -20,6 +20,7 @@ from m3bind.errors import M3BindError
 from m3bind.files import atomic_write
 
 FORMAT = "m3bind-checkpoint-1"
+CONFIG = "m3bind_config.json"  # beside published weights
 
 
 def save_checkpoint(
@@ -49,16 +50,20 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 def export_weights(path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Publish weights: plain safetensors, with ``m3bind_config.json`` in the same folder."""
     _write(path, {name: _bare(tensor) for name, tensor in weights.items()}, {"format": "pt"})
-    target = path.parent / "m3bind_config.json"
+    target = path.parent / CONFIG
     with atomic_write(target) as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def import_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `export_weights` wrote; the configuration is {} where its file is missing."""
-    tensors, _ = _read(path)
-    config = path.parent / "m3bind_config.json"
-    return tensors, json.loads(config.read_text()) if config.is_file() else {}
+    return _read(path)[0], import_config(path)
+
+
+def import_config(path: Path) -> dict[str, Any]:
+    """The configuration alone of what `export_weights` wrote; {} where its file is missing."""
+    config = path.parent / CONFIG
+    return json.loads(config.read_text()) if config.is_file() else {}
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,9 +6,7 @@
 import os
 import sys
 
-from m3bind.errors import Interrupted, M3BindError
-
-EXIT_ERROR, EXIT_REJECTS, EXIT_INTERRUPTED = 1, 3, 130
+from m3bind.errors import EXIT_ERROR, EXIT_INTERRUPTED, Interrupted, M3BindError
 
 
 def main() -> None:
@@ -34,6 +32,15 @@ def main() -> None:
         if os.environ.get("M3BIND_DEBUG"):
             raise
         print(f"m3bind: {error}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except OSError as error:
+        if os.environ.get("M3BIND_DEBUG") or error.filename is None:
+            raise
+        print(
+            f"m3bind: {error.filename}: {error.strerror}; choose another path, or see to its "
+            "permissions and the space that is left",
+            file=sys.stderr,
+        )
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         print("m3bind: stopped", file=sys.stderr)

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from m3bind.config import Config, load_config
+from m3bind.errors import EXIT_REJECTS
 
 if TYPE_CHECKING:
     from m3bind.train import FitResult
@@ -38,7 +39,9 @@ Workers = Annotated[int | None, typer.Option(help="Processes; every core by defa
 
 def _best(result: "FitResult") -> str:
     if math.isnan(result.best_score):
-        return f"no validation split: the weights of the last step, {result.steps}, are kept"
+        return (
+            f"no labelled validation split: the weights of the last step, {result.steps}, are kept"
+        )
     return f"best score {result.best_score:.3f} at step {result.best_step}"
 
 
@@ -95,7 +98,6 @@ def prepare(
     workers: Workers = None,
 ) -> None:
     """Turn medical files into shards; what cannot be read is listed in rejects.jsonl (exit 3)."""
-    from m3bind.cli import EXIT_REJECTS
     from m3bind.data.prepare import prepare as run
 
     result = run(

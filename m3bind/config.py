@@ -15,7 +15,9 @@ from typing import Any
 
 from m3bind.errors import M3BindError
 
-AGREEMENTS = ("mse", "cosine", "infonce")
+AGREEMENTS = ("mse", "cosine", "infonce", "relational")
+# Fewer texts have nothing to be told apart from, or no distribution over the others.
+LEAST_CENTRE_BATCH = {"infonce": 2, "relational": 3}
 
 Problem = tuple[str, Any, str]  # key, value, what it should be
 
@@ -129,6 +131,9 @@ class TrainConfig:
 class AlignConfig(TrainConfig):
     """Stage 1: every expert's own loss, plus agreement of the experts on centre texts.
 
+    ``agreement``: ``mse`` and ``cosine`` compare embeddings text by text; ``infonce`` has each
+    expert find a text's embedding by another expert among those of all texts; ``relational``
+    compares only how near each text is to the others, so it leaves the spaces free to be turned.
     ``preserve_weight`` weighs the KL divergence to the frozen original experts (0: off).
     """
 
@@ -142,6 +147,10 @@ class AlignConfig(TrainConfig):
         yield from _below(self, agreement_weight=0, centre_batch=1, preserve_weight=0)
         if self.agreement not in AGREEMENTS:
             yield "agreement", self.agreement, f"must be one of {', '.join(AGREEMENTS)}"
+        least = LEAST_CENTRE_BATCH.get(self.agreement, 1)
+        if self.centre_batch < least:
+            remedy = f"must be at least {least} with agreement={self.agreement}"
+            yield "centre_batch", self.centre_batch, remedy
 
 
 @dataclass(kw_only=True, slots=True)

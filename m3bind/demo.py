@@ -1,7 +1,8 @@
 """The whole path on a simulated cohort, in the order in which a user would run the commands."""
 
 import os
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from m3bind.config import Config, load_config
 from m3bind.data.phantom import make_cohort
+from m3bind.errors import Interrupted, M3BindError
 from m3bind.eval.tables import summary
 from m3bind.measure import measured
 from m3bind.processes import spawned_pool
@@ -28,6 +30,9 @@ def demo(config: Path | None, output: Path, overrides: list[str], *, resume: boo
 
     The cohort is made once; everything else is done anew unless ``resume``.
     """
+    named = [setting for setting in overrides if setting.startswith("output=")]
+    if named:
+        raise M3BindError(f"{named[0]}: name the demo's folder with --output instead")
     settings = load_config(
         config or configs_dir() / "demo.yaml",
         [f"output={output}", f"data={output / 'cohort'}", *overrides],
@@ -42,7 +47,7 @@ def demo(config: Path | None, output: Path, overrides: list[str], *, resume: boo
             train=phantom.train, val=phantom.val, test=phantom.test, workers=phantom.workers,
         )  # fmt: skip
     run = Run(settings)
-    with measured(output, "pretrain"):
+    with measured(output, "pretrain", resume=resume):
         _pretrain_all(run, resume)
     run.align(resume=resume)
     run.distill(resume=resume)
@@ -71,23 +76,32 @@ def _pretrain_all(run: Run, resume: bool) -> None:
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
     bar = tqdm(total=run.config.pretrain.steps * len(logs), desc="pretrain, all", unit="step")
-    with spawned_pool(workers, max_tasks_per_child=1) as pool, bar:
-        # Volumes take longest: started last, they would leave the other cores idle.
-        longest_first = sorted(
-            run.modalities, key=lambda m: run.dataset.modalities[m].kind != "volume"
-        )
-        jobs = {pool.submit(_pretrain, run.config, name, resume) for name in longest_first}
-        while jobs:
-            done, jobs = wait(jobs, timeout=1, return_when=FIRST_EXCEPTION)
-            try:
+    # Volumes take longest: started last, they would leave the other cores idle.
+    waiting = sorted(run.modalities, key=lambda m: run.dataset.modalities[m].kind == "volume")
+    jobs: set[Future[None]] = set()
+    try:
+        with spawned_pool(workers, max_tasks_per_child=1) as pool, bar:
+            while jobs or waiting:
+                # No more than there are workers: a job in the queue would start after a Ctrl-C.
+                while waiting and len(jobs) < workers:
+                    jobs.add(pool.submit(_pretrain, run.config, waiting.pop(), resume))
+                done, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
                 for job in done:
                     job.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            bar.n = sum(line["step"] for log in logs for line in read_history(log)[-1:])
-            bar.refresh()
-    del os.environ["TQDM_DISABLE"]
+                bar.n = sum(line["step"] for log in logs for line in read_history(log)[-1:])
+                bar.refresh()
+    except (KeyboardInterrupt, Interrupted):
+        # A Ctrl-C reaches the workers too: each has written its checkpoint when the pool is closed.
+        raise Interrupted(
+            f"stopped while pretraining; m3bind demo --output {run.folder} --resume continues"
+        ) from None
+    except BrokenProcessPool:
+        raise M3BindError(
+            "a process that pretrained was killed, perhaps for lack of memory; close other "
+            f"programs, then m3bind demo --output {run.folder} --resume continues"
+        ) from None
+    finally:
+        del os.environ["TQDM_DISABLE"]
 
 
 def _prepare_texts(settings: Config) -> None:

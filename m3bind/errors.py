@@ -1,4 +1,6 @@
-"""The errors that a user can mend; the command line prints them as one line."""
+"""The errors that a user can mend: the command line prints one line, and exits with a code."""
+
+EXIT_ERROR, EXIT_REJECTS, EXIT_INTERRUPTED = 1, 3, 130
 
 
 class M3BindError(Exception):

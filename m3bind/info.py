@@ -44,7 +44,9 @@ def support(primitive: str, device_type: str) -> list[tuple[str, str]]:
         reasons = {d: backends.why_not(primitive, name, device_type, d) for d in DTYPE_NAMES}
         taken = [DTYPE_NAMES[d] for d, reason in reasons.items() if reason is None]
         if taken:
-            rows.append((name, f"{' '.join(taken)} ({backends.TABLE[primitive][name].note})"))
+            entry = backends.TABLE[primitive][name]
+            remark = f"; never automatic: {entry.unverified}" if entry.unverified else ""
+            rows.append((name, f"{' '.join(taken)} ({entry.note}{remark})"))
         else:
             rows.append((name, f"not available: {reasons[torch.float32]}"))
     return rows

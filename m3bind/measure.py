@@ -1,35 +1,43 @@
-"""Seconds and peak memory of each stage of a run, kept in its ``stages.json``."""
+"""Seconds and peak memory of each stage of a run, kept in its ``stages.json``.
+
+A stage that is stopped and resumed counts with all its parts: while it runs, what it took so far
+is written down every few seconds, so that not even a kill loses more than that.
+"""
 
 import fcntl
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from m3bind.errors import Interrupted
 from m3bind.files import atomic_write
 
 SAMPLE_SECONDS = 0.2
+WRITE_SECONDS = 5.0
 
 
 class PeakMemory(threading.Thread):
     """Samples the resident memory of this process and its children, in MiB.
 
     Pages that processes share are counted once for each of them, so the figure is never too low
-    by sharing; a peak shorter than the sampling interval can be missed.
+    by sharing; a peak shorter than the sampling interval can be missed. ``tick`` is called every
+    `WRITE_SECONDS` with the peak so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tick: Callable[[float], None]) -> None:
         super().__init__(daemon=True)
-        self.peak_mib = 0.0
+        self.peak_mib, self.tick = 0.0, tick
         self._ended = threading.Event()
 
     def run(self) -> None:
         import psutil
 
         me = psutil.Process()
+        due = time.monotonic() + WRITE_SECONDS
         while not self._ended.is_set():
             total = 0
             for process in [me, *me.children(recursive=True)]:
@@ -38,6 +46,9 @@ class PeakMemory(threading.Thread):
                 except psutil.NoSuchProcess:
                     continue
             self.peak_mib = max(self.peak_mib, total / 2**20)
+            if time.monotonic() >= due:
+                self.tick(self.peak_mib)
+                due = time.monotonic() + WRITE_SECONDS
             self._ended.wait(SAMPLE_SECONDS)
 
     def stop(self) -> float:
@@ -47,27 +58,54 @@ class PeakMemory(threading.Thread):
 
 
 def read_stages(folder: Path) -> dict[str, dict[str, Any]]:
-    """What was measured so far: stage -> {"seconds", "peak_rss_mib"}."""
+    """What was measured of the stages that ended: stage -> {"seconds", "peak_rss_mib"}."""
+    names = ("seconds", "peak_rss_mib")
+    return {
+        s: {n: e[n] for n in names} for s, e in _entries(folder).items() if e.get("ended", True)
+    }
+
+
+@contextmanager
+def measured(folder: Path, stage: str, *, resume: bool = False) -> Iterator[None]:
+    """Measure the block and write it down under the stage's name.
+
+    ``resume`` adds to what its earlier parts took; the peak is the highest of all parts. A block
+    that raises counts as a part of a stage that has not ended: only what `Interrupted` stopped, or
+    what ran for some seconds, as a mistake that is found at once is none.
+    """
+    earlier = _entries(folder).get(stage, {}) if resume else {}
+    start = time.perf_counter() - earlier.get("seconds", 0.0)
+    peak = earlier.get("peak_rss_mib", 0.0)
+
+    def write(peak_mib: float, ended: bool = False) -> None:
+        entry = {
+            "seconds": round(time.perf_counter() - start, 2),
+            "peak_rss_mib": round(max(peak, peak_mib), 1),
+            "ended": ended,
+        }
+        _write(folder, stage, entry)
+
+    memory = PeakMemory(write)
+    memory.start()
+    try:
+        yield
+    except BaseException as error:
+        reached = memory.stop()
+        if isinstance(error, Interrupted):
+            write(reached)
+        raise
+    write(memory.stop(), ended=True)
+
+
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / "stages.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-@contextmanager
-def measured(folder: Path, stage: str) -> Iterator[None]:
-    """Measure the block and write it down, if it ends well, under the stage's name."""
-    memory = PeakMemory()
-    memory.start()
-    start = time.perf_counter()
-    try:
-        yield
-    except BaseException:
-        memory.stop()
-        raise
-    seconds = time.perf_counter() - start
+def _write(folder: Path, stage: str, entry: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".stages.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # stages of one run may end in several processes at once
-        stages = read_stages(folder)
-        stages[stage] = {"seconds": round(seconds, 2), "peak_rss_mib": round(memory.stop(), 1)}
+        stages = {**_entries(folder), stage: entry}
         with atomic_write(folder / "stages.json") as partial:
             partial.write_text(json.dumps(stages, indent=2) + "\n")

@@ -8,69 +8,43 @@ A run's folder holds::
     stages.json  metrics.json  report.html
 """
 
-import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from m3bind.checkpoint import export_weights, import_weights
-from m3bind.config import Config, ExpertConfig, TrainConfig
+from m3bind.config import TrainConfig
 from m3bind.data.features import FeatureLoader, Features
 from m3bind.data.loader import Loader
 from m3bind.data.reports import sections
-from m3bind.data.shards import Dataset, check_patients, iter_reports, shard_paths
+from m3bind.data.shards import iter_reports, shard_paths
 from m3bind.errors import M3BindError
 from m3bind.eval.evaluate import evaluate
 from m3bind.eval.gallery import fetch_from
 from m3bind.eval.metrics import assemble, load_metrics, save_metrics
 from m3bind.eval.report import write_report
-from m3bind.eval.store import load_stage, save_stage
+from m3bind.eval.store import save_stage
 from m3bind.measure import measured, read_stages
-from m3bind.models.expert import Expert, build_expert, build_text_encoder
+from m3bind.models.expert import Expert
 from m3bind.models.hidden_cache import HiddenCache
 from m3bind.models.minilm import MiniLM
+from m3bind.models.published import publish
 from m3bind.models.text import TextEncoder
 from m3bind.tasks.align import Align
 from m3bind.tasks.common import Task
 from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
 from m3bind.train import FitResult, fit
+from m3bind.trained import SOURCES, Trained, fingerprint
 from m3bind.validation import SplitEmbedder, Validation
 
 log = logging.getLogger(__name__)
 
-# stage of the evaluation -> (folder of its experts, folder of its shared text encoder)
-SOURCES: dict[str, tuple[str, str | None]] = {
-    "before": ("pretrain", None),
-    "aligned": ("align", None),
-    "distilled": ("align", "distill"),
-    "control": ("pretrain", "control"),
-}
-WEIGHTS = "model.safetensors"
 
-
-class Run:
+class Run(Trained):
     """One configured run over one data set; each public method is the work of one command."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.folder = Path(config.output)
-        self.dataset = Dataset.load(config.data)
-        check_patients(config.data)
-        known = self.dataset.modalities
-        for modality in config.experts:
-            if modality not in known:
-                raise M3BindError(
-                    f"experts.{modality}: the data set {config.data} has no such modality, only "
-                    f"{', '.join(known)}"
-                )
-        self.modalities = [m for m in known if m in (config.experts or known)]
-        if config.threads:
-            torch.set_num_threads(config.threads)
 
     # Training
 
@@ -80,7 +54,7 @@ class Run:
 
     def prepare_features(self, modality: str) -> None:
         """Compute what the pretrained, then frozen trunk gives for every image, if it is kept."""
-        if self._expert_config(modality).image.cache:
+        if self._config_of(modality).image.cache:
             expert = self.experts("before", [modality])[modality]
             for split in ("train", "val", "test"):
                 if shard_paths(self.dataset.root, modality, split):
@@ -91,90 +65,53 @@ class Run:
         if modality not in self.modalities:
             raise M3BindError(f"--modality {modality}: this run has {', '.join(self.modalities)}")
         folder = self.folder / "pretrain" / modality
-        with measured(self.folder, f"pretrain/{modality}"):
+        with measured(self.folder, f"pretrain/{modality}", resume=resume):
             experts = {modality: self._build(modality)}
             self._prepared_texts(experts)
             validation = self._validation(experts, ("zero_shot.{}.name.mean",))
             task = Pretrain(experts[modality])
-            result = self._fit(task, experts, self.config.pretrain, folder, validation, resume)
-            self._save_expert(experts[modality], folder)
+            settings = self._settings(list(experts), None)
+            result = self._fit(
+                task, experts, self.config.pretrain, folder, validation, settings, resume
+            )
+            publish(experts[modality], folder, {})
         return result
 
     def align(self, *, resume: bool = False) -> FitResult:
         """Stage 1; the aligned experts' weights go to ``align/<modality>``."""
         folder = self.folder / "align"
-        with measured(self.folder, "align"):
-            experts = self.experts("before")
+        with measured(self.folder, "align", resume=resume):
+            experts, start = self.experts("before"), self._start("before")
+            settings = self._settings(self.modalities, "before")
             task = Align(experts, self._prepared_texts(experts), self.config.align)
             validation = self._validation(
                 experts, ("zero_shot.{}.name.mean", "retrieval.{}.normalised.mean")
             )
-            result = self._fit(task, experts, self.config.align, folder, validation, resume)
+            result = self._fit(
+                task, experts, self.config.align, folder, validation, settings, resume
+            )
             for modality, expert in experts.items():
-                self._save_expert(expert, folder / modality)
+                publish(expert, folder / modality, {modality: start[modality]})
         return result
 
     def distill(self, *, control: bool = False, resume: bool = False) -> FitResult:
         """Stage 2; the text encoder goes to ``distill``, with ``control`` to ``control``."""
         name = "control" if control else "distill"
-        folder = self.folder / name
-        with measured(self.folder, name):
-            experts = self.experts("before" if control else "aligned")
+        folder, stage = self.folder / name, "before" if control else "aligned"
+        with measured(self.folder, name, resume=resume):
+            experts, start = self.experts(stage), self._start(stage)
+            settings = self._settings(self.modalities, stage)
             student = self._build_student()
             self._prepared_texts(experts)
             task = Distill(student, experts, self.config.distill)
             validation = self._validation(
                 experts, ("zero_shot.{}.name.mean", "text_retrieval.{}.mean"), student
             )
-            result = self._fit(task, experts, self.config.distill, folder, validation, resume)
-            settings = dataclasses.asdict(self._expert_config(self.modalities[0]))
-            export_weights(
-                folder / WEIGHTS,
-                student.trainable_state(),
-                {"text": settings["text"], "lora": settings["lora"], "width": self.config.width},
+            result = self._fit(
+                task, experts, self.config.distill, folder, validation, settings, resume
             )
+            publish(student, folder, start)
         return result
-
-    # What was trained
-
-    def experts(self, stage: str, modalities: list[str] | None = None) -> dict[str, Expert]:
-        """The experts of a stage, their trunks frozen; ``before`` without weights: as built."""
-        source = SOURCES[stage][0]
-        experts = {}
-        for modality in modalities or self.modalities:
-            experts[modality] = self._build(modality)
-            path = self.folder / source / modality / WEIGHTS
-            if path.is_file():
-                self._load_expert(experts[modality], path)
-            elif source == "align":
-                raise M3BindError(f"no aligned expert at {path}: run m3bind align first")
-            else:
-                log.warning(
-                    "%s: no expert at %s: starting from its towers as configured; run m3bind "
-                    "pretrain first unless their weights are pre-trained", modality, path,
-                )  # fmt: skip
-            experts[modality].freeze_trunk()
-        return experts
-
-    def text_encoder(self, stage: str) -> TextEncoder:
-        """The shared text encoder of ``distilled`` or ``control``."""
-        source = SOURCES[stage][1]
-        path = self.folder / str(source) / WEIGHTS
-        if not path.is_file():
-            option = " --control" if source == "control" else ""
-            raise M3BindError(f"no text encoder at {path}: run m3bind distill{option} first")
-        student = self._build_student()
-        student.load_trainable_state(import_weights(path)[0])
-        return student
-
-    def trained_stages(self) -> list[str]:
-        """The stages whose weights are there (``before`` always is)."""
-        found = []
-        for stage, (experts, text) in SOURCES.items():
-            path = self.folder / (text or f"{experts}/{self.modalities[0]}") / WEIGHTS
-            if stage == "before" or path.is_file():
-                found.append(stage)
-        return found
 
     # Evaluation
 
@@ -190,17 +127,19 @@ class Run:
             for split in ("test",) if text else ("train", "test"):
                 bar = tqdm(self._embedders(experts, split), desc=f"embed {stage}, {split}")
                 sets = [embedder(text, texts=split == "test") for embedder in bar]
+                for item in sets:
+                    item.origin = self.origin(stage, item.modality, split)
                 save_stage(self.folder / "embeddings", stage, sets)
 
     def evaluate(self) -> dict[str, Any]:
         """Judge every stage that was embedded, and write ``metrics.json``."""
-        root, settings = self.folder / "embeddings", self.config.evaluation
-        test, train = (
-            {stage: sets for stage in SOURCES if (sets := load_stage(root, stage, split))}
-            for split in ("test", "train")
-        )
+        settings = self.config.evaluation
+        test, train = self.embedded("test"), self.embedded("train")
         if not test:
-            raise M3BindError(f"no embeddings of a test split in {root}: run m3bind embed first")
+            raise M3BindError(
+                f"no embeddings of a test split in {self.folder / 'embeddings'}: run m3bind embed "
+                "first"
+            )
         with measured(self.folder, "eval"):
             found = evaluate(
                 test,
@@ -218,27 +157,32 @@ class Run:
             peak_rss_mib={stage: entry["peak_rss_mib"] for stage, entry in stages.items()},
             simulated=self.dataset.simulated,
             seed=self.config.seed,
+            extra={"embeddings": fingerprint(test)},
         )
         save_metrics(metrics, self.folder / "metrics.json")
         return metrics
 
     def report(self) -> Path:
         """Write ``report.html`` from ``metrics.json``, the embeddings and the logs."""
-        metrics = self.folder / "metrics.json"
-        if not metrics.is_file():
-            raise M3BindError(f"no {metrics}: run m3bind eval first")
+        path, test = self.folder / "metrics.json", self.embedded("test")
+        if not path.is_file():
+            raise M3BindError(f"no {path}: run m3bind eval first")
+        metrics = load_metrics(path)
+        if metrics.get("embeddings") != fingerprint(test):
+            raise M3BindError(
+                f"{path} is of other embeddings than are there: run m3bind eval again"
+            )
         logs = {f"pretraining, {m}": self.folder / "pretrain" / m for m in self.modalities} | {
             "stage 1, align": self.folder / "align",
             "stage 2, distil": self.folder / "distill",
             "control: stage 2 without stage 1": self.folder / "control",
         }
         histories = {title: folder / "metrics.jsonl" for title, folder in logs.items()}
-        root = self.folder / "embeddings"
         with measured(self.folder, "report"):
             return write_report(
                 self.folder / "report.html",
-                load_metrics(metrics),
-                test={stage: sets for stage in SOURCES if (sets := load_stage(root, stage))},
+                metrics,
+                test=test,
                 histories={title: path for title, path in histories.items() if path.is_file()},
                 fetch=fetch_from(self.dataset.root),
                 dataset=self.dataset.name,
@@ -249,14 +193,14 @@ class Run:
 
     def _description(self) -> str:
         """What a reader must know of how the experts were made."""
-        texts = {self._expert_config(m).text.source for m in self.modalities}
-        images = {self._expert_config(m).image.source for m in self.modalities}
+        texts = {self._config_of(m).text.source for m in self.modalities}
+        images = {self._config_of(m).image.source for m in self.modalities}
         said = (
             f"One expert a modality: image towers {', '.join(sorted(images))}, text towers "
             f"{', '.join(sorted(texts))}, all in {self.config.width} dimensions. "
             f"Agreement of stage 1: {self.config.align.agreement}."
         )
-        experts = [self._expert_config(modality) for modality in self.modalities]
+        experts = [self._config_of(modality) for modality in self.modalities]
         if any(e.text.cache for e in experts):
             layers = max(e.text.train_layers for e in experts)
             said += (
@@ -272,60 +216,11 @@ class Run:
             )
         return said
 
-    def _expert_config(self, modality: str) -> ExpertConfig:
-        return self.config.experts.get(modality) or ExpertConfig()
-
-    def _build(self, modality: str) -> Expert:
-        return build_expert(
-            self._expert_config(modality),
-            modality,
-            width=self.config.width,
-            seed=self.config.seed,
-            kind=self.dataset.modalities[modality].kind,
-        )
-
-    def _build_student(self) -> TextEncoder:
-        # The shared encoder is built like the first expert's text tower, and trained anew.
-        settings = self._expert_config(self.modalities[0])
-        return build_text_encoder(
-            settings.text,
-            settings.lora,
-            width=self.config.width,
-            seed=self.config.seed,
-            head_hidden=settings.head_hidden,
-        )
-
-    def _save_expert(self, expert: Expert, folder: Path) -> None:
-        settings = dataclasses.asdict(self._expert_config(expert.modality))
-        export_weights(
-            folder / WEIGHTS,
-            expert.trainable_state(),
-            {
-                "modality": expert.modality,
-                "width": self.config.width,
-                "seed": self.config.seed,
-                "expert": settings,
-                "preprocess": expert.preprocess.to_dict(),
-                "preprocess_fingerprint": expert.preprocess.fingerprint(),
-            },
-        )
-
-    def _load_expert(self, expert: Expert, path: Path) -> None:
-        weights, saved = import_weights(path)
-        fingerprint = saved.get("preprocess_fingerprint")
-        if fingerprint != expert.preprocess.fingerprint():
-            raise M3BindError(
-                f"{path} was trained with another preprocessing ({saved.get('preprocess')}) than "
-                f"the settings give now ({expert.preprocess.to_dict()}): set experts."
-                f"{expert.modality}.image back, or train again"
-            )
-        expert.load_trainable_state(weights)
-
     def _loader(
         self, expert: Expert, split: str, batch_size: int, *, train: bool
     ) -> Loader | FeatureLoader:
         """Batches of images; of features where the trunk is frozen and they are kept."""
-        kept = expert.image.frozen and self._expert_config(expert.modality).image.cache
+        kept = expert.image.frozen and self._config_of(expert.modality).image.cache
         streamed = train and not kept
         # One pass takes small batches of volumes: CTs at their own resolution take gigabytes.
         small = 8 if expert.preprocess.kind == "volume" else 64
@@ -416,6 +311,7 @@ class Run:
         settings: TrainConfig,
         folder: Path,
         validation: Validation | None,
+        plain: dict[str, Any],
         resume: bool,
     ) -> FitResult:
         loaders = {
@@ -424,7 +320,7 @@ class Run:
         }
         return fit(
             task, loaders, settings, folder,
-            validate=validation, resume=resume, seed=self.config.seed,
+            validate=validation, resume=resume, seed=self.config.seed, settings=plain,
             description=str(folder.relative_to(self.folder)),
         )  # fmt: skip
 

@@ -66,7 +66,7 @@ class Loader(Protocol):
 
 @dataclass(kw_only=True, slots=True)
 class FitResult:
-    """What `fit` did; ``best_*`` are of the last step where there was no validation."""
+    """What `fit` did; ``best_*`` are of the last step, and NaN, where no score was a number."""
 
     best_step: int
     best_score: float
@@ -84,6 +84,7 @@ def fit(
     validate: Callable[[], dict[str, float]] | None = None,
     resume: bool = False,
     seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
     description: str = "train",
 ) -> FitResult:
     """Train ``task`` (see `Task`) and leave it with its best weights.
@@ -96,15 +97,19 @@ def fit(
         optimizer.step()
 
     ``validate`` returns {"score": higher is better, ...}; it is called every
-    ``validate_every`` steps and after the last one. Files, all under ``out``:
+    ``validate_every`` steps and after the last one. Without it, or where no score is ever a
+    finite number, the last weights are the best. Files, all under ``out``:
     ``checkpoints/last.safetensors`` (to resume), ``checkpoints/best.safetensors``,
     ``metrics.jsonl`` and ``tensorboard/``. ``resume`` goes on from the last checkpoint, where
     there is one; without it, earlier checkpoints are moved to ``checkpoints.previous``.
+    ``settings`` are the task's own, by name, in plain values: like ``config`` and ``seed`` they
+    stand in the checkpoint, and a resume with others is refused.
 
     Raises Interrupted after Ctrl-C or SIGTERM, once a checkpoint is written (a second Ctrl-C
     stops at once), and M3BindError when a loss is not finite or the checkpoint does not fit.
     """
-    return _Fit(task, loaders, config, Path(out), validate, seed, description).run(resume)
+    plain = {**dataclasses.asdict(config), "seed": seed, **(settings or {})}
+    return _Fit(task, loaders, config, Path(out), validate, seed, plain, description).run(resume)
 
 
 def load_best(task: Any, out: Path) -> int:
@@ -123,10 +128,12 @@ class _Fit:
         out: Path,
         validate: Callable[[], dict[str, float]] | None,
         seed: int,
+        settings: dict[str, Any],
         description: str,
     ) -> None:
         self.task, self.loaders, self.config, self.out = task, loaders, config, out
         self.validate, self.seed, self.description = validate, seed, description
+        self.settings = settings  # of everything, as a checkpoint keeps and compares them
         self.folder = out / "checkpoints"
         self.last, self.best = (self.folder / f"{name}.safetensors" for name in ("last", "best"))
         groups = list(task.parameter_groups())
@@ -150,8 +157,9 @@ class _Fit:
             if self.step < self.config.steps or self._validation_due():
                 with _stop_signals() as stop:
                     self._train(stop)
-            if self.validate is None:
+            if self.best_step == 0:  # nothing to choose by
                 self.best_step, self.best_score = self.step, math.nan
+                self._save(self.best, whole=False)
             load_best(self.task, self.out)
             return FitResult(
                 best_step=self.best_step,
@@ -202,8 +210,6 @@ class _Fit:
                 due = self.step % self.config.checkpoint_every == 0
                 if self.step == self.config.steps or (due and not self._validation_due()):
                     self._save(self.last)
-        if self.validate is None:
-            self._save(self.best, whole=False)
 
     def _train_step(self, streams: Mapping[str, Iterator[Batch]]) -> float:
         config, step = self.config, self.step + 1
@@ -260,10 +266,11 @@ class _Fit:
         with torch.no_grad():
             scores = {name: float(value) for name, value in self.validate().items()}
         self.validated = self.step
+        if not math.isfinite(scores["score"]):
+            return  # nothing could be measured: nothing to log or to choose by
         self.tracker.log(self.step, {"validation": scores})
-        score = scores["score"] if math.isfinite(scores["score"]) else -math.inf
-        if self.best_step == 0 or score > self.best_score:
-            self.best_step, self.best_score = self.step, score
+        if scores["score"] > self.best_score:
+            self.best_step, self.best_score = self.step, scores["score"]
             self._save(self.best, whole=False)
 
     def _save(self, path: Path, whole: bool = True) -> None:
@@ -280,21 +287,18 @@ class _Fit:
             sections["random"], data["random"] = pack_random(self.rng)
             states = {name: loader.state() for name, loader in self.loaders.items()}
             sections["loader"] = {name: pack_bytes(s.pop("stream")) for name, s in states.items()}
-            data["loaders"], data["config"] = states, self._settings()
+            data["loaders"], data["config"] = states, self.settings
         save_checkpoint(path, sections, data)
-
-    def _settings(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.config), "seed": self.seed}
 
     def _restore(self) -> None:
         sections, data = load_checkpoint(self.last)
-        changed = {
-            key: (value, self._settings().get(key))
-            for key, value in data["config"].items()
-            if value != self._settings().get(key) and key not in _MAY_CHANGE
-        }
+        changed = [
+            (key, data["config"].get(key), self.settings.get(key))
+            for key in {**data["config"], **self.settings}
+            if data["config"].get(key) != self.settings.get(key) and key not in _MAY_CHANGE
+        ]
         if changed:
-            key, (before, now) = next(iter(changed.items()))
+            key, before, now = changed[0]
             raise M3BindError(
                 f"{self.last} was trained with {key} = {before}, now it is {now}: set it back, or "
                 "start without --resume"

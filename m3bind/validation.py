@@ -1,5 +1,6 @@
 """Scores on the validation split, by which the best weights of a training are chosen."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -61,7 +62,8 @@ class Validation:
     """``score``: the sum of the named figures of the evaluation; each is reported beside it.
 
     ``scores`` are paths into the evaluation, with ``{}`` for the stage. A figure that cannot be
-    measured on this split (no labels, one modality) counts as zero.
+    measured on this split (no labels, one modality) does not count; where none can, the score is
+    NaN, and `m3bind.train.fit` keeps the last weights.
     """
 
     def __init__(
@@ -83,4 +85,4 @@ class Validation:
             path.replace(".{}", ""): lookup(found, path.format(self.stage)) for path in self.scores
         }
         known = {name: float(value) for name, value in values.items() if value is not None}
-        return {"score": sum(known.values()), **known}
+        return {"score": sum(known.values()) if known else math.nan, **known}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support_table import pytest_runtest_makereport, pytest_sessionfinish  # noqa: F401
 
 SETTINGS = """\
 data: {data}

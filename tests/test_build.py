@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE")
 FOLDERS = ("csrc", "kernels", "m3bind", "configs")
 
 
@@ -108,6 +109,21 @@ def test_native_wheel_works_elsewhere(checkout, tmp_path):
     assert "linux" in wheel.name
     assert any(n.startswith("m3bind/_C.") for n in zipfile.ZipFile(wheel).namelist())
     assert "default cpp" in install_and_use(wheel, tmp_path)
+
+
+def test_the_source_distribution_holds_what_a_build_needs(checkout, tmp_path):
+    code = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(tmp_path)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / done.stdout.strip().splitlines()[-1]) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "csrc", "kernels", "configs", "m3bind", "CMakeLists.txt", "setup.py"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert not set(tracked.stdout.split()) - held
 
 
 def setup(checkout: Path, *arguments: str, **env: str) -> str:

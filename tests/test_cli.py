@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from m3bind.errors import M3BindError
+
 COMMANDS = (
     "info", "phantom", "samples", "prepare", "pretrain", "align", "distill", "embed", "eval",
     "report", "demo",
@@ -76,3 +78,20 @@ def test_info_works_without_the_extra(tmp_path):
     assert "clip_loss" in shown.stdout
     other = m3bind("align", PYTHONPATH=path)
     assert other.returncode == 1 and "m3bind[train]" in other.stderr
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    result = m3bind("phantom", str(taken / "shards"), "--train", "1")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"m3bind: {taken}" in result.stderr and "choose another path" in result.stderr
+
+
+def test_damaged_metrics_are_named(tmp_path):
+    from m3bind.eval.metrics import load_metrics
+
+    path = tmp_path / "metrics.json"
+    path.write_text('{"seed": ')
+    with pytest.raises(M3BindError, match=r"metrics\.json is damaged .*: run m3bind eval again"):
+        load_metrics(path)

@@ -54,7 +54,12 @@ def test_the_defaults_are_valid_and_an_empty_file_gives_them(tmp_path) -> None:
         ("align: {steps: 1.5}", ["align.steps", "1.5"]),
         ("align: {lr: -1}", ["align.lr = -1.0", "above 0"]),
         ("align: {lr: .nan}", ["align.lr = nan", "above 0"]),
-        ("align: {agreement: l2}", ["align.agreement = 'l2'", "mse, cosine, infonce"]),
+        ("align: {agreement: l2}", ["align.agreement = 'l2'", "mse, cosine, infonce, relational"]),
+        (
+            "align: {agreement: relational, centre_batch: 2}",
+            ["align.centre_batch = 2", "at least 3 with agreement=relational"],
+        ),
+        ("align: {agreement: infonce, centre_batch: 1}", ["align.centre_batch = 1", "at least 2"]),
         ("experts: {ct: {image: {size: [0]}}}", ["experts.ct.image.size = [0]", "positive"]),
         ("evaluation: {shots: []}", ["evaluation.shots"]),
         ("phantom: {train: 0}", ["phantom.train = 0", "at least 1"]),

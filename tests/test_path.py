@@ -1,8 +1,10 @@
 """The whole path on a small cohort: what each stage writes, and what stopping it leaves."""
 
 import copy
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from m3bind.config import load_config
+from m3bind.data.shards import Dataset, ShardWriter, iter_records
 from m3bind.errors import M3BindError
 from m3bind.eval.store import load_stage
+from m3bind.models import load_expert, load_text_encoder
 from m3bind.stages import Run
 
 
@@ -110,6 +115,104 @@ def test_experts_do_not_start_bound(settings):
     for i, a in enumerate(heads):
         for b in heads[:i]:
             assert abs(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) < 0.05
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Run:
+    """The finished run, to be spoilt."""
+    config = copy.deepcopy(finished.config)
+    config.output = str(shutil.copytree(finished.folder, tmp_path / "copied"))
+    return Run(config)
+
+
+def other_weights(run: Run, name: str) -> None:
+    """As if the expert had been trained again, to something else."""
+    path = run.folder / name / "model.safetensors"
+    weights = load_file(path)
+    weights["image_head.weight"] *= -1
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_an_interrupted_training_goes_on_only_with_the_same_experts(copied):
+    expert = copied.config.experts["xray"]
+    expert.lora.dropout = 0.9
+    with pytest.raises(M3BindError, match=r"experts\.xray\.lora\.dropout = 0.1, now it is 0.9"):
+        copied.align(resume=True)
+    expert.lora.dropout = 0.1
+    other_weights(copied, "pretrain/ecg")
+    with pytest.raises(M3BindError, match=r"pretrain/ecg/model\.safetensors = sha256"):
+        copied.align(resume=True)
+
+
+def test_a_stage_does_not_take_weights_of_other_experts(copied):
+    copied.config.experts["retina"].lora.alpha = 64
+    for stage in (copied.align, copied.distill):
+        with pytest.raises(M3BindError, match=r"experts\.retina\.lora\.alpha = 4.*give 64"):
+            stage()
+    copied.config.experts["retina"].lora.alpha = 4
+    copied.config.seed = 4
+    with pytest.raises(M3BindError, match="trained with seed = 3, the settings give 4 now"):
+        copied.embed("before")
+
+
+def test_embeddings_of_other_weights_seeds_and_data_are_not_judged(copied):
+    copied.config.seed = 4
+    for judge in (copied.evaluate, copied.report):
+        with pytest.raises(M3BindError, match=r"before/xray-test\.\w+ was made with seed = 3, now"):
+            judge()
+    copied.config.seed = 3
+    prompts = copied.dataset.modalities["ecg"].prompts["name"]
+    prompts["none"] = [*prompts["none"], "a healthy heart"]
+    with pytest.raises(M3BindError, match=r"ecg-test\.\w+ was made with prompts"):
+        copied.evaluate()
+    prompts["none"].pop()
+    # Trained again: what was embedded of it is old, and what was trained from it is, too.
+    other_weights(copied, "pretrain/ecg")
+    with pytest.raises(M3BindError, match=r"image weights = .*run m3bind embed --stage before"):
+        copied.evaluate()
+    copied.embed("before")
+    for judge in (copied.evaluate, copied.distill, lambda: copied.embed("aligned")):
+        with pytest.raises(M3BindError, match=r"align/ecg was trained from .*run m3bind align"):
+            judge()
+
+
+def test_a_modality_that_was_taken_out_is_not_judged(copied):
+    del copied.config.experts["ecg"]
+    run = Run(copied.config)
+    shown = run.evaluate()["zero_shot"]["aligned"]["name"]
+    assert set(shown) == {"mean", "xray", "retina"}
+    with pytest.raises(M3BindError, match=r"metrics\.json is of other embeddings .*m3bind eval"):
+        copied.report()
+    (run.folder / "embeddings" / "aligned" / "retina-test.safetensors").unlink()
+    with pytest.raises(M3BindError, match=r"no .*retina-test.* run m3bind embed --stage aligned"):
+        run.evaluate()
+
+
+def test_published_models_embed_as_the_run_did(finished):
+    expert = load_expert(finished.folder / "align" / "retina").eval()
+    encoder = load_text_encoder(finished.folder / "distill").eval()
+    with torch.no_grad():
+        for stage, one in (("aligned", expert), ("distilled", encoder)):
+            stored = load_stage(finished.folder / "embeddings", stage)["retina"]
+            for label, texts in finished.dataset.modalities["retina"].prompts["name"].items():
+                again = one.encode_text(texts).numpy()
+                np.testing.assert_allclose(again, stored.prompts["name"][label], atol=1e-5)
+
+
+def test_without_labels_the_last_weights_are_kept(small_cohort, settings, tmp_path):
+    def unlabelled(record):
+        return dataclasses.replace(record, labels=())
+
+    for split in ("train", "val"):
+        with ShardWriter(tmp_path / "data", "t", "ecg", split) as writer:
+            for record in map(unlabelled, iter_records(small_cohort, "ecg", split)):
+                writer.write(record)
+    dataset = Dataset.load(small_cohort)
+    dataset.root, dataset.modalities = tmp_path / "data", {"ecg": dataset.modalities["ecg"]}
+    dataset.write()
+    config = load_config(settings, [f"data={tmp_path / 'data'}", "pretrain.validate_every=1"])
+    config.experts = {"ecg": config.experts["ecg"]}
+    assert Run(config).pretrain("ecg").best_step == 4
 
 
 def test_unknown_modality_and_stage_are_one_line(settings):

@@ -144,6 +144,20 @@ def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path) -> None:
     assert (result.best_step, result.best_score) == (6, 0.1)
 
 
+def test_without_any_score_the_last_weights_are_kept(tmp_path) -> None:
+    trained = Stub(quadratic)
+    fit(trained, {"stub": StubLoader()}, config(), tmp_path / "without")
+    task = Stub(quadratic)
+    result = fit(
+        task, {"stub": StubLoader()}, config(), tmp_path / "with",
+        validate=lambda: {"score": math.nan},
+    )  # fmt: skip
+    assert result.best_step == 10 and math.isnan(result.best_score)
+    assert torch.equal(task.weight, trained.weight)
+    assert not any("validation" in line for line in result.history)
+    assert load_best(Stub(quadratic), tmp_path / "with") == 10
+
+
 def test_a_loss_that_is_not_finite_is_named(tmp_path) -> None:
     def function(weight, number):
         return {**quadratic(weight, number), "c": weight.sum() * (math.nan if number == 6 else 1)}
@@ -225,9 +239,15 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path) -> None:
 
 
 def test_resume_refuses_other_settings_and_other_modalities(tmp_path) -> None:
+    out = tmp_path
     fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)
     with pytest.raises(M3BindError, match=r"trained with lr = 0.1, now it is 0.2"):
         fit(Stub(quadratic), {"stub": StubLoader()}, config(lr=0.2), tmp_path, resume=True)
+    for more in ({"lora.alpha": 4}, {"lora.alpha": 8}):  # not there before, and another value
+        with pytest.raises(M3BindError, match=rf"lora.alpha = .*, now it is {more['lora.alpha']}"):
+            fit(Stub(quadratic), {"stub": StubLoader()}, config(), out, settings=more, resume=True)
+        out = tmp_path / "other"
+        fit(Stub(quadratic), {"stub": StubLoader()}, config(), out, settings={"lora.alpha": 4})
     with pytest.raises(M3BindError, match="trained on stub, not on other"):
         fit(Stub(quadratic), {"other": StubLoader()}, config(), tmp_path, resume=True)
     # Nothing was lost by asking, and a finished run is simply given back.

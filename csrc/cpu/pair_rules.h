@@ -82,6 +82,14 @@ class PairRules {
     });
   }
 
+  // f(row, column) on the positive pairs of these rows.
+  template <class F>
+  void for_each_positive(int64_t first, int64_t count, const F& f) const {
+    classes_.for_each(first, count, f);
+  }
+  // Of a row that has positives: whether it has only one, or its columns have only this row.
+  bool is_lone(int64_t i) const { return (classes_.row(i) & (kOneColumn | kOneRow)) != 0; }
+
   // f(row, column) on the masked pairs of these rows.
   template <class F>
   void for_each_masked(int64_t first, int64_t count, const F& f) const {

@@ -15,14 +15,10 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kPanelElements = int64_t{1} << 22;
 constexpr int64_t kMinPanelRows = 512;
 constexpr int64_t kMaxPanelRows = 1024;
+// Of fewer derivatives the rounding to bfloat16 does not average out, and there is no time to win.
+constexpr int64_t kFewPairs = 128 * 128;
 constexpr double kSmallestFactor = 1e-30;
 constexpr double kLargestLog2Sum = 126.0;  // float32 overflows at 128
-
-double read_scalar(const Tensor& t) {
-  STD_TORCH_CHECK(t.numel() == 1, "logit_scale must have one element");
-  const Tensor wide = torch::stable::to(t, ScalarType::Double);
-  return *static_cast<const double*>(wide.const_data_ptr());
-}
 
 Tensor as_float_rows(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, "features must be matrices");
@@ -47,14 +43,23 @@ double largest_norm(const Tensor& t) {
 
 }  // namespace
 
+double read_scalar(const Tensor& t) {
+  STD_TORCH_CHECK(t.numel() == 1, "a scale or bias must have one element");
+  const Tensor wide = torch::stable::to(t, ScalarType::Double);
+  return *static_cast<const double*>(wide.const_data_ptr());
+}
+
 Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
                double margin)
+    : Panels(x, y, read_scalar(logit_scale), std::move(rules), margin) {}
+
+Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin)
     : x_(as_float_rows(x)),
       y_(as_float_rows(y)),
       rules_(std::move(rules)),
       rows_(x_.size(0)),
       cols_(y_.size(0)),
-      scale_(read_scalar(logit_scale)),
+      scale_(scale),
       margin_(margin) {
   STD_TORCH_CHECK(x_.size(1) == y_.size(1), "x and y must have the same number of features");
   rules_.check(rows_, cols_);
@@ -71,8 +76,8 @@ Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, Pair
   factor_.low = static_cast<float>(factor - factor_.high);
   buffer_ = torch::stable::new_empty(x_, {step_, cols_});
   data_ = static_cast<float*>(buffer_.mutable_data_ptr());
-  const bool narrow =
-      x.scalar_type() == ScalarType::BFloat16 && y.scalar_type() == ScalarType::BFloat16;
+  const bool narrow = x.scalar_type() == ScalarType::BFloat16 &&
+                      y.scalar_type() == ScalarType::BFloat16 && rows_ * cols_ >= kFewPairs;
   products_ = narrow && bf16_products_available() ? bf16_products(x_, y_) : float_products(x_, y_);
 }
 
@@ -90,6 +95,21 @@ void Panels::multiply(int64_t first, int64_t count) {
     for_row_blocks(count, [&](int64_t begin, int64_t end) {
       row_kernels().multiply(data_ + begin * cols_, (end - begin) * cols_, -1.0f);
     });
+  }
+}
+
+void add_apart(const Panels& panels, const std::vector<Apart>& apart, const Tensor& grad_x,
+               const Tensor& grad_y) {
+  const int64_t features = panels.x().size(1);
+  const auto add = [&](const Tensor& to, int64_t i, const Tensor& from, int64_t j, float grad) {
+    if (to.size(0) == 0) return;
+    float* out = static_cast<float*>(to.mutable_data_ptr()) + i * features;
+    const float* in = static_cast<const float*>(from.const_data_ptr()) + j * features;
+    for (int64_t d = 0; d < features; ++d) out[d] += grad * in[d];
+  };
+  for (const Apart& a : apart) {
+    add(grad_x, a.row, panels.y(), a.col, a.grad);
+    add(grad_y, a.col, panels.x(), a.row, a.grad);
   }
 }
 

@@ -27,12 +27,17 @@ void for_row_blocks(int64_t rows, const F& f) {
   });
 }
 
+// The one value of a tensor.
+double read_scalar(const Tensor& t);
+
 // x, y and scale of one call, float32 and contiguous, with a buffer for one panel. Where both are
 // bfloat16 and the processor multiplies that, their products do.
 class Panels {
  public:
   Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
          double margin);
+  // Dot products alone: scale 1, and no rules for pairs.
+  Panels(const Tensor& x, const Tensor& y) : Panels(x, y, 1.0, PairRules({}, {}, {}, {}), 0.0) {}
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
@@ -77,6 +82,7 @@ class Panels {
   bool exact() const { return products_->exact(); }
 
  private:
+  Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin);
   void multiply(int64_t first, int64_t count);
 
   Tensor tensor(int64_t count) const { return rows_of(buffer_, 0, count); }
@@ -91,5 +97,14 @@ class Panels {
   Factor factor_;
   float* data_;
 };
+
+// Derivatives that are not in the panel: those at lone positives are by far the largest of their
+// row, and rounding them to 16 bit would double the error of the whole gradient.
+struct Apart {
+  int64_t row, col;
+  float grad;
+};
+void add_apart(const Panels& panels, const std::vector<Apart>& apart, const Tensor& grad_x,
+               const Tensor& grad_y);
 
 }  // namespace m3bind::cpu

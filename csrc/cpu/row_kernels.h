@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
+#include "distill_kernels.h"
+#include "factor.h"
+
 namespace m3bind::cpu {
 
-// logit * log2(e) = dot * (high + low). The two parts keep the product exact to float32's last bit:
-// a rounded factor would shift all logits together, by 6e-6 at a scale of 100.
-struct Factor {
-  float high;
-  float low;
+struct SigmoidSums {
+  double softplus, sigmoid, by_dot;
 };
 
 // A panel S of `rows` x `cols` dot products, `ld` floats from row to row. Where a pair is left out,
@@ -38,6 +38,19 @@ struct RowKernels {
   void (*row_dots)(const float* a, const float* b, int64_t rows, int64_t cols, double* out);
   // s *= factor, element by element.
   void (*multiply)(float* s, int64_t count, float factor);
+  // logits = dots * factor + summand, rounded once.
+  void (*affine)(const float* dots, float* logits, int64_t count, float factor, float summand);
+  // The sum of softplus(logits).
+  double (*softplus_sum)(const float* logits, int64_t count);
+  // dots = weight * sigmoid(logits). The sums have no weight: of softplus(logits), of
+  // sigmoid(logits), and of that times the dots that were there.
+  SigmoidSums (*sigmoid)(const float* logits, float* dots, int64_t count, float weight);
+  // Derivatives in S beyond row_limit[i] + col_limit[j] are told to `found` and become 0. What
+  // rounding the others to bfloat16 loses is added to row_lost and col_lost.
+  void (*set_apart)(float* s, int64_t ld, int64_t rows, int64_t cols, const float* row_limit,
+                    const float* col_limit, double* row_lost, float* col_lost,
+                    void (*found)(void* to, int64_t row, int64_t col, float value), void* to);
+  DistillKernels distill;
 };
 
 // Rows that one thread takes at a time: the sums do not depend on the number of threads.

@@ -1,80 +1,18 @@
 // The one source of the row kernels, compiled once an instruction set (see CMakeLists.txt).
 //
-// Written in GCC's and Clang's vector extension. It includes no standard header with functions:
-// a copy of such code made here with AVX-512 could be the one that the linker keeps for everybody.
-// The includer defines M3BIND_LANES and M3BIND_NAME.
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
+// The includer defines M3BIND_LANES and M3BIND_NAME. No standard header with functions: see vec.h.
 #include <cstdint>
 
 #include "row_kernels.h"
+#include "sigmoid_kernels_impl.h"
+#include "vec.h"
 
 namespace m3bind::cpu {
 namespace {
 
-constexpr int64_t kLanes = M3BIND_LANES;
 // Columns handled at a time: their sums stay in the first-level cache, and the float partial sums
 // of a row stay short.
 constexpr int64_t kTile = 2048;
-constexpr float kInf = __builtin_inff();
-
-typedef float Vec __attribute__((vector_size(kLanes * 4)));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
-typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
-inline Vec splat(float v) { return Vec{} + v; }
-inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
-
-inline Vec load_part(const float* p, int64_t count, float fill) {
-  Vec v = splat(fill);
-  for (int64_t l = 0; l < count; ++l) v[l] = p[l];
-  return v;
-}
-inline void store_part(float* p, Vec v, int64_t count) {
-  for (int64_t l = 0; l < count; ++l) p[l] = v[l];
-}
-
-// a * b + c, rounded once where the processor can: the compiler alone fuses here and not there, and
-// a logit of 100 would be off by 5e-6 where it does not.
-inline Vec fma(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_ps(a, b, c);
-#elif defined(__AVX2__)
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-inline float reduce_add(Vec v) {
-  float total = 0;
-  for (int64_t l = 0; l < kLanes; ++l) total += v[l];
-  return total;
-}
-inline float reduce_max(Vec v) {
-  float m = v[0];
-  for (int64_t l = 1; l < kLanes; ++l) m = v[l] > m ? v[l] : m;
-  return m;
-}
-
-// 2^t to 2e-8 (minimax polynomial of degree 6 on [-1/2, 1/2]); 0 below the normal range, inf above
-// it, NaN for NaN.
-inline Vec exp2(Vec t) {
-  const Vec bounded = t < -126.0f ? splat(-126.0f) : (t > 128.0f ? splat(128.0f) : t);
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const Vec whole = (bounded + magic) - magic;
-  const Vec f = bounded - whole;
-  Vec p = splat(0.0001534581242594868f);
-  constexpr float kCoefficients[] = {0.0013399930903688073f, 0.009618489071726799f,
-                                     0.05550328642129898f,   0.24022646248340607f,
-                                     0.6931471824645996f,    1.0f};
-  for (const float c : kCoefficients) p = fma(p, f, splat(c));
-  const IntVec bits = (__builtin_convertvector(whole, IntVec) + 127) << 23;
-  return t < -126.0f ? Vec{} : p * reinterpret_cast<Vec>(bits);
-}
 
 struct VecFactor {
   Vec high, low;
@@ -174,10 +112,6 @@ void maxima(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor facto
   }
 }
 
-inline Vec load_up_to(const float* p, int64_t count) {
-  return count == kLanes ? load(p) : load_part(p, count, 0);
-}
-
 // Replaces a row of dot products by derivatives(dots, first column, count); returns the sum of
 // derivative * dot. Where a pair is left out the dot is -inf, and counts for nothing.
 template <class F>
@@ -247,6 +181,57 @@ void multiply(float* s, int64_t count, float factor) {
   for (; j < count; ++j) s[j] *= factor;
 }
 
+inline bool any(IntVec condition) {
+#if defined(__AVX512F__)
+  const __m512i bits = reinterpret_cast<__m512i>(condition);
+  return _mm512_test_epi32_mask(bits, bits) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(condition)) != 0;
+#else
+  int32_t all = 0;
+  for (int64_t l = 0; l < kLanes; ++l) all |= condition[l];
+  return all != 0;
+#endif
+}
+
+// To the nearest bfloat16, ties to even.
+inline Vec round_bf16(Vec v) {
+  const UintVec bits = reinterpret_cast<UintVec>(v);
+  return reinterpret_cast<Vec>((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
+}
+
+void set_apart(float* s, int64_t ld, int64_t rows, int64_t cols, const float* row_limit,
+               const float* col_limit, double* row_lost, float* col_lost,
+               void (*found)(void* to, int64_t row, int64_t col, float value), void* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* p = s + i * ld;
+    Vec total = {};
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const int64_t count = cols - j < kLanes ? cols - j : kLanes;
+      const Vec v = load_up_to(p + j, count);
+      const Vec size = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(v) & 0x7FFFFFFF);
+      const IntVec large = size > row_limit[i] + load_up_to(col_limit + j, count);
+      if (any(large)) {
+        for (int64_t l = 0; l < count; ++l) {
+          if (large[l] == 0) continue;
+          found(to, i, j + l, v[l]);
+          p[j + l] = 0;
+        }
+      }
+      const Vec kept = large ? Vec{} : v;
+      const Vec lost = kept - round_bf16(kept);
+      total += lost;
+      if (count == kLanes)
+        store(col_lost + j, load(col_lost + j) + lost);
+      else
+        store_part(col_lost + j, load_part(col_lost + j, count, 0) + lost, count);
+    }
+    row_lost[i] += reduce_add(total);
+  }
+}
+
+#include "distill_kernels_impl.h"
+
 }  // namespace
 
 #define M3BIND_JOIN_(a, b) a##b
@@ -254,7 +239,18 @@ void multiply(float* s, int64_t count, float factor) {
 
 const RowKernels& M3BIND_JOIN(row_kernels_, M3BIND_NAME)() {
   static constexpr RowKernels kernels = {
-      sum_shifted, maxima, sum_own_shift, gradient_shifted, gradient_own_shift, row_dots, multiply};
+      sum_shifted,
+      maxima,
+      sum_own_shift,
+      gradient_shifted,
+      gradient_own_shift,
+      row_dots,
+      multiply,
+      affine,
+      softplus_sum,
+      sigmoid,
+      set_apart,
+      {sum_dual_shifted, sum_dual_own_shift, gradient_dual_shifted, gradient_dual_own_shift}};
   return kernels;
 }
 

@@ -7,20 +7,13 @@
 
 #include "panel.h"
 #include "similarity_stats.h"
+#include "whole_tensors.h"
 
 namespace m3bind::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // Weights above this could make inf * 0 out of an exponential that underflows.
 constexpr double kLargestWeight = 1e37;
-
-std::vector<double> read(const Tensor& t) {
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
-  const double* data = static_cast<const double*>(wide.const_data_ptr());
-  return {data, data + wide.numel()};
-}
 
 // One direction's LSE (base 2) and the upstream gradients of its statistics.
 struct Direction {
@@ -125,30 +118,12 @@ class Gradient {
       });
   }
 
-  // Derivatives that are not in the panel: those at lone positives are by far the largest of their
-  // row, and rounding them to 16 bit would double the error of the whole gradient.
-  struct Apart {
-    int64_t row, col;
-    float grad;
-  };
-  void add_apart(const Panels& panels, const Tensor& grad_x, const Tensor& grad_y) const {
-    const int64_t features = panels.x().size(1);
-    const auto add = [&](const Tensor& to, int64_t i, const Tensor& from, int64_t j, float grad) {
-      if (to.size(0) == 0) return;
-      float* out = static_cast<float*>(to.mutable_data_ptr()) + i * features;
-      const float* in = static_cast<const float*>(from.const_data_ptr()) + j * features;
-      for (int64_t d = 0; d < features; ++d) out[d] += grad * in[d];
-    };
-    for (const Apart& a : apart_) {
-      add(grad_x, a.row, panels.y(), a.col, a.grad);
-      add(grad_y, a.col, panels.x(), a.row, a.grad);
-    }
-  }
-
   // A masked pair does not count for the totals, though add_totals takes all pairs alike.
   void pass_over(int64_t i, int64_t j, float dot) {
     if (totals_) by_dot_ -= (rows_.total[i] + cols_.total[j]) * dot;
   }
+
+  const std::vector<Apart>& apart() const { return apart_; }
 
   // The sum of all derivatives times their dot products, those of the totals apart.
   double by_dot() const { return by_dot_; }
@@ -163,14 +138,6 @@ class Gradient {
   std::vector<float> row_weight_, col_weight_;  // upstream gradients with the shifts folded in
   std::vector<float> row_shift_, col_shift_;    // only where each has its own
 };
-
-void multiply(const Tensor& t, double factor) {
-  float* data = static_cast<float*>(t.mutable_data_ptr());
-  const int64_t cols = t.size(1);
-  for_row_blocks(t.size(0), [&](int64_t begin, int64_t end) {
-    row_kernels().multiply(data + begin * cols, (end - begin) * cols, static_cast<float>(factor));
-  });
-}
 
 // out[i] += own[i] * (sum of all b) + (sum of other[j] * b[j]): what a derivative of own[i] +
 // other[j] by every logit makes of the features. `out` may have no rows. Returns what own[i] makes
@@ -220,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
     panels.gradients(first, count, grad_x, grad_y);
   }
   panels.finish(grad_y);
-  gradient.add_apart(panels, grad_x, grad_y);
+  add_apart(panels, gradient.apart(), grad_x, grad_y);
   double by_scale = panels.sign() * gradient.by_dot();
   if (totals) {
     by_scale += add_totals(grad_x, panels.x(), panels.y(), rows.total, cols.total);

@@ -71,6 +71,13 @@ class Description:
             missing = sorted(set(found.modalities[name].labels) - set(found.labels))
             if found.labels and missing:
                 raise M3BindError(f"{where}.labels: {missing[0]!r} is not among 'labels'")
+            for group, by_label in found.modalities[name].prompts.items():
+                for label in by_label:
+                    if fault := found._unknown(name, label):
+                        raise M3BindError(f"{where}.prompts.{group}: {fault}")
+            for label in found.modalities[name].labels:
+                if fault := found.check(name, label):
+                    raise M3BindError(f"{path}: {fault}")
         return found
 
     def kinds(self) -> dict[str, str]:
@@ -79,6 +86,20 @@ class Description:
 
     def check(self, modality: str, label: str) -> str | None:
         """Why a label cannot stand on a sample of the modality, or None."""
+        info = self.modalities.get(modality)
+        if fault := self._unknown(modality, label):
+            return fault
+        for group, by_label in info.prompts.items() if info else ():
+            # Names that are not given are made of the label itself.
+            if group != "name" and label not in by_label:
+                return (
+                    f"{label!r} has no prompt in modalities.{modality}.prompts.{group} of the "
+                    f"description (those have one: {', '.join(by_label)}): write one, or leave "
+                    f"{group} out"
+                )
+        return None
+
+    def _unknown(self, modality: str, label: str) -> str | None:
         own = self.modalities[modality].labels if modality in self.modalities else []
         allowed = own or self.labels
         if allowed and label not in allowed:

@@ -14,7 +14,7 @@ from torch import Tensor
 from m3bind.data.constants import EXTENSIONS
 from m3bind.data.damage import damaged, find_damage
 from m3bind.data.preprocess import Preprocess
-from m3bind.data.shards import read_index, shard_paths
+from m3bind.data.shards import read_index, shard_paths, shards_content
 from m3bind.errors import M3BindError
 
 _DALI_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)  # as its operators raise them
@@ -98,6 +98,7 @@ class Loader:
         self._batches = 0  # handed out since the stream, or in one pass since its start, began
         self._verified: set[str] = set()
         self._restored: bytes | None = None
+        self._content: str | None = None
         if state is not None:
             self.load_state(state)
 
@@ -148,9 +149,10 @@ class Loader:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def content(self) -> str:
-        """Sixteen hexadecimal digits that change when the shards do."""
-        parts = json.dumps([_content(path) for path in self.paths])
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+        """`shards_content` of this split, as it was when first asked for."""
+        if self._content is None:
+            self._content = shards_content(self.paths)
+        return self._content
 
     def _built(self) -> Any:
         if self._pipeline is None:
@@ -221,13 +223,6 @@ class Loader:
             if any(word.startswith(f"{key}.") for word in path.read_text().split()):
                 return damaged(path.with_suffix(".tar"), key, reason)
         return damaged(self.paths[0].parent, key, reason)
-
-
-def _content(path: Path) -> list[Any]:
-    """Enough of a shard to know it again: name, size, index, and its first checksums."""
-    with path.open("rb") as shard:
-        start = hashlib.sha256(shard.read(1 << 16) + path.with_suffix(".idx").read_bytes())
-    return [path.name, path.stat().st_size, start.hexdigest()]
 
 
 def _to_torch(images: Any, device_id: int | None) -> Tensor:

@@ -222,7 +222,9 @@ def _ours(path: Path, modality: str) -> bool:
     split = path.parts[0]
     if split not in SPLITS or len(path.parts) == 1:
         return split in SPLITS
-    return bool(re.fullmatch(rf".+-{re.escape(modality)}-{split}-\d{{6}}\.(tar|idx)", path.name))
+    return bool(
+        re.fullmatch(rf".+-{re.escape(modality)}-{split}-\d{{6}}\.(tar|idx|sha256)", path.name)
+    )
 
 
 def _put_in_place(staging: Path, out: Path) -> None:

@@ -1,7 +1,8 @@
 """WebDataset shards with an index for DALI, and the ``dataset.yaml`` that describes them.
 
-``<root>/<modality>/<split>/<name>-<modality>-<split>-000000.tar`` and ``.idx`` beside it. A shard
-appears under its name only when it is complete.
+``<root>/<modality>/<split>/<name>-<modality>-<split>-000000.tar``, and beside it ``.idx`` and
+``.sha256`` (as ``sha256sum`` writes and checks it). A shard appears under its name only when it is
+complete.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -74,6 +75,13 @@ class Dataset:
             unknown = sorted(set(info.labels) - set(found.labels))
             if unknown:
                 raise M3BindError(f"{path}: {name}: label {unknown[0]!r} is not among 'labels'")
+            for group, by_label in info.prompts.items():
+                missing = [label for label in info.labels if label not in by_label]
+                if missing:
+                    raise M3BindError(
+                        f"{path}: modalities.{name}.prompts.{group} has no prompt for the label "
+                        f"{missing[0]!r}: write one, or leave {group} out"
+                    )
         return found
 
     def write(self) -> None:
@@ -171,6 +179,8 @@ class _Shard:
         self.tar.close()
         index = self.path.with_suffix(".idx")
         index.write_text(f"v1.2 {self.samples}\n" + "".join(f"{line}\n" for line in self.index))
+        checksum = self.path.with_suffix(".sha256")
+        checksum.write_text(f"{_sha256(self.partial)}  {self.path.name}\n")
         os.replace(self.partial, self.path)
 
     def drop(self) -> None:
@@ -181,6 +191,31 @@ class _Shard:
 def shard_paths(root: str | Path, modality: str, split: str) -> list[Path]:
     """The shards of a split, in order; empty where there are none."""
     return sorted((Path(root) / modality / split).glob("*.tar"))
+
+
+def shards_content(paths: Iterable[Path]) -> str:
+    """Sixteen hexadecimal digits that change with any byte of the shards or of their indexes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        index = path.with_suffix(".idx")
+        listed = _sha256(index) if index.is_file() else "none"
+        digest.update(f"{path.name} {_checksum(path)} {listed}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _checksum(path: Path) -> str:
+    """The SHA-256 of a shard: as written beside it, or computed where that is missing or older."""
+    written = path.with_suffix(".sha256")
+    if written.is_file() and written.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+        words = written.read_text().split()
+        if len(words) == 2 and words[1] == path.name:
+            return words[0]
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_index(shard: Path) -> list[dict[str, tuple[int, int]]]:

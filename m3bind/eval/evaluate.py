@@ -9,6 +9,7 @@ import numpy as np
 
 from m3bind.eval.fewshot import FewShot, few_shot
 from m3bind.eval.gap import modality_gap
+from m3bind.eval.ranks import own_ranks
 from m3bind.eval.retrieval import Retrieval, retrieve
 from m3bind.eval.store import EmbeddingSet
 from m3bind.eval.zeroshot import zero_shot
@@ -32,7 +33,7 @@ def evaluate(
     num_shot_seeds: int = 5,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The sections zero_shot, retrieval, text_retrieval, few_shot, modality_gap of metrics.json.
+    """The sections of metrics.json from zero_shot to modality_gap.
 
     ``test`` and ``train`` map a stage of :data:`STAGES` to its embeddings by modality; stages
     that were not run are left out. ``train`` serves the few-shot probe ("before", "aligned").
@@ -43,7 +44,7 @@ def evaluate(
     if unknown:
         raise ValueError(f"unknown stage {sorted(unknown)[0]!r}, expected one of {STAGES}")
     out: dict[str, Any] = {
-        name: {} for name in ("zero_shot", "retrieval", "text_retrieval", "few_shot")
+        name: {} for name in ("zero_shot", "retrieval", "text_retrieval", "own_image", "few_shot")
     }
     out["modality_gap"] = {}
     jobs: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
@@ -52,6 +53,7 @@ def evaluate(
         jobs.append(("zero_shot", stage, partial(_zero_shot, sets, seed)))
         jobs.append(("modality_gap", stage, partial(_gap, sets)))
         jobs.append(("text_retrieval", stage, partial(_text_pairs, *pairs)))
+        jobs.append(("own_image", stage, partial(_own_image, sets)))
         if stage in _IMAGE_STAGES:
             jobs.append(("retrieval", stage, partial(_image_pairs, *pairs)))
             fit = (train or {}).get(stage, {})
@@ -90,7 +92,13 @@ def _zero_shot(sets: Stage, seed: int) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for kind in kinds:
         results = {
-            name: zero_shot(item.image, item.labels, item.prompts[kind], seed=seed)
+            name: zero_shot(
+                item.image,
+                item.labels,
+                item.prompts[kind],
+                seed=seed,
+                where=f"the {kind!r} prompts of {name}",
+            )
             for name, item in sets.items()
             # with the prompts of one class alone every answer would be right
             if len(item.prompts.get(kind, ())) > 1 and any(item.labels)
@@ -148,6 +156,20 @@ def _text_pairs(sets: Stage, num_permutations: int, seed: int) -> dict[str, Any]
         for name in ("map", "normalised", "chance")
     }
     return {**columns["map"], "normalised": columns["normalised"], "chance": columns["chance"]}
+
+
+def _own_image(sets: Stage) -> dict[str, Any]:
+    found = {
+        name: own_ranks(item.text, item.image) for name, item in sets.items() if len(item.text)
+    }
+    if not found:
+        return {}
+    ks = next(iter(found.values())).recall
+    return {
+        "recall": {str(k): _with_mean({n: r.recall[k] for n, r in found.items()}) for k in ks},
+        "median_rank": _with_mean({name: r.median for name, r in found.items()}),
+        "gallery": {name: len(item) for name, item in sets.items() if name in found},
+    }
 
 
 def _few_shot(

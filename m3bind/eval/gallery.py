@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from m3bind.eval.ranks import nearest
 from m3bind.eval.store import EmbeddingSet
 
 __all__ = ["Answer", "Fetch", "Hit", "Search", "choose_queries", "fetch_from", "search"]
@@ -85,17 +86,16 @@ def search(
 ) -> Search:
     """The ``top`` nearest images of every other modality, by cosine similarity."""
     label = sets[modality].labels[row]
+    query = sets[modality].image[row : row + 1]
     answers = []
     for name, item in sets.items():
         if name == modality:
             continue
-        similarity = item.image @ sets[modality].image[row]
-        nearest = np.argsort(-similarity, kind="stable")[:top]
         possible = label in item.labels
         earlier: tuple[str, ...] = ()
         if before and name in before and modality in before:
-            order = np.argsort(-(before[name].image @ before[modality].image[row]), kind="stable")
-            earlier = tuple(before[name].labels[i] for i in order[:top])
+            found = nearest(before[modality].image[row : row + 1], before[name].image, top)
+            earlier = tuple(before[name].labels[i] for _, i in found[0])
         answers.append(
             Answer(
                 modality=name,
@@ -103,10 +103,10 @@ def search(
                     Hit(
                         id=item.ids[i],
                         label=item.labels[i],
-                        similarity=float(similarity[i]),
+                        similarity=similarity,
                         right=item.labels[i] == label if possible else None,
                     )
-                    for i in nearest
+                    for similarity, i in nearest(query, item.image, top)[0]
                 ),
                 before=earlier,
             )

@@ -9,6 +9,8 @@
     retrieval.chance.{map,normalised}      chance of the aligned stage; normalised is 0 by name
     text_retrieval.{before,aligned,distilled,control}.{mean,<report>-><gallery>}   raw mAP
              .normalised, .chance beside them
+    own_image.{before,aligned,distilled,control}.{recall.<k>,median_rank}.{mean,<modality>}
+             each report looks for its own image among all of its modality; .gallery counts those
     few_shot.{before,aligned}.{mean,<modality>}.<k>.{mean,std,values}
     modality_gap.<stage>.{mean,<a><-><b>}; .text is the same of the reports' embeddings
     seconds.<stage>, peak_rss_mib.<stage>, simulated, versions, seed, modalities
@@ -23,6 +25,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3bind.errors import M3BindError
 from m3bind.files import atomic_write
 
 __all__ = ["Target", "assemble", "load_metrics", "save_metrics", "targets", "validate", "versions"]
@@ -107,7 +110,10 @@ def save_metrics(metrics: Mapping[str, Any], path: Path | str) -> None:
 
 
 def load_metrics(path: Path | str) -> dict[str, Any]:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise M3BindError(f"{path} is damaged ({error}): run m3bind eval again") from None
 
 
 def validate(metrics: Mapping[str, Any]) -> None:
@@ -141,6 +147,11 @@ def validate(metrics: Mapping[str, Any]) -> None:
     for stage in ("aligned", "distilled", "control"):
         for key in ["mean", *pairs]:
             number(f"text_retrieval.{stage}.{key}")
+    for stage in ("before", "aligned", "distilled"):
+        for key in ["mean", *names]:
+            number(f"own_image.{stage}.median_rank.{key}", low=1.0, high=math.inf)
+            for k in lookup(metrics, f"own_image.{stage}.recall") or {"1": None}:
+                number(f"own_image.{stage}.recall.{k}.{key}")
     for stage in ("before", "aligned"):
         number(f"modality_gap.{stage}.mean", high=2.0)
         for key in ["mean", *names]:
@@ -189,14 +200,14 @@ def targets(metrics: Mapping[str, Any]) -> list[Target]:
         met = value is not None and (value > threshold if above else value >= threshold)
         return Target(demand, value, threshold, met)
 
-    chance_map = get("retrieval.before.map.mean")
+    before_map = get("retrieval.before.map.mean")
     return [
         Target(
             "Retrieval between modalities before binding: raw mAP at most 0.35 "
             "(higher would mean that the experts were bound by construction)",
-            chance_map,
+            before_map,
             0.35,
-            chance_map is not None and chance_map <= 0.35,
+            before_map is not None and before_map <= 0.35,
         ),
         least(
             "Retrieval between modalities after stage 1: normalised mAP at least 0.45",

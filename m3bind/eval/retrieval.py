@@ -21,6 +21,10 @@ normalised figure (mAP - chance) / (1 - chance) is the stricter for it.
 **Ties** never depend on the order of the files: average precision takes the precision at the
 end of a group of equal similarities for all of its members, as scikit-learn does, and
 precision@k and recall@k are expectations over the random order within the group.
+
+Average precision for every class needs the whole ranking of every query, with its groups of ties,
+so this measure, and only this one, sorts all similarities of a test split. What needs the best few,
+or the place of one, is in :mod:`m3bind.eval.ranks` and never holds the matrix.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ import numpy as np
 from m3bind.errors import M3BindError
 from m3bind.files import atomic_write
 
-__all__ = ["EmbeddingSet", "Prompts", "as_unit", "load_stage", "save_stage"]
+__all__ = ["EmbeddingSet", "Prompts", "as_unit", "load_stage", "save_stage", "stage_path"]
 
 # kind of prompt ("name", "findings") -> label -> [num_prompts, D], every row of unit norm
 Prompts = Mapping[str, Mapping[str, np.ndarray]]
@@ -49,6 +49,7 @@ class EmbeddingSet:
     reports were not embedded; ``labels`` holds one
     label for each row, "" where none is known ("none" is a label: no finding). ``prompts`` holds
     the embedded zero-shot prompts of this modality, written by the same stage's text encoder.
+    ``origin`` says of what they were made, in plain values, so that a run knows its own.
     """
 
     modality: str
@@ -59,6 +60,7 @@ class EmbeddingSet:
     ids: list[str]
     prompts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     simulated: bool = False
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         where = f"{self.modality}/{self.split}"
@@ -103,6 +105,7 @@ class EmbeddingSet:
             "labels": self.labels,
             "ids": self.ids,
             "simulated": self.simulated,
+            "origin": self.origin,
         }
         header = {"format": _FORMAT, "m3bind": json.dumps(meta)}
         with atomic_write(Path(path)) as partial:
@@ -134,7 +137,7 @@ class EmbeddingSet:
 def save_stage(root: Path | str, stage: str, sets: Sequence[EmbeddingSet]) -> None:
     """Write ``<root>/<stage>/<modality>-<split>.safetensors`` for every set."""
     for item in sets:
-        item.save(Path(root) / stage / f"{item.modality}-{item.split}.safetensors")
+        item.save(stage_path(root, stage, item.modality, item.split))
 
 
 def load_stage(root: Path | str, stage: str, split: str = "test") -> dict[str, EmbeddingSet]:
@@ -142,3 +145,8 @@ def load_stage(root: Path | str, stage: str, split: str = "test") -> dict[str, E
     found = sorted((Path(root) / stage).glob(f"*-{split}.safetensors"))
     sets = [EmbeddingSet.load(path) for path in found]
     return {item.modality: item for item in sets}
+
+
+def stage_path(root: Path | str, stage: str, modality: str, split: str) -> Path:
+    """Where `save_stage` writes one set of a stage."""
+    return Path(root) / stage / f"{modality}-{split}.safetensors"

@@ -49,6 +49,7 @@ def zero_shot(
     *,
     num_bootstrap: int = 1000,
     seed: int = 0,
+    where: str = "the modality's prompts",
 ) -> ZeroShot:
     """``prediction = (image @ class_vectors.T).argmax(1)``, scored by balanced accuracy.
 
@@ -56,7 +57,8 @@ def zero_shot(
     over the classes that occur among the true labels, as in scikit-learn. ``low`` and ``high``
     are the 95 % percentile bootstrap interval over patients, resampled within their class.
 
-    Raises ``ValueError`` where nothing is labelled or a true label has no prompt.
+    Raises ``ValueError`` where nothing is labelled or a true label has no prompt, which ``where``
+    then names.
     """
     image = as_unit(image, "image embeddings")
     classes, vectors = class_vectors(prompts)
@@ -65,7 +67,7 @@ def zero_shot(
         raise ValueError("zero-shot needs labelled images, and no image has a label")
     missing = sorted({label for label in labels if label} - set(classes))
     if missing:
-        raise ValueError(f"no prompt for {missing}; add it to the modality's prompts")
+        raise ValueError(f"no prompt for {missing} in {where}: add it there, or correct the labels")
     index = {label: i for i, label in enumerate(classes)}
     true = np.array([index[label] for label in labels if label])
     predicted = (image[known] @ vectors.T).argmax(axis=1)

@@ -1,6 +1,8 @@
 """An expert: one modality's image tower and text tower in one embedding space."""
 
+import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ class Expert(nn.Module):
         super().__init__()
         self.modality = modality
         self.image, self.image_head, self.text = image, image_head, text
+        self.built: dict[str, Any] = {}  # what `build_expert` was given, in plain values
         initial = INITIAL_SCALE if image.initial_scale is None else image.initial_scale
         self.logit_scale = nn.Parameter(torch.tensor([initial]))
 
@@ -104,7 +107,10 @@ def build_expert(
     text_head = Head(tower.width, width, seeded(own, "head" if paired else "text head"), hidden)
     if not paired:
         image.initial_scale = None
-    return Expert(modality, image, image_head, TextEncoder(tower, text_head))
+    expert = Expert(modality, image, image_head, TextEncoder(tower, text_head))
+    expert.built = {"modality": modality, "kind": kind, "width": width, "seed": seed}
+    expert.built["expert"] = dataclasses.asdict(config)
+    return expert
 
 
 def build_text_encoder(
@@ -120,5 +126,12 @@ def build_text_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(own)
         tower = build_text_tower(config, lora)
-    head = Head(tower.width, width, seeded(own, "text head"), head_hidden)
-    return TextEncoder(tower, head)
+    encoder = TextEncoder(tower, Head(tower.width, width, seeded(own, "text head"), head_hidden))
+    encoder.built = {
+        "text": dataclasses.asdict(config),
+        "lora": None if lora is None else dataclasses.asdict(lora),
+        "head_hidden": head_hidden,
+        "width": width,
+        "seed": seed,
+    }
+    return encoder

@@ -1,5 +1,7 @@
 """What every text tower offers, and the text encoder that is a tower with a head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ class TextEncoder(nn.Module):
     def __init__(self, tower: TextTower, head: Head) -> None:
         super().__init__()
         self.tower, self.head = tower, head
+        self.built: dict[str, Any] = {}  # what `build_text_encoder` was given, in plain values
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """Unit-norm embeddings [B, width], float32; equal strings are computed once.

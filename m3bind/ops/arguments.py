@@ -10,9 +10,12 @@ from m3bind.dtypes import accumulation_dtype
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def features(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def features(
+    op: str, x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")
+) -> tuple[Tensor, Tensor]:
     """The pair of feature matrices, checked, and cast where autocast is on."""
-    for name, value in (("x", x), ("y", y)):
+    x_name, y_name = names
+    for name, value in zip(names, (x, y), strict=True):
         if not isinstance(value, Tensor):
             raise ValueError(f"{op}: {name} must be a tensor, not {type(value).__name__}")
         if value.dim() != 2:
@@ -20,10 +23,12 @@ def features(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
                 f"{op}: {name} has shape {tuple(value.shape)}; pass a matrix [rows, features]"
             )
     if x.device != y.device:
-        raise ValueError(f"{op}: x is on {x.device}, y on {y.device}; move one of them")
+        raise ValueError(
+            f"{op}: {x_name} is on {x.device}, {y_name} on {y.device}; move one of them"
+        )
     if x.shape[1] != y.shape[1] or x.shape[1] == 0:
         raise ValueError(
-            f"{op}: x has {x.shape[1]} features a row, y has {y.shape[1]}; "
+            f"{op}: {x_name} has {x.shape[1]} features a row, {y_name} has {y.shape[1]}; "
             "they must be equal and at least 1"
         )
     # Only the features are cast: a scale of 14.2857 would become 14.3125 in bfloat16.
@@ -31,11 +36,20 @@ def features(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, y = x.to(dtype), y.to(dtype)
     if x.dtype != y.dtype:
-        raise ValueError(f"{op}: x is {x.dtype}, y is {y.dtype}; cast one of them")
+        raise ValueError(f"{op}: {x_name} is {x.dtype}, {y_name} is {y.dtype}; cast one of them")
     if x.dtype not in DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"{op}: features are {x.dtype}; cast them to one of {known}")
     return x, y
+
+
+def same_rows(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Two feature matrices, of whatever width, describe the same rows."""
+    if value.shape[0] != other.shape[0] or value.device != other.device:
+        raise ValueError(
+            f"{op}: {name} has {value.shape[0]} rows on {value.device}, {other_name} has "
+            f"{other.shape[0]} on {other.device}; pass features of the same rows, on one device"
+        )
 
 
 def scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
@@ -81,10 +95,40 @@ def id_pair(
     return ids(op, f"{name} of the rows", both[0], x), ids(op, f"{name} of the columns", both[1], y)
 
 
+def excluded(
+    op: str, value: Tensor | tuple[Tensor, Tensor] | None, queries: Tensor, gallery: Tensor
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Ids of pairs that must not be found."""
+    return (None, None) if value is None else id_pair(op, "exclude_ids", value, queries, gallery)
+
+
 def labels(op: str, value: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The column of each row's positive; below 0: none."""
     value = ids(op, "labels", value, x)
     below(op, "labels", value, y.shape[0])
+    return value
+
+
+def label_lists(op: str, value: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The columns [N, P] that each row asks for, of [N] or [N, P]; below 0: none."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{op}: labels must be an int64 tensor, not {kind}")
+    rows = x.shape[0]
+    if value.dim() not in (1, 2) or value.shape[0] != rows or value.device != x.device:
+        raise ValueError(
+            f"{op}: labels has shape {tuple(value.shape)} on {value.device}; pass [{rows}] or "
+            f"[{rows}, P] on {x.device}"
+        )
+    below(op, "labels", value, y.shape[0])
+    return value if value.dim() == 2 else value[:, None]
+
+
+def integer(op: str, name: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{op}: {name} must be an integer, not {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name}={value}; pass an integer from {low} to {high}")
     return value
 
 

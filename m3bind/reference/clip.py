@@ -28,7 +28,7 @@ def clip_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     acc = accumulation_dtype(x.dtype)
     logits = logits_of(x, y, logit_scale)
-    targets = _targets(x, y, labels, positive_ids, soft_targets).to(acc)
+    targets = targets_of(x, y, labels, positive_ids, soft_targets).to(acc)
     positive = targets > 0
     logits = logits - logit_scale.to(acc) * margin * positive.to(acc)
     if logit_bias is not None:
@@ -52,7 +52,7 @@ def clip_loss(
     return reduce(losses, reduction)
 
 
-def _targets(
+def targets_of(
     x: Tensor,
     y: Tensor,
     labels: Tensor | None,

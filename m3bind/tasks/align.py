@@ -7,12 +7,11 @@ import random
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from m3bind.config import AGREEMENTS, AlignConfig
 from m3bind.losses import ClipLoss
 from m3bind.models.expert import Expert
-from m3bind.ops import clip_loss
+from m3bind.ops import clip_loss, similarity_distill
 from m3bind.tasks.common import (
     Batches,
     Losses,
@@ -25,12 +24,17 @@ from m3bind.tasks.common import (
 )
 
 log = logging.getLogger(__name__)
-INFONCE_SCALE = 1 / 0.07
+AGREEMENT_SCALE = 1 / 0.07  # of infonce and relational
 RATIO_EVERY = 20  # steps between two measurements of the gradients
 WEAKEST_RATIO = 0.01
 
 
-def agreement_loss(a: Tensor, b: Tensor, kind: str) -> Tensor:  # a, b [N, D], unit norm
+def agreement_loss(
+    a: Tensor,  # [N, D], unit norm
+    b: Tensor,  # [N, D], unit norm
+    kind: str,
+    text_ids: Tensor | None = None,  # [N] int64
+) -> Tensor:
     """How far two experts' embeddings of the same texts are apart.
 
     Equivalent to::
@@ -39,17 +43,36 @@ def agreement_loss(a: Tensor, b: Tensor, kind: str) -> Tensor:  # a, b [N, D], u
                                                    # mean over them is D times too weak
         cosine:  (1 - (a * b).sum(1)).mean()
         infonce: clip_loss(a, b, 1 / 0.07)         # the same text is the only positive
+        relational: (KL(p || q) + KL(q || p)) / 2  # mean over the texts: p and q are softmaxes of
+                                                   # a text's similarities to all others, of a and
+                                                   # of b, and each divergence moves the latter
 
-    Raises ValueError for another ``kind``.
+    Texts of equal ``text_ids`` (none are by default) say the same: they are not each other's
+    negatives, and have no part in each other's distribution. Raises ValueError for another
+    ``kind``.
     """
+    if text_ids is None:
+        text_ids = torch.arange(len(a), device=a.device)
     if kind == "mse":
         return (a - b).square().sum(1).mean()
     if kind == "cosine":
         return (1 - (a * b).sum(1)).mean()
     if kind == "infonce":
-        loss = clip_loss(a, b, INFONCE_SCALE)
+        loss = clip_loss(a, b, AGREEMENT_SCALE, mask_ids=text_ids)
         assert isinstance(loss, Tensor)
         return loss
+    if kind == "relational":
+        # A sum: a text that has no other beside it counts as agreed upon, not as nothing. Rows
+        # alone, since similarities among themselves are symmetric.
+        total = a.new_zeros(())
+        for student, teacher in ((b, a), (a, b)):
+            divergence = similarity_distill(
+                student, student, AGREEMENT_SCALE, teacher, teacher, AGREEMENT_SCALE,
+                mask_ids=text_ids, directions="rows", reduction="sum",
+            )  # fmt: skip
+            assert isinstance(divergence, Tensor)
+            total = total + divergence
+        return total / (2 * len(a))
     raise ValueError(f"agreement {kind!r} is not one of {', '.join(AGREEMENTS)}")
 
 
@@ -62,12 +85,15 @@ def preservation_loss(
     old_scale: Tensor,  # [1]
 ) -> Tensor:
     """Mean over both directions of KL(original || now) of the image-text distributions."""
-    now, old = scale * image @ text.T, old_scale * old_image @ old_text.T
-    terms = [
-        F.kl_div(n.log_softmax(1), o.log_softmax(1), log_target=True, reduction="batchmean")
-        for n, o in ((now, old), (now.T, old.T))
-    ]
-    return (terms[0] + terms[1]) / 2
+    loss = similarity_distill(image, text, scale, old_image, old_text, old_scale)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def equal_texts(texts: list[str]) -> Tensor:
+    """One id a text, the same where only case and spacing differ, which most towers do not see."""
+    ids: dict[str, int] = {}
+    return torch.tensor([ids.setdefault(" ".join(t.lower().split()), len(ids)) for t in texts])
 
 
 class Align(Task):
@@ -132,8 +158,9 @@ class Align(Task):
                     )
                 preserved.append(preservation_loss(image, text, scale, *old))
         pairs = list(itertools.combinations(centres.values(), 2))
+        text_ids = equal_texts(centre).to(self.calls.device)
         agreement = torch.stack(
-            [agreement_loss(a, b, self.config.agreement) for a, b in pairs]
+            [agreement_loss(a, b, self.config.agreement, text_ids) for a, b in pairs]
         ).sum()
         with torch.no_grad():
             cosines = [(a * b).sum(1).mean() for a, b in pairs]

@@ -4,36 +4,21 @@ import random
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from m3bind.config import DistillConfig
 from m3bind.losses import ClipLoss
 from m3bind.models.expert import Expert
 from m3bind.models.text import TextEncoder
+from m3bind.ops import similarity_distill
 from m3bind.tasks.common import Batches, Losses, Report, Task, draw_sections, take
-
-
-def similarity_kl(
-    student: Tensor,  # [N, D]
-    teacher: Tensor,  # [N, D]
-    image: Tensor,  # [M, D]
-    scale: Tensor,  # [1]
-) -> Tensor:
-    """KL(teacher || student) of the distributions of each text over the images, mean over N."""
-    return F.kl_div(
-        (scale * student @ image.T).log_softmax(1),
-        (scale * teacher @ image.T).log_softmax(1),
-        log_target=True,
-        reduction="batchmean",
-    )
 
 
 class Distill(Task):
     """Trains ``student`` alone; the experts, heads included, are frozen.
 
     For the texts of each modality: the cosine to its expert's embedding of the same text, CLIP's
-    loss with its expert's images, and the divergence between student-to-image and
-    expert-to-image similarities, each a mean over the modalities. Experts that were not aligned
+    loss with its expert's images, and KL(expert || student) of each text's distribution over
+    these images, each a mean over the modalities. Experts that were not aligned
     make the control "stage 2 without stage 1".
     """
 
@@ -77,7 +62,11 @@ class Distill(Task):
             if self.config.contrast_weight > 0:
                 terms["contrast"].append(self.loss(image, student, scale))
             if self.config.similarity_weight > 0:
-                terms["similarity"].append(similarity_kl(student, teacher, image, scale))
+                divergence = similarity_distill(
+                    student, image, scale, teacher, image, scale, directions="rows"
+                )
+                assert isinstance(divergence, Tensor)
+                terms["similarity"].append(divergence)
         weights = {
             "cosine": self.config.cosine_weight,
             "contrast": self.config.contrast_weight,

@@ -270,6 +270,25 @@ def test_json_lines_sections_and_a_modality_of_ones_own(tmp_path) -> None:
     assert info.prompts["findings"] == {"naevus": ["regular network"]}
 
 
+@pytest.mark.parametrize(
+    ("labels", "prompts", "message"),
+    [
+        ("[none, x]", "findings: {x: [sign]}", r"'none' has no prompt .*prompts.findings"),
+        ("[]", "findings: {x: [sign]}", r"line 2: label 'none' has no prompt in .*findings"),
+        ("[none, x]", "name: {nane: [healthy]}", r"prompts\.name: 'nane' is not among"),
+    ],
+)  # fmt: skip
+def test_prompts_for_some_labels_only_stop_before_anything_is_read(
+    tmp_path, labels, prompts, message
+) -> None:
+    path, out = manifest(tmp_path, {"path": "a.png"}), tmp_path / "out"
+    described = tmp_path / "d.yaml"
+    described.write_text(f"modalities: {{retina: {{labels: {labels}, prompts: {{{prompts}}}}}}}\n")
+    with pytest.raises(M3BindError, match=message):
+        run(path, out, description=described)
+    assert not out.exists()
+
+
 def test_json_lines_end_at_newlines_alone(tmp_path) -> None:
     picture(tmp_path / "a.png")
     report = "FINDINGS: clear\u2028disc\x85and macula"

@@ -1,6 +1,8 @@
 """Shards: DALI's own index, webdataset as an independent reader, damage, and the audit."""
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from m3bind.data.shards import (
     iter_reports,
     read_index,
     shard_paths,
+    shards_content,
     shared_patients,
     whole_samples,
 )
@@ -84,8 +87,50 @@ def test_no_shard_under_its_name_before_it_is_whole(tmp_path) -> None:
         assert len(shard_paths(tmp_path, "ecg", "train")) == 1
         raise RuntimeError
     assert [p.name for p in sorted((tmp_path / "ecg" / "train").iterdir())] == [
-        "t-ecg-train-000000.idx", "t-ecg-train-000000.tar",
+        "t-ecg-train-000000.idx", "t-ecg-train-000000.sha256", "t-ecg-train-000000.tar",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("modality", ["ct", "ecg"])  # their payloads have one size
+def test_content_changes_with_any_byte_of_a_shard(tmp_path, modality) -> None:
+    def made(name: str, *, pixel: int = 0, label: str = "left") -> list[Path]:
+        arrays = [np.full((12, 20, 200), i, np.int16) for i in range(4)]
+        if modality == "ecg":
+            arrays = [np.full((12, 2000), i, np.int16) for i in range(4)]
+        arrays[-1][-1, -1] += pixel
+        records = [record(modality, i, a, labels=("left",)) for i, a in enumerate(arrays[:-1])]
+        write(tmp_path / name, [*records, record(modality, 3, arrays[-1], labels=(label,))])
+        return shard_paths(tmp_path / name, modality, "train")
+
+    shards = made("a")
+    assert shards[0].stat().st_size > 2 << 16
+    content = shards_content(shards)
+    assert content == shards_content(made("again"))
+    assert content != shards_content(made("pixels", pixel=1))
+    assert content != shards_content(made("labels", label="none"))
+    # As sha256sum checks it; and without it, or beside a shard that was written since, it is
+    # computed.
+    written = shards[0].with_suffix(".sha256")
+    digest = hashlib.sha256(shards[0].read_bytes()).hexdigest()
+    assert written.read_text() == f"{digest}  {shards[0].name}\n"
+    written.unlink()
+    assert shards_content(shards) == content
+    written.write_text(f"{digest}  {shards[0].name}\n")
+    data = bytearray(shards[0].read_bytes())
+    data[-3000] ^= 1
+    shards[0].write_bytes(data)
+    os.utime(shards[0], ns=(0, written.stat().st_mtime_ns + 1))
+    assert shards_content(shards) != content
+
+
+def test_prompts_that_leave_a_label_out_are_named(tmp_path) -> None:
+    prompts = {"name": {"none": ["no"], "x": ["x"]}, "findings": {"x": ["a sign of x"]}}
+    info = ModalityInfo(kind="image2d", labels=["none", "x"], prompts=prompts)
+    Dataset(
+        root=tmp_path, name="t", simulated=False, labels=["none", "x"], modalities={"xray": info}
+    ).write()
+    with pytest.raises(M3BindError, match=r"xray\.prompts\.findings has no prompt for .* 'none'"):
+        Dataset.load(tmp_path)
 
 
 def test_audit_counts(tmp_path) -> None:

@@ -4,10 +4,12 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
 from m3bind.eval.fewshot import few_shot, pick_shots
 from m3bind.eval.gap import modality_gap
+from m3bind.eval.ranks import nearest, own_ranks
 from m3bind.eval.retrieval import retrieve
 from m3bind.eval.zeroshot import class_vectors, zero_shot
 
@@ -133,6 +135,40 @@ def test_seed_fixes_chance_and_ids_must_differ():
     with pytest.raises(ValueError, match="'p7' is a query and in its own gallery"):
         retrieve(*args, query_ids=["p7"], gallery_ids=["p7"])
     assert retrieve(query[:2], ["none", ""], gallery[:2], ["none", ""]) is None
+
+
+def test_ranks_of_pairs_by_hand():
+    gallery = np.eye(4)[[0, 1, 2, 2, 3]]  # rows 2 and 3 are the same
+    query = _unit(np.array([[1, 0.1, 0, 0], [1, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]]))
+    found = own_ranks(query, gallery, ks=(1, 2))
+    # own at 1; after row 0; first of two equal ones, and second of them
+    assert found.recall == {1: 0.5, 2: 1.0}
+    assert found.median == 1.5 and found.num_queries == 4
+    with pytest.raises(ValueError, match="5 queries for 4 rows"):
+        own_ranks(gallery, query)
+
+
+def test_ranks_and_nearest_equal_a_sort_of_the_matrix():
+    query, gallery = _random(0, 40), _random(1, 90)
+    order = np.argsort(-(query.astype(np.float64) @ gallery.T.astype(np.float64)), axis=1)
+    place = np.argsort(order, axis=1)[np.arange(40), np.arange(40)]
+    found = own_ranks(query, gallery)
+    assert found.recall == {k: pytest.approx((place < k).mean()) for k in (1, 5, 10)}
+    assert found.median == np.median(place + 1)
+    for i, hits in enumerate(nearest(query, gallery, 7)):
+        assert [row for _, row in hits] == order[i, :7].tolist()
+        for similarity, row in hits:
+            assert similarity == pytest.approx(query[i] @ gallery[row], abs=1e-6)
+    assert len(nearest(query[:1], gallery[:3], 7)[0]) == 3
+
+
+def test_the_operators_are_what_runs():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        nearest(_random(0, 4), _random(1, 9), 3)
+        own_ranks(_random(0, 4), _random(1, 9))
+    ran = {event.key for event in profile.key_averages()}
+    assert {"m3bind::similarity_topk_fwd", "m3bind::similarity_rank_fwd"} <= ran
+    assert not ran & {"aten::sort", "aten::argsort"}
 
 
 def test_class_vectors_average_directions():

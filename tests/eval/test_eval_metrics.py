@@ -41,6 +41,12 @@ def test_the_figures_are_those_of_the_measures(metrics, test_sets):
         sets["ecg"].text, sets["ecg"].labels, sets["ct"].image, sets["ct"].labels, seed=3
     )
     assert metrics["text_retrieval"]["aligned"]["ecg->ct"] == text.map
+    # each report and its own image, among 7 labels x 8 patients
+    own = metrics["own_image"]["aligned"]
+    similarity = sets["ecg"].text @ sets["ecg"].image.T
+    place = 1 + (similarity > similarity.diagonal()[:, None]).sum(axis=1)
+    assert own["median_rank"]["ecg"] == np.median(place) and own["gallery"]["ecg"] == 56
+    assert own["recall"]["5"]["ecg"] == pytest.approx((place <= 5).mean())
     # no diabetes in a CT: those ECG patients are no queries
     assert retrieval["aligned"]["queries"]["ecg->ct"] == 5 * 8
 
@@ -87,12 +93,14 @@ def test_validate_lists_everything_that_is_wrong(metrics):
     changed = copy.deepcopy(metrics)
     del changed["zero_shot"]["distilled"]["findings"]["ecg"]
     changed["retrieval"]["before"]["map"]["ct->ecg"] = 1.2
+    changed["own_image"]["aligned"]["median_rank"]["ct"] = 0
     changed["seed"] = "3"
     with pytest.raises(ValueError) as error:
         validate(changed)
     text = str(error.value)
     assert "zero_shot.distilled.findings.ecg: missing" in text
     assert "retrieval.before.map.ct->ecg: 1.2" in text
+    assert "own_image.aligned.median_rank.ct: 0 is not within" in text
     assert "seed: expected int" in text
 
 

@@ -1,12 +1,13 @@
-"""losses.ClipLoss beside open_clip's own, and in somebody's training loop."""
+"""ClipLoss and DistillClipLoss beside open_clip's own."""
 
 import inspect
 
+import distill_oracle
 import pytest
 import torch
 from clip_oracle import run, unit_pairs
 
-from m3bind.losses import ClipLoss
+from m3bind.losses import ClipLoss, DistillClipLoss
 
 open_clip_loss = pytest.importorskip("open_clip.loss")
 
@@ -15,10 +16,11 @@ def parameters(function):
     return list(inspect.signature(function).parameters.values())
 
 
+@pytest.mark.parametrize("loss", (ClipLoss, DistillClipLoss))
 @pytest.mark.parametrize("method", ("__init__", "forward"))
-def test_signature_is_open_clips(method):
-    theirs = parameters(getattr(open_clip_loss.ClipLoss, method))
-    ours = parameters(getattr(ClipLoss, method))
+def test_signature_is_open_clips(loss, method):
+    theirs = parameters(getattr(getattr(open_clip_loss, loss.__name__), method))
+    ours = parameters(getattr(loss, method))
     shared = ours[: len(theirs)]
     assert [(p.name, p.kind, p.default) for p in shared] == [
         (p.name, p.kind, p.default) for p in theirs
@@ -46,6 +48,35 @@ def test_output_dict_and_bias():
     torch.testing.assert_close(got["contrastive_loss"], want["contrastive_loss"])
 
 
-def test_several_ranks_are_refused():
-    with pytest.raises(ValueError, match="world_size=4"):
-        ClipLoss(rank=1, world_size=4)
+@pytest.mark.parametrize("loss", (ClipLoss, DistillClipLoss))
+def test_several_ranks_are_refused(loss):
+    with pytest.raises(ValueError, match=f"^{loss.__name__}: world_size=4"):
+        loss(rank=1, world_size=4)
+
+
+@pytest.mark.parametrize("n", (1, 48, 130))
+@pytest.mark.parametrize("shape", ((), (1,)), ids=("0-D scale", "[1] scale"))
+@pytest.mark.parametrize("which", (0, 1), ids=("contrastive", "distill"))
+def test_distillation_is_open_clips(n, shape, which):
+    given = distill_oracle.features(n, n, 32, 16, seed=n)
+    teacher_scale = torch.full(shape, 40.0)
+
+    def term(loss):
+        def of(x, y, scale, *teacher):
+            return loss(x, y, scale.reshape(shape), *teacher)[which].sum()
+
+        return of
+
+    want = distill_oracle.run(term(open_clip_loss.DistillClipLoss()), given, 14.3, teacher_scale)
+    got = distill_oracle.run(term(DistillClipLoss()), given, 14.3, teacher_scale)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_distillation_in_a_training_loop_that_adds_the_dict_up():
+    x, y, *teacher = distill_oracle.features(12, 12, 8, 8, seed=0)
+    args = (x, y, torch.tensor(5.0), *teacher, torch.tensor(9.0))
+    want = open_clip_loss.DistillClipLoss()(*args, output_dict=True)
+    got = DistillClipLoss()(*args, output_dict=True)
+    assert list(got) == list(want) == ["contrastive_loss", "distill_loss"]
+    torch.testing.assert_close(sum(got.values()), sum(want.values()))

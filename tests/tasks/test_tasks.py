@@ -1,25 +1,25 @@
 """Tasks on stub experts: the losses by hand, where gradients flow, what is saved."""
 
 import copy
-import math
 import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from dense_oracle import dense_clip
 from torch import Tensor
 
-from m3bind.config import AlignConfig, DistillConfig
+from m3bind.config import AGREEMENTS, AlignConfig, DistillConfig
 from m3bind.data.preprocess import Preprocess
 from m3bind.data.reports import sections
 from m3bind.models.expert import Expert
 from m3bind.models.heads import Head, seeded
 from m3bind.models.image import ImageTower
 from m3bind.models.text import TextEncoder, TextTower
-from m3bind.tasks.align import RATIO_EVERY, Align, agreement_loss, preservation_loss
+from m3bind.tasks.align import RATIO_EVERY, Align
 from m3bind.tasks.common import draw_sections
-from m3bind.tasks.distill import Distill, similarity_kl
+from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
 
 WIDTH = 6
@@ -76,61 +76,6 @@ def batches(*names: str) -> dict[str, SimpleNamespace]:
         n: SimpleNamespace(images=torch.randn(3, 1, 4, 4, generator=generator), reports=REPORTS)
         for n in names
     }
-
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize(x, dim=-1)
-
-
-def dense_clip(x: Tensor, y: Tensor, scale: float) -> float:
-    logits = scale * x.double().numpy() @ y.double().numpy().T
-    rows = np.log(np.exp(logits).sum(1)) - logits.diagonal()
-    columns = np.log(np.exp(logits).sum(0)) - logits.diagonal()
-    return float((rows.mean() + columns.mean()) / 2)
-
-
-class TestLossesByHand:
-    def test_orthogonal_and_opposite(self) -> None:
-        x = torch.eye(4)[:2]
-        assert float(agreement_loss(x, x, "mse")) == 0
-        assert float(agreement_loss(x, torch.eye(4)[2:], "mse")) == pytest.approx(2)
-        assert float(agreement_loss(x, -x, "mse")) == pytest.approx(4)
-        assert float(agreement_loss(x, -x, "cosine")) == pytest.approx(2)
-
-    def test_mse_is_twice_the_cosine_distance_at_any_width(self) -> None:
-        for width in (8, 512):
-            a, b = unit(5, width), unit(5, width, seed=1)
-            mse, cosine = agreement_loss(a, b, "mse"), agreement_loss(a, b, "cosine")
-            assert float(mse) == pytest.approx(2 * float(cosine), rel=1e-5)
-
-    def test_infonce(self) -> None:
-        a, b = unit(5, 8), unit(5, 8, seed=1)
-        expected = dense_clip(a, b, 1 / 0.07)
-        assert float(agreement_loss(a, b, "infonce")) == pytest.approx(expected, rel=1e-5)
-
-    def test_unknown_kind(self) -> None:
-        with pytest.raises(ValueError, match="mse, cosine, infonce"):
-            agreement_loss(unit(2, 4), unit(2, 4), "l1")
-
-    def test_similarity_kl(self) -> None:
-        # Two images; the teacher sees 0.8/0.2, the student 0.5/0.5: KL = sum p ln(p/q).
-        image = torch.eye(2)
-        teacher = torch.tensor([[math.log(0.8), math.log(0.2)]])
-        student = torch.tensor([[0.3, 0.3]])
-        expected = 0.8 * math.log(0.8 / 0.5) + 0.2 * math.log(0.2 / 0.5)
-        got = similarity_kl(student, teacher, image, torch.ones(1))
-        assert float(got) == pytest.approx(expected, rel=1e-5)
-        assert float(similarity_kl(teacher, teacher, image, torch.ones(1))) == 0
-
-    def test_preservation_is_zero_at_the_original_and_positive_elsewhere(self) -> None:
-        image, text, scale = unit(4, 8), unit(4, 8, seed=1), torch.tensor([5.0])
-        # The original may have another width: only its similarities count.
-        wide = torch.nn.functional.pad(image, (0, 3)), torch.nn.functional.pad(text, (0, 3))
-        assert float(preservation_loss(image, text, scale, *wide, scale)) == pytest.approx(
-            0, abs=1e-6
-        )
-        assert float(preservation_loss(image, text.flip(0), scale, *wide, scale)) > 0.1
 
 
 class TestPretrain:
@@ -237,6 +182,20 @@ class TestAlign:
             len(list(e.parameters())) for e in experts.values()
         )
 
+    @pytest.mark.parametrize("agreement", AGREEMENTS)
+    def test_every_agreement_trains(self, experts: dict[str, Expert], agreement: str) -> None:
+        task = Align(experts, CENTRE, AlignConfig(agreement=agreement))
+        optimiser = torch.optim.AdamW(task.parameter_groups(), lr=1e-2)
+        rng, values = random.Random(0), []
+        for _ in range(15):
+            losses, report = task(batches(*experts), rng)
+            values.append(float(losses["agreement"].detach()))
+            assert report["centre_cosine"] <= 1 + 1e-6
+            optimiser.zero_grad()
+            losses["agreement"].backward()
+            optimiser.step()
+        assert 0 <= values[-1] < 0.7 * values[0]
+
     def test_training_makes_the_experts_agree(self, experts: dict[str, Expert]) -> None:
         task = Align(experts, CENTRE, AlignConfig())
         optimiser = torch.optim.AdamW(task.parameter_groups(), lr=1e-2)
@@ -301,6 +260,24 @@ class TestDistill:
             expected, rel=1e-3
         )
 
+    def test_similarities_move_the_student_as_by_hand(self, experts: dict[str, Expert]) -> None:
+        config = DistillConfig(cosine_weight=0, contrast_weight=0)
+        student = stub_encoder("student")
+        task, data = Distill(student, experts, config), batches(*experts)
+        sum(task(data, random.Random(7))[0].values()).backward()
+        got = student.head.weight.grad.clone()
+        student.zero_grad()
+        rng, loss = random.Random(7), torch.zeros(())
+        for name, expert in experts.items():
+            texts = draw_sections(REPORTS, rng)
+            with torch.no_grad():
+                v = expert.encode_image(data[name].images)
+                p = (expert.encode_text(texts) @ v.T / 0.07).softmax(1)
+            q = (student.encode_text(texts) @ v.T / 0.07).log_softmax(1)
+            loss = loss + (p * (p.log() - q)).sum(1).mean() / 3
+        loss.backward()
+        torch.testing.assert_close(got, student.head.weight.grad, rtol=1e-3, atol=1e-6)
+
     def test_only_the_student_trains(self, experts: dict[str, Expert]) -> None:
         student = stub_encoder("student")
         task = Distill(student, experts, DistillConfig()).train()
@@ -321,3 +298,26 @@ class TestDistill:
         student = TextEncoder(StubText(), Head(26, WIDTH + 1, seeded("s")))
         with pytest.raises(ValueError, match="7 wide"):
             Distill(student, experts, DistillConfig())
+
+
+class TestOperatorsInTraining:
+    """The fused operators are what runs, and nothing materialises similarities beside them."""
+
+    def step(self, task: Align | Distill, experts: dict[str, Expert]) -> set[str]:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
+            sum(task(batches(*experts), random.Random(0))[0].values()).backward()
+        return {event.key for event in profile.key_averages()}
+
+    def test_align(self, experts: dict[str, Expert]) -> None:
+        config = AlignConfig(agreement="relational", preserve_weight=1.0)
+        names = self.step(Align(experts, CENTRE, config).train(), experts)
+        for op in ("similarity_stats", "similarity_distill"):
+            assert {f"m3bind::{op}_fwd", f"m3bind::{op}_bwd"} <= names
+        assert not {"aten::_log_softmax", "aten::_softmax", "aten::logsumexp"} & names
+
+    def test_distill(self, experts: dict[str, Expert]) -> None:
+        names = self.step(Distill(stub_encoder("s"), experts, DistillConfig()).train(), experts)
+        for op in ("similarity_stats", "similarity_distill"):
+            assert {f"m3bind::{op}_fwd", f"m3bind::{op}_bwd"} <= names
+        assert not {"aten::_log_softmax", "aten::_softmax", "aten::logsumexp"} & names

@@ -1,0 +1,83 @@
+#include "rounding_loss.h"
+
+#include <utility>
+
+namespace m3bind::cpu {
+namespace {
+
+const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+std::vector<double> mean_row(const Tensor& t) {
+  const int64_t rows = t.size(0), features = t.size(1);
+  const float* values = data(t);
+  std::vector<double> mean(features);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < features; ++d) mean[d] += values[i * features + d];
+  for (double& value : mean) value /= static_cast<double>(std::max<int64_t>(1, rows));
+  return mean;
+}
+
+// out[i] += lost[i] * the mean of the others' rows
+void add_mean(const Tensor& out, const std::vector<double>& lost, const Tensor& others) {
+  if (out.size(0) == 0) return;
+  const int64_t features = others.size(1);
+  const std::vector<double> mean = mean_row(others);
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  for_row_blocks(out.size(0), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t d = 0; d < features; ++d)
+        to[i * features + d] += static_cast<float>(lost[i] * mean[d]);
+  });
+}
+
+void add_row(const Tensor& out, int64_t i, const Tensor& from, int64_t j, float grad) {
+  if (out.size(0) == 0) return;
+  const int64_t features = from.size(1);
+  float* to = static_cast<float*>(out.mutable_data_ptr()) + i * features;
+  const float* in = data(from) + j * features;
+  for (int64_t d = 0; d < features; ++d) to[d] += grad * in[d];
+}
+
+}  // namespace
+
+RoundingLoss::RoundingLoss(const Panels& panels, std::vector<float> row_limit,
+                           std::vector<float> col_limit)
+    : row_limit_(std::move(row_limit)),
+      col_limit_(std::move(col_limit)),
+      row_lost_(panels.rows()),
+      col_lost_(panels.cols()),
+      columns_(panels.step(), panels.cols()) {}
+
+void RoundingLoss::take(const Panels& panels, int64_t first, int64_t count) {
+  const int64_t cols = panels.cols();
+  std::vector<std::vector<Apart>> apart((count + kBlockRows - 1) / kBlockRows);
+  for_row_blocks(count, [&](int64_t begin, int64_t end) {
+    struct Found {
+      std::vector<Apart>& apart;
+      int64_t first;
+    } found = {apart[begin / kBlockRows], first + begin};
+    row_kernels().set_apart(
+        panels.data() + begin * cols, cols, end - begin, cols, row_limit_.data() + first + begin,
+        col_limit_.data(), row_lost_.data() + first + begin, columns_.start(begin, 0),
+        [](void* to, int64_t i, int64_t j, float grad) {
+          auto* into = static_cast<Found*>(to);
+          into->apart.push_back({into->first + i, j, grad});
+        },
+        &found);
+  });
+  columns_.merge(count, [&](int64_t j, float lost) { col_lost_[j] += lost; });
+  for (const std::vector<Apart>& block : apart)
+    apart_.insert(apart_.end(), block.begin(), block.end());
+}
+
+void RoundingLoss::give_back(const Panels& panels, const Tensor& grad_x,
+                             const Tensor& grad_y) const {
+  add_mean(grad_x, row_lost_, panels.y());
+  add_mean(grad_y, col_lost_, panels.x());
+  for (const Apart& a : apart_) {
+    add_row(grad_x, a.row, panels.y(), a.col, a.grad);
+    add_row(grad_y, a.col, panels.x(), a.row, a.grad);
+  }
+}
+
+}  // namespace m3bind::cpu

@@ -1,0 +1,38 @@
+// What a gradient loses when its panels of derivatives are rounded to bfloat16, given back as far
+// as it can be told without a product of float32 matrices.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "block_columns.h"
+#include "panel.h"
+
+namespace m3bind::cpu {
+
+// Large derivatives are kept apart: they are few, and their rounding would be that of whole rows.
+// Of the others, the sum of what is lost along each row goes to the mean of all y, and along each
+// column to the mean of all x: derivatives that sum up to 0 cancel what features have in common,
+// and their rounding would not. What is left is as small as the rounding of the result.
+class RoundingLoss {
+ public:
+  // A derivative is large beyond the sum of its row's and its column's limit.
+  RoundingLoss(const Panels& panels, std::vector<float> row_limit, std::vector<float> col_limit);
+
+  // Looks at the derivatives in the panel, and takes the large ones out of it.
+  void take(const Panels& panels, int64_t first, int64_t count);
+  // Adds to the gradients, after the last panel; either may have no rows.
+  void give_back(const Panels& panels, const Tensor& grad_x, const Tensor& grad_y) const;
+
+ private:
+  struct Apart {
+    int64_t row, col;
+    float grad;
+  };
+  std::vector<float> row_limit_, col_limit_;
+  std::vector<double> row_lost_, col_lost_;
+  std::vector<Apart> apart_;
+  BlockColumns columns_;
+};
+
+}  // namespace m3bind::cpu

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "panel.h"
+
+namespace m3bind::cpu {
+
+// The student's and the teacher's panels of the same rows, with the same pairs left out.
+class DualPanels {
+ public:
+  DualPanels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
+             const Tensor& teacher_y, const Tensor& teacher_scale,
+             const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask)
+      : student(x, y, logit_scale, PairRules({}, {}, row_mask, col_mask), 0),
+        teacher(teacher_x, teacher_y, teacher_scale, PairRules({}, {}, row_mask, col_mask), 0) {
+    STD_TORCH_CHECK(student.rows() == teacher.rows() && student.cols() == teacher.cols(),
+                    "student and teacher must have the same rows and the same columns");
+  }
+
+  void compute(int64_t first, int64_t count) {
+    for (Panels* panels : {&student, &teacher})
+      panels->compute(first, count, [](int64_t, int64_t, float) {});
+  }
+
+  // Rows [begin, end) of the panel at hand.
+  DualPanel block(int64_t begin, int64_t end) const {
+    const int64_t cols = student.cols();
+    return {student.data() + begin * cols,
+            teacher.data() + begin * cols,
+            cols,
+            end - begin,
+            cols,
+            student.factor(),
+            teacher.factor()};
+  }
+
+  // One shift for both, so that logits which agree are shifted to the same values.
+  float common_shift() const {
+    const float own = student.common_shift(), teachers = teacher.common_shift();
+    return own >= teachers || own != own ? own : teachers;  // NaN stays
+  }
+
+  Panels student, teacher;
+};
+
+// Divergences [N], [M] and log-sum-exps [2, N], [2, M] (student's, teacher's) of both
+// distributions: see m3bind/ops/distill.py. The logits exist one panel of rows at a time. Results
+// are the same bit for bit from call to call.
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distill_fwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
+    const Tensor& teacher_y, const Tensor& teacher_scale, const std::optional<Tensor>& row_mask,
+    const std::optional<Tensor>& col_mask, bool kl);
+
+// Gradients of x, y (each [0, D] where it is not needed) and the scale.
+std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
+    const Tensor& teacher_y, const Tensor& teacher_scale, const std::optional<Tensor>& row_mask,
+    const std::optional<Tensor>& col_mask, const Tensor& row_lse, const Tensor& col_lse,
+    const Tensor& grad_rows, const Tensor& grad_cols, bool need_x, bool need_y);
+
+}  // namespace m3bind::cpu

@@ -1,0 +1,190 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "rounding_loss.h"
+#include "similarity_distill.h"
+#include "whole_tensors.h"
+
+namespace m3bind::cpu {
+namespace {
+
+// Weights above this could make inf * 0 out of an exponential that underflows.
+constexpr double kLargestWeight = 1e37;
+
+// The upstream gradients of one direction, with the shifts of the exponentials folded in.
+struct Weights {
+  std::vector<float> student, teacher, change;
+
+  ShareWeights from(int64_t first) const {
+    return {student.data() + first, teacher.data() + first, change.data() + first};
+  }
+};
+
+// One direction's LSEs (base 2) and upstream gradients.
+struct Direction {
+  std::vector<double> student_lse, teacher_lse, grad;
+
+  Direction(const Tensor& lse, const Tensor& grads) : grad(read(grads)) {
+    const std::vector<double> both = read(lse);
+    STD_TORCH_CHECK(both.size() == 2 * grad.size(), "two LSEs for each upstream gradient");
+    const auto base2 = [](double v) {
+      // Where everything is masked every logit is -inf, and any finite shift gives zeros.
+      return v == -std::numeric_limits<double>::infinity() ? 0.0 : v * kLog2E;
+    };
+    const auto middle = both.begin() + static_cast<std::ptrdiff_t>(grad.size());
+    student_lse.resize(grad.size());
+    teacher_lse.resize(grad.size());
+    std::transform(both.begin(), middle, student_lse.begin(), base2);
+    std::transform(middle, both.end(), teacher_lse.begin(), base2);
+  }
+
+  int64_t count() const { return static_cast<int64_t>(grad.size()); }
+
+  // g * 2^(shift - LSE), so that times 2^(logit - shift) it is g * softmax. Empty where an LSE is
+  // below `smallest`, or a weight is too large or not a number.
+  Weights weights(double shift, double smallest) const {
+    Weights out;
+    for (int64_t i = 0; i < count(); ++i) {
+      const double student = grad[i] * std::exp2(shift - student_lse[i]);
+      const double teacher = grad[i] * std::exp2(shift - teacher_lse[i]);
+      if (!(student_lse[i] >= smallest && teacher_lse[i] >= smallest &&
+            std::abs(student) <= kLargestWeight && std::abs(teacher) <= kLargestWeight))
+        return {};
+      out.student.push_back(static_cast<float>(student));
+      out.teacher.push_back(static_cast<float>(teacher));
+      out.change.push_back(static_cast<float>(student - teacher));
+    }
+    return out;
+  }
+
+  // g * 2^(own shift - LSE): makes up for the rounding of the LSEs to their own shifts.
+  Weights own_weights() const {
+    Weights out;
+    const auto rounding = [](double lse) { return std::exp2(static_cast<float>(lse) - lse); };
+    for (int64_t i = 0; i < count(); ++i) {
+      out.student.push_back(static_cast<float>(grad[i] * rounding(student_lse[i])));
+      out.teacher.push_back(static_cast<float>(grad[i] * rounding(teacher_lse[i])));
+      out.change.push_back(0);  // each direction forms its own difference
+    }
+    return out;
+  }
+
+  std::vector<float> gaps() const {
+    std::vector<float> out(grad.size());
+    for (size_t i = 0; i < grad.size(); ++i)
+      out[i] = static_cast<float>(teacher_lse[i] - student_lse[i]);
+    return out;
+  }
+};
+
+struct OwnShifts {
+  std::vector<float> student, teacher, gap;
+
+  OwnShifts() = default;
+  explicit OwnShifts(const Direction& direction)
+      : student(direction.student_lse.begin(), direction.student_lse.end()),
+        teacher(direction.teacher_lse.begin(), direction.teacher_lse.end()),
+        gap(direction.gaps()) {}
+
+  Both<const float> from(int64_t first) const {
+    return {student.data() + first, teacher.data() + first};
+  }
+};
+
+// The derivative by every logit of a panel, in place of the student's dot products.
+class Gradient {
+ public:
+  Gradient(const DualPanels& panels, const Direction& rows, const Direction& cols)
+      : shift_(panels.common_shift()) {
+    if (std::isfinite(shift_)) {
+      const double smallest = shift_ + panels.student.smallest_log2_sum();
+      rows_ = rows.weights(shift_, smallest);
+      cols_ = cols.weights(shift_, smallest);
+      one_exponential_ =
+          rows_.student.size() == rows.grad.size() && cols_.student.size() == cols.grad.size();
+    }
+    if (one_exponential_) return;
+    rows_ = rows.own_weights();
+    cols_ = cols.own_weights();
+    row_shifts_ = OwnShifts(rows);
+    col_shifts_ = OwnShifts(cols);
+  }
+
+  void apply(const DualPanels& panels, int64_t first, int64_t count) {
+    const DistillKernels& kernels = row_kernels().distill;
+    std::vector<double> by_dot(count);
+    for_row_blocks(count, [&](int64_t begin, int64_t end) {
+      const DualPanel block = panels.block(begin, end);
+      const int64_t row = first + begin;
+      if (one_exponential_)
+        kernels.gradient_shifted(block, shift_, rows_.from(row), cols_.from(0),
+                                 by_dot.data() + begin);
+      else
+        kernels.gradient_own_shift(block, row_shifts_.from(row), row_shifts_.gap.data() + row,
+                                   rows_.from(row), col_shifts_.from(0), col_shifts_.gap.data(),
+                                   cols_.from(0), by_dot.data() + begin);
+    });
+    for (const double sum : by_dot) by_dot_ += sum;
+  }
+
+  // The sum of all derivatives times what the panels held.
+  double by_dot() const { return by_dot_; }
+
+ private:
+  float shift_;
+  double by_dot_ = 0;
+  bool one_exponential_ = false;
+  Weights rows_, cols_;
+  OwnShifts row_shifts_, col_shifts_;  // only where each has its own
+};
+
+// A share of this size is large: a row has few, and what is lost of the others averages out.
+constexpr double kLargeShare = 1.0 / 16;
+
+std::vector<float> limits(const Direction& direction) {
+  std::vector<float> out;
+  for (const double grad : direction.grad)
+    out.push_back(static_cast<float>(kLargeShare * std::abs(grad)));
+  return out;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
+    const Tensor& teacher_y, const Tensor& teacher_scale, const std::optional<Tensor>& row_mask,
+    const std::optional<Tensor>& col_mask, const Tensor& row_lse, const Tensor& col_lse,
+    const Tensor& grad_rows, const Tensor& grad_cols, bool need_x, bool need_y) {
+  DualPanels panels(x, y, logit_scale, teacher_x, teacher_y, teacher_scale, row_mask, col_mask);
+  Panels& student = panels.student;
+  const Direction rows(row_lse, grad_rows), cols(col_lse, grad_cols);
+  STD_TORCH_CHECK(rows.count() == student.rows() && cols.count() == student.cols(),
+                  "one gradient for each row and each column");
+  Gradient gradient(panels, rows, cols);
+  const int64_t features = student.x().size(1);
+  Tensor grad_x = torch::stable::new_empty(student.x(), {need_x ? student.rows() : 0, features});
+  Tensor grad_y = torch::stable::new_zeros(student.y(), {need_y ? student.cols() : 0, features});
+  std::optional<RoundingLoss> loss;
+  if (!student.exact()) loss.emplace(student, limits(rows), limits(cols));
+  for (int64_t first = 0; first < student.rows(); first += student.step()) {
+    const int64_t count = std::min(student.step(), student.rows() - first);
+    panels.compute(first, count);
+    gradient.apply(panels, first, count);
+    if (loss) loss->take(student, first, count);
+    student.gradients(first, count, grad_x, grad_y);
+  }
+  student.finish(grad_y);
+  if (loss) loss->give_back(student, grad_x, grad_y);
+  multiply(grad_x, student.scale());
+  multiply(grad_y, student.scale());
+  Tensor grad_scale = torch::stable::new_empty(student.x(), {});
+  *static_cast<float*>(grad_scale.mutable_data_ptr()) =
+      static_cast<float>(student.sign() * gradient.by_dot());
+  return {torch::stable::to(grad_x, x.scalar_type()), torch::stable::to(grad_y, y.scalar_type()),
+          torch::stable::to(grad_scale, logit_scale.scalar_type())};
+}
+
+}  // namespace m3bind::cpu

@@ -1,0 +1,78 @@
+"""The configurations that kernels may run with, by processor and dtype; tests compile every one."""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One tile's rows, columns and features a step, and how it is run."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    piece: int = 32  # columns that the epilogue works on at a time
+    programs: int = 1  # on one multiprocessor at a time
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """What the operands in flight take, and a piece on its way out."""
+        operands = (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
+        return operands + self.block_m * self.piece * 4
+
+
+# Small tiles, so that small matrices have several.
+_INTERPRETER = Config(64, 64, 64, 4, 1)
+# In 64 KiB of local memory, of which the pieces of a tile take as much as the tile.
+_ROCM = Config(64, 64, 32, 4, 2)
+_HALF_80 = (Config(128, 128, 32, 8, 4), Config(128, 128, 64, 8, 3))
+_HALF_90 = (
+    Config(128, 256, 64, 8, 3),
+    Config(128, 256, 64, 8, 4),
+    Config(128, 128, 64, 8, 4),
+)
+_FLOAT = (Config(64, 64, 32, 4, 3, programs=2),)
+# (kernel, 16-bit features, from this compute capability on) -> candidates, the safest guess first.
+TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
+    ("stats_fwd", True, 80): _HALF_80,
+    ("stats_fwd", True, 90): _HALF_90,
+    ("stats_fwd", False, 80): _FLOAT,
+    ("stats_fwd", True, 120): _HALF_80,  # neither wgmma nor tcgen05, and the memory of sm_89
+    ("stats_bwd", True, 80): _HALF_80,
+    ("stats_bwd", True, 90): _HALF_90,
+    ("stats_bwd", True, 120): _HALF_80,
+    ("stats_bwd", False, 80): _FLOAT,
+}
+
+
+def candidates(kernel: str, half: bool, capability: int, shared_limit: int) -> list[Config]:
+    """The configurations for a compute capability (80, 90, ...) whose tiles fit its memory."""
+    known = [c for k, h, c in TABLE if (k, h) == (kernel, half) and c <= capability]
+    listed = TABLE[kernel, half, max(known, default=80)]
+    fitting = [c for c in listed if c.shared_bytes(2 if half else 4) <= shared_limit]
+    return fitting or [min(listed, key=lambda c: c.shared_bytes(2 if half else 4))]
+
+
+@cache
+def for_device(kernel: str, half: bool, device: torch.device) -> list[Config]:
+    """The configurations that may run on a device."""
+    if INTERPRETED:
+        return [_INTERPRETER]
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return [_ROCM]
+    limit = found.shared_memory_per_block_optin
+    return candidates(kernel, half, 10 * found.major + found.minor, limit)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

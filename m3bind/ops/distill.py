@@ -1,0 +1,186 @@
+"""similarity_distill: the student's similarity distributions beside the teacher's.
+
+The operator below gives, for every row and every column, the divergence and the log-sum-exps of the
+student's and of the teacher's logits, from which the backward pass forms both distributions again.
+Pairs with equal mask leave both; the divergence where nothing is left is not a number.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3bind import backends, reference
+from m3bind.dtypes import accumulation_dtype, statistics_dtype
+from m3bind.ops import arguments
+from m3bind.ops.clip import DIRECTIONS, REDUCTIONS, Ids
+from m3bind.ops.define import define, differentiate
+from m3bind.ops.pairs import Pairs
+from m3bind.reference import reduce
+
+KINDS = ("kl", "ce")
+
+
+def similarity_distill(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [M, D]
+    logit_scale: Tensor | float,  # [] or [1]
+    teacher_x: Tensor,  # [N, E]
+    teacher_y: Tensor,  # [M, E]
+    teacher_scale: Tensor | float,  # [] or [1]
+    *,
+    kind: str = "kl",
+    mask_ids: Ids | None = None,  # [N], [M] int64
+    directions: str = "both",
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Divergence of the student's from the teacher's similarities, without an N x M matrix.
+
+    Equivalent to::
+
+        s = logit_scale * x @ y.T
+        t = (teacher_scale * teacher_x @ teacher_y.T).detach()
+        rows = F.kl_div(s.log_softmax(1), t.log_softmax(1), log_target=True, reduction="batchmean")
+        cols = F.kl_div(s.T.log_softmax(1), t.T.log_softmax(1), log_target=True, ...)
+        return (rows + cols) / 2
+
+    Args:
+        x, y: the student's features; float32, bfloat16, float16 (logits are formed in float32) or
+            float64. Under autocast they are cast, as the teacher's are; the scales are not.
+        logit_scale: the factor itself, not its logarithm; its gradient is exact.
+        teacher_x, teacher_y, teacher_scale: the teacher's, of any width and a dtype of their own.
+            They are detached: no gradient flows to the teacher.
+        kind: "kl": KL(teacher || student), 0 where they agree, exact to the last digits also where
+            they nearly do; "ce": the cross-entropy, which is that plus the teacher's entropy: the
+            same gradient, and what open_clip's DistillClipLoss computes.
+        mask_ids: pairs with equal ids leave both distributions (one tensor, where the ids of rows
+            and columns are the same): duplicates, a row against itself.
+        directions: "both" (their mean), "rows" (distributions over the columns) or "columns".
+        reduction: "mean" over the rows, and over the columns, that have a pair left; "sum";
+            "none": (rows [N], columns [M]), or the one that `directions` names, 0 where no pair is
+            left. Nothing to average has the mean NaN and the sum 0, as in torch.
+        backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
+
+    Returns:
+        float32 (float64 where the student's or the teacher's features are). Double backward:
+        backend="reference" only.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or values that do not fit, an unknown or unavailable
+            backend.
+
+    Source: Wu et al. 2023, TinyCLIP, arXiv:2309.12314; Yang et al. 2024, CLIP-KD,
+    arXiv:2307.12732; `open_clip.loss.DistillClipLoss`.
+    """
+    op = "similarity_distill"
+    x, y = arguments.features(op, x, y)
+    teacher_x, teacher_y = arguments.features(
+        op, teacher_x, teacher_y, names=("teacher_x", "teacher_y")
+    )
+    arguments.same_rows(op, "teacher_x", teacher_x, "x", x)
+    arguments.same_rows(op, "teacher_y", teacher_y, "y", y)
+    arguments.choice(op, "kind", kind, KINDS)
+    arguments.choice(op, "directions", directions, DIRECTIONS)
+    arguments.choice(op, "reduction", reduction, REDUCTIONS)
+    teacher_x, teacher_y = teacher_x.detach(), teacher_y.detach()
+    wide = teacher_x if teacher_x.dtype == torch.float64 else x
+    scale = arguments.scalar(op, "logit_scale", logit_scale, wide)
+    teacher_scale = arguments.scalar(op, "teacher_scale", teacher_scale, wide).detach()
+    if mask_ids is not None:
+        mask_ids = arguments.id_pair(op, "mask_ids", mask_ids, x, y)
+    chosen = backends.resolve(op, x.device.type, wide.dtype, backend)
+    with torch.autocast(x.device.type, enabled=False):
+        if chosen == "reference":
+            return reference.similarity_distill(
+                x, y, scale, teacher_x, teacher_y, teacher_scale, kind=kind, mask_ids=mask_ids,
+                directions=directions, reduction=reduction,
+            )  # fmt: skip
+        which = Pairs() if mask_ids is None else Pairs().masked_by(*mask_ids)
+        row_loss, col_loss, _, _ = torch.ops.m3bind.similarity_distill_fwd(
+            x, y, scale, teacher_x, teacher_y, teacher_scale, which.row_mask, which.col_mask,
+            kind == "kl", chosen,
+        )  # fmt: skip
+        acc = accumulation_dtype(wide.dtype)
+        losses = {"rows": row_loss.to(acc), "columns": col_loss.to(acc)}
+        wanted = tuple(losses) if directions == "both" else (directions,)
+        if mask_ids is None and x.shape[0] > 0 and y.shape[0] > 0:
+            return _reduce_all([losses[name] for name in wanted], reduction)
+        left = dict(zip(losses, which.unmasked(x.shape[0], y.shape[0]), strict=True))
+        parts = []
+        for name in wanted:
+            valid = torch.zeros_like(losses[name]) + left[name] > 0
+            parts.append((losses[name].where(valid, 0), valid))
+        return reduce(parts, reduction)
+
+
+def _reduce_all(losses: list[Tensor], reduction: str) -> Tensor | tuple[Tensor, Tensor]:
+    """What `reduce` gives where every row and column counts, in a third of its operations."""
+    if reduction == "none":
+        return (losses[0], losses[1]) if len(losses) == 2 else losses[0]
+    values = [loss.mean() if reduction == "mean" else loss.sum() for loss in losses]
+    return (values[0] + values[1]) / 2 if len(values) == 2 else values[0]
+
+
+def _fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stats = statistics_dtype(x.device)
+    row_loss, col_loss = (t.new_empty(t.shape[0], dtype=stats) for t in (x, y))
+    return (
+        row_loss,
+        col_loss,
+        row_loss.new_empty(2, x.shape[0]),
+        col_loss.new_empty(2, y.shape[0]),
+    )
+
+
+def _bwd_fake(
+    x: Tensor, y: Tensor, logit_scale: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_x, need_y = rest[-2:]
+    return (
+        x.new_empty((x.shape[0] if need_x else 0, x.shape[1])),
+        y.new_empty((y.shape[0] if need_y else 0, y.shape[1])),
+        torch.empty_like(logit_scale),
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, _, ctx.backend = inputs
+    _, _, row_lse, col_lse = output
+    ctx.mark_non_differentiable(row_lse, col_lse)
+    ctx.save_for_backward(*tensors, row_lse, col_lse)
+
+
+def _backward(
+    ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    need_x, need_y, need_scale = ctx.needs_input_grad[:3]
+    grad_x, grad_y, grad_scale = torch.ops.m3bind.similarity_distill_bwd(
+        *ctx.saved_tensors, grad_rows, grad_cols, need_x, need_y, ctx.backend
+    )
+    return (
+        grad_x if need_x else None,
+        grad_y if need_y else None,
+        grad_scale if need_scale else None,
+        *(None,) * 7,
+    )
+
+
+_INPUTS = (
+    "(Tensor x, Tensor y, Tensor logit_scale, Tensor teacher_x, Tensor teacher_y,"
+    " Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask"
+)
+define(
+    "similarity_distill",
+    "similarity_distill_fwd",
+    _INPUTS + ", bool kl) -> (Tensor row_loss, Tensor col_loss, Tensor row_lse, Tensor col_lse)",
+    _fwd_fake,
+)
+define(
+    "similarity_distill",
+    "similarity_distill_bwd",
+    _INPUTS + ", Tensor row_lse, Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x,"
+    " bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    _bwd_fake,
+)
+differentiate("similarity_distill", _save, _backward)

@@ -1,0 +1,223 @@
+"""open_clip trains with m3bind's losses inside `integrations.open_clip.apply()`, and only there."""
+
+import json
+import sys
+import types
+
+import open_clip
+import open_clip.factory
+import open_clip.loss
+import pytest
+import torch
+
+from m3bind import losses
+from m3bind.integrations.open_clip import NAMES, apply
+
+THEIRS = {name: getattr(open_clip.loss, name) for name in (*NAMES, "CoCaLoss")}
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        "image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1,
+    },
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+}  # fmt: skip
+KINDS = {"clip": "ClipLoss", "siglip": "SigLipLoss", "distill": "DistillClipLoss"}
+
+
+def arguments(kind="clip", **changes):
+    """What open_clip's training script passes to its factory."""
+    values = {
+        "model": "coca" if kind == "coca" else "ViT",
+        "distill": kind == "distill",
+        "siglip": kind == "siglip",
+        "local_loss": False,
+        "gather_with_grad": False,
+        "rank": 0,
+        "world_size": 1,
+        "horovod": False,
+        "loss_dist_impl": None,
+        "coca_caption_loss_weight": 2.0,
+        "coca_contrastive_loss_weight": 1.0,
+    }
+    return types.SimpleNamespace(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder without weights, as open_clip's `local-dir:` reads it."""
+    path = tmp_path_factory.mktemp("open_clip")
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
+    return path
+
+
+def create_model(folder, kind, seed):
+    torch.manual_seed(seed)
+    bias = {"init_logit_bias": -5.0} if kind == "siglip" else {}
+    return open_clip.create_model(f"local-dir:{folder}", output_dict=True, **bias)
+
+
+def train(folder, kind):
+    """Two steps: the class of the loss, its values, and the gradients of the second step."""
+    model, teacher = create_model(folder, kind, 0), create_model(folder, kind, 1).eval()
+    loss_fn = open_clip.create_loss(arguments(kind))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    values = []
+    for step in range(2):
+        torch.manual_seed(step)
+        batch = torch.randn(12, 3, 16, 16), torch.randint(64, (12, 8))
+        outputs = model(*batch)
+        if kind == "distill":
+            with torch.no_grad():
+                outputs |= {f"dist_{name}": value for name, value in teacher(*batch).items()}
+        parts = loss_fn(**outputs, output_dict=True)
+        optimizer.zero_grad()
+        sum(parts.values()).backward()
+        optimizer.step()
+        values.append({name: part.item() for name, part in parts.items()})
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return type(loss_fn), values, gradients
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_steps_of_training_agree(folder, kind):
+    theirs, want, want_gradients = train(folder, kind)
+    with apply():
+        ours, got, got_gradients = train(folder, kind)
+    assert (theirs, ours) == (THEIRS[KINDS[kind]], getattr(losses, KINDS[kind]))
+    assert want[0] != want[1]  # the first step has changed the model
+    for mine, reference in zip(got, want, strict=True):
+        assert mine == pytest.approx(reference, rel=1e-5)
+    assert got_gradients.keys() == want_gradients.keys()
+    assert "logit_scale" in got_gradients
+    for name, gradient in want_gradients.items():
+        # Of the softmax losses the bias has no gradient; of the others each is of its own size.
+        size = gradient.norm()
+        assert size > 0, name
+        assert (got_gradients[name] - gradient).norm() <= 2e-5 * size, name
+
+
+def bindings():
+    """Every class of losses that open_clip's modules hold, by module and name."""
+    return {
+        (module, name): value
+        for module in ("open_clip", "open_clip.loss", "open_clip.factory")
+        for name, value in vars(sys.modules[module]).items()
+        if name.endswith("Loss")
+    }
+
+
+BEFORE = bindings()
+
+
+def test_every_binding_is_replaced_and_restored():
+    assert {name for _, name in BEFORE} >= {"ClipLoss", "SigLipLoss", "DistillClipLoss", "CoCaLoss"}
+    with apply():
+        for (module, name), value in bindings().items():
+            if name in NAMES:
+                assert value is getattr(losses, name), (module, name)
+            elif name == "CoCaLoss":
+                assert value is not THEIRS[name] and issubclass(value, THEIRS[name])
+    assert bindings() == BEFORE
+
+
+def test_it_is_undone_when_the_body_raises():
+    with pytest.raises(KeyError), apply():
+        raise KeyError
+    assert bindings() == BEFORE
+
+
+def test_nested_and_entered_again():
+    with apply() as patch:
+        with apply():
+            with patch:
+                assert open_clip.ClipLoss is losses.ClipLoss
+            assert open_clip.ClipLoss is losses.ClipLoss
+        assert open_clip.ClipLoss is losses.ClipLoss
+    assert bindings() == BEFORE
+    with patch:
+        assert open_clip.factory.ClipLoss is losses.ClipLoss
+    assert bindings() == BEFORE
+
+
+def test_a_plain_call_lasts_until_undo_in_any_order():
+    first, second = apply(), apply()
+    first.undo()
+    first.undo()
+    assert open_clip.loss.SigLipLoss is losses.SigLipLoss
+    second.undo()
+    assert bindings() == BEFORE
+
+
+def test_undo_within_the_block():
+    with apply() as patch:
+        patch.undo()
+        assert bindings() == BEFORE
+    assert bindings() == BEFORE
+
+
+TASK = """
+from open_clip.loss import SigLipLoss
+
+class CLIPTask:
+    def __init__(self, model, *, loss=None, rank=0, world_size=1):
+        if loss is None:
+            from open_clip.loss import ClipLoss
+            loss = ClipLoss(local_loss=False, gather_with_grad=False, cache_labels=True,
+                            rank=rank, world_size=world_size)
+        self.loss = loss
+
+class SigLIPTask(CLIPTask):
+    def __init__(self, model):
+        super().__init__(model, loss=SigLipLoss(rank=0, world_size=1, dist_impl=None))
+"""
+
+
+def add_tasks(monkeypatch):
+    """A module that binds losses the two ways in which open_clip's development head does."""
+    module = types.ModuleType("open_clip.task")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(TASK, vars(module))
+    return module
+
+
+def test_tasks_make_and_take_our_losses(monkeypatch):
+    module = add_tasks(monkeypatch)
+    with apply():
+        assert type(module.CLIPTask(None).loss) is losses.ClipLoss
+        assert type(module.SigLIPTask(None).loss) is losses.SigLipLoss
+    assert type(module.CLIPTask(None).loss) is THEIRS["ClipLoss"]
+    assert type(module.SigLIPTask(None).loss) is THEIRS["SigLipLoss"]
+
+
+def test_a_module_that_is_imported_meanwhile_is_restored_too(monkeypatch):
+    with apply():
+        module = add_tasks(monkeypatch)
+        assert module.SigLipLoss is losses.SigLipLoss
+    assert module.SigLipLoss is THEIRS["SigLipLoss"]
+
+
+@pytest.mark.parametrize("output_dict", (False, True))
+def test_coca_keeps_its_caption_loss(output_dict):
+    torch.manual_seed(0)
+    image, text = torch.nn.functional.normalize(torch.randn(2, 10, 16), dim=-1)
+    logits, labels = torch.randn(10, 5, 30), torch.randint(30, (10, 5))
+    results = []
+    for patched in (False, True):
+        patch = apply() if patched else None
+        try:
+            loss_fn = open_clip.create_loss(arguments("coca", gather_with_grad=True))
+            assert loss_fn.gather_with_grad and loss_fn.caption_loss_weight == 2.0
+            uses_ours = any(type(part) is losses.ClipLoss for part in loss_fn.modules())
+            assert uses_ours == patched
+            results.append(
+                loss_fn(image, text, logits, labels, torch.tensor(9.0), output_dict=output_dict)
+            )
+        finally:
+            if patch is not None:
+                patch.undo()
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_several_ranks_are_refused_inside():
+    with apply(), pytest.raises(ValueError, match="ClipLoss: world_size=2"):
+        open_clip.create_loss(arguments(world_size=2))

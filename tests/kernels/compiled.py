@@ -1,0 +1,122 @@
+"""Compiles the Triton kernels for a processor that is not there, and tells what became of them."""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from m3bind_kernels import merge, stats_bwd, stats_far, stats_fwd, tiles
+from m3bind_kernels.configs import Config
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# What a block may take, in bytes: CUDA C++ Programming Guide, table of compute capabilities.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
+KERNELS = {
+    "stats_fwd": stats_fwd._stats_fwd_kernel,
+    "stats_far": stats_far._stats_far_kernel,
+    "stats_bwd": stats_bwd._stats_bwd_kernel,
+    "merge": merge._merge_kernel,
+    "ranges": tiles._ranges_kernel,
+}
+POINTERS = dict.fromkeys(
+    ("factor", "row_parts", "col_parts", "row_vectors", "col_vectors", "scale_parts", "parts",
+     "row_shift_ranges", "col_shift_ranges"), "*fp32",
+) | {"state": "*fp64", "values": "*i32", "far": "*i32"}  # fmt: skip
+SCALARS = {"margin": "fp32", "row_plane": "i64", "col_plane": "i64", "plane": "i64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    registers: int
+    stack: int
+    shared: int
+    code: str
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(rf"\b{instruction}", self.code))
+
+
+def stats_constants(
+    name: str, capability: int, config: Config, *, dtype: str, out: str, classes: bool,
+    masks: bool, totals: bool, even: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """The constants of the launchers, for features of a multiple of block_k (or an odd number)."""
+    describe = dtype != "fp32" and even and capability >= 90
+    constants: dict[str, Any] = {
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "PIECE": config.piece, "EVEN_K": even, "HAS_CLASSES": classes, "HAS_MASKS": masks,
+        "INTERPRETED": False, "DESCRIPTORS": describe and name != "stats_far",
+    }  # fmt: skip
+    if name != "stats_far":
+        constants["TOTALS"] = totals
+    if name == "stats_bwd":
+        constants["STORE_BY_DESCRIPTOR"] = describe and out != "fp32"
+        constants["APART"] = classes and dtype == out == "fp16"
+    for kind, given in (("class", classes), ("mask", masks)):
+        if not given:
+            names = [n for n in KERNELS[name].arg_names if kind in n]
+            constants |= dict.fromkeys(names)
+    return constants
+
+
+def signature(kernel: Any, dtype: str, out: str, constants: dict[str, Any]) -> dict[str, str]:
+    """The types that the launchers' arguments have."""
+    kinds = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            kinds[name] = "constexpr"
+        elif name in ("x", "y"):
+            kinds[name] = f"*{dtype}"
+        elif name == "out":
+            kinds[name] = f"*{out}"
+        elif "class" in name or "mask" in name:
+            kinds[name] = "*i32"
+        else:
+            kinds[name] = (POINTERS | SCALARS).get(name, "i32")
+    return kinds
+
+
+def compile_for(
+    target: GPUTarget, name: str, *, dtype: str = "fp32", out: str = "fp32", num_warps: int = 4,
+    num_stages: int = 3, **constants: Any,
+) -> Any:  # fmt: skip
+    kernel = KERNELS[name]
+    kinds = signature(kernel, dtype, out, constants)
+    # Whole allocations, a padded stride, and as many features as models have: Triton is told that
+    # these are multiples of 16.
+    multiples = ("out_stride", "num_features") if constants.get("EVEN_K") else ("out_stride",)
+    aligned = [
+        i for i, (arg, kind) in enumerate(kinds.items()) if kind.startswith("*") or arg in multiples
+    ]
+    return triton.compile(
+        ASTSource(
+            fn=kernel, signature=kinds, constexprs=constants,
+            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        ),
+        target=target,
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+    )  # fmt: skip
+
+
+def compile_kernel(name: str, capability: int, folder: Path, **options: Any) -> Compiled:
+    compiled = compile_for(GPUTarget("cuda", capability, 32), name, **options)
+    binary = folder / f"{name}.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    usage = _tool("cuobjdump", "-res-usage", binary)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return Compiled(
+        registers=int(found[1]), stack=int(found[2]), shared=compiled.metadata.shared,
+        code=_tool("nvdisasm", "-c", binary),
+    )  # fmt: skip
+
+
+def _tool(name: str, *arguments: str | Path) -> str:
+    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout

@@ -1,0 +1,23 @@
+"""Triton kernels run in a process of their own under the interpreter, and on a GPU where one is."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+# The oracles of the operators' tests.
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+# cuBLAS is deterministic only with a workspace of fixed size.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    # This is the process that test_triton_interpreter.py starts.
+    collect_ignore = [
+        "test_triton_choice.py",
+        "test_triton_compile.py",
+        "test_triton_interpreter.py",
+    ]
+elif not torch.cuda.is_available():
+    collect_ignore = ["test_triton_stats.py"]

@@ -1,0 +1,33 @@
+"""Runs the tests of the Triton kernels on the CPU, in a process where Triton interprets them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+
+
+def run_interpreted(marked: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", marked, FOLDER],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=FOLDER.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_kernels_under_the_interpreter():
+    output = run_interpreted("not slow")
+    assert " passed" in output and "skipped" not in output
+
+
+@pytest.mark.slow
+def test_every_case_under_the_interpreter():
+    output = run_interpreted("slow")
+    assert " passed" in output and "skipped" not in output
