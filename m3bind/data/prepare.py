@@ -25,6 +25,7 @@ from m3bind.data.records import Record
 from m3bind.data.shards import Dataset, ShardWriter
 from m3bind.data.workers import Job, Outcome, run
 from m3bind.errors import M3BindError
+from m3bind.files import atomic_write
 
 MADE_BY = "m3bind prepare"
 REJECTS, SALT, UNFINISHED, DATASET = "rejects.jsonl", ".salt", ".unfinished", "dataset.yaml"
@@ -112,10 +113,13 @@ def _salt(out: Path) -> bytes:
         return given.encode()
     path = out / SALT
     if not path.is_file():
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(32))
-    return path.read_text().strip().encode()
+        with atomic_write(path) as partial:
+            partial.write_text(secrets.token_hex(32))
+        path.chmod(0o600)
+    salt = path.read_text().strip()
+    if not salt:
+        raise M3BindError(f"{path} is empty: restore it, or remove it and prepare everything anew")
+    return salt.encode()
 
 
 def pseudonym(salt: bytes, patient: str) -> str:

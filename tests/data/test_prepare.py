@@ -395,3 +395,12 @@ def test_command_line(tmp_path, monkeypatch, capsys) -> None:
     assert "1 rejected, reasons in" in capsys.readouterr().out
     (shard,) = (tmp_path / "my.out" / "retina" / "train").glob("*.tar")
     assert shard.name == "my-out-retina-train-000000.tar"
+
+
+def test_an_empty_salt_is_refused(tmp_path) -> None:
+    picture(tmp_path / "a.png")
+    path = manifest(tmp_path, {"path": "a.png"})
+    run(path, tmp_path / "out")
+    (tmp_path / "out" / ".salt").write_text("")
+    with pytest.raises(M3BindError, match=r"\.salt is empty: restore it"):
+        run(path, tmp_path / "out")
