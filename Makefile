@@ -42,7 +42,9 @@ test-all: setup
 	$(BIN)/python -m pytest -q tests
 
 bench: setup
-	$(BIN)/python -m pytest --benchmark-only benchmarks
+	mkdir -p build
+	$(BIN)/python -m pytest --benchmark-only --benchmark-json=build/bench.json benchmarks
+	$(BIN)/python benchmarks/table.py build/bench.json benchmarks/results/cpu
 
 # docs/support.md: what works in which backend, out of the outcomes of the tests.
 support: setup

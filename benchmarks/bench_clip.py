@@ -1,39 +1,34 @@
 """clip_loss, forward and backward, beside its peers and the floor of four bare GEMMs.
 
-    pytest --benchmark-only                           (M3BIND_BENCH_THREADS, default 1)
-
-Every row carries in `extra_info` the minimum and median of rounds in which all the contestants take
-turns in one process: those are the numbers to compare. pytest-benchmark's own columns run one
-contestant after the other, so a machine that changes its clock favours one of them.
+In bf16 the peers run under autocast, which is how open_clip trains; m3bind forms its logits in
+float32 all the same. See turns.py for which numbers to compare.
 """
 
-import os
-import statistics
-import time
-from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from turns import (
+    DTYPES,
+    FEATURES,
+    ROUNDS,
+    SIZES,
+    Run,
+    gemm_floor,
+    in_turns,
+    record,
+    step,
+    unit_rows,
+)
 
-from m3bind import backends
 from m3bind.ops import clip_loss
 
-SIZES = (1024, 2048)
-FEATURES = 512
 SCALE = 100.0
-ROUNDS = 5
-THREADS = int(os.environ.get("M3BIND_BENCH_THREADS", "1"))
-CONTESTANTS = ("m3bind", "m3bind chunked", "open_clip", "torch.compile", "floor")
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
+CONTESTANTS = (
+    "m3bind", "m3bind chunked", "open_clip", "torch.compile", "checkpointed panels", "floor",
+)  # fmt: skip
 
 
 def one_matrix_loss(x, y, scale):
@@ -42,87 +37,61 @@ def one_matrix_loss(x, y, scale):
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def floor(n: int) -> Callable[[], None]:
-    """Four GEMMs with preallocated outputs; the better of whole matrices and panels of 512 rows."""
-    x, y = torch.randn(n, FEATURES), torch.randn(n, FEATURES)
-    grad_x, grad_y = torch.empty_like(x), torch.zeros_like(y)
+def checkpointed_panels(x, y, scale):
+    """What people write when the matrix does not fit: panels of rows, recomputed for the gradient.
 
-    def with_panels(rows: int) -> Callable[[], None]:
-        panel = torch.empty(rows, n)
+    The columns' LSE is merged from those of the panels, so this is the whole symmetric loss.
+    """
+    labels = torch.arange(len(x))
 
-        def gemms():
-            for i in range(0, n, rows):
-                torch.mm(x[i : i + rows], y.T, out=panel)
-            for i in range(0, n, rows):
-                torch.mm(x[i : i + rows], y.T, out=panel)
-                torch.mm(panel, y, out=grad_x[i : i + rows])
-                torch.addmm(grad_y, panel.T, x[i : i + rows], out=grad_y)
+    def panel(part, y, scale, labels):
+        logits = scale * part @ y.T
+        return F.cross_entropy(logits, labels, reduction="sum"), logits.logsumexp(0)
 
-        return gemms
-
-    def seconds(run: Callable[[], None]) -> float:
-        run()
-        return min(timed(run) for _ in range(2))
-
-    return min((with_panels(rows) for rows in (n, 512)), key=seconds)
+    size = 512
+    parts = [
+        checkpoint(panel, x[i : i + size], y, scale, labels[i : i + size], use_reentrant=False)
+        for i in range(0, len(x), size)
+    ]
+    rows = torch.stack([loss for loss, _ in parts]).sum() / len(x)
+    columns = torch.stack([lse for _, lse in parts]).logsumexp(0)
+    return (rows + (columns - scale * (x * y).sum(1)).mean()) / 2
 
 
-def step(loss: Callable, n: int) -> Callable[[], None]:
-    """Forward and backward on fixed features that need gradients, as does the scale."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = (F.normalize(torch.randn(n, FEATURES, generator=generator), dim=1) for _ in range(2))
-    scale = torch.tensor(SCALE)
-    leaves = [t.requires_grad_() for t in (x, y, scale)]
-
-    def run():
-        torch.autograd.grad(loss(*leaves), leaves)
+def autocast(loss):
+    def run(*args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(*args)
 
     return run
 
 
-def contestant(name: str, n: int) -> Callable[[], None]:
+def contestant(name: str, n: int, dtype: str) -> Run:
     if name == "floor":
-        return floor(n)
-    if name == "open_clip":
-        return step(pytest.importorskip("open_clip.loss").ClipLoss(), n)
-    if name == "torch.compile":
-        return step(torch.compile(one_matrix_loss, fullgraph=True), n)
-    if name == "m3bind chunked":
-        return step(lambda *a: clip_loss(*a, backend="chunked"), n)
-    return step(clip_loss, n)
-
-
-def timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+        return gemm_floor(n, dtype, logits=2)
+    if name.startswith("m3bind"):
+        backend = "chunked" if name == "m3bind chunked" else None
+        x, y = unit_rows(n, 2, dtype)
+        return step(lambda *args: clip_loss(*args, backend=backend), (x, y, torch.tensor(SCALE)))
+    losses = {
+        "open_clip": lambda: pytest.importorskip("open_clip.loss").ClipLoss(),
+        "torch.compile": lambda: torch.compile(one_matrix_loss, fullgraph=True),
+        "checkpointed panels": lambda: checkpointed_panels,
+    }
+    loss = losses[name]()
+    x, y = unit_rows(n, 2)  # as a model under autocast keeps them
+    return step(loss if dtype == "fp32" else autocast(loss), (x, y, torch.tensor(SCALE)))
 
 
 @cache
-def in_turns(n: int) -> dict[str, list[float]]:
-    """Seconds of every contestant, taken in turns after two warm-up calls each."""
-    runs = {name: contestant(name, n) for name in CONTESTANTS}
-    for run in runs.values():
-        run()
-        run()
-    rounds = [{name: timed(run) for name, run in runs.items()} for _ in range(ROUNDS)]
-    return {name: [seconds[name] for seconds in rounds] for name in runs}
+def turns(n: int, dtype: str) -> dict[str, list[float]]:
+    return in_turns({name: contestant(name, n, dtype) for name in CONTESTANTS})
 
 
 @pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONTESTANTS)
-def test_clip_loss_forward_backward(benchmark, name, n):
-    benchmark.group = f"clip_loss fp32 forward+backward N={n} D={FEATURES}"
-    turns = in_turns(n)
-    best = {key: min(seconds) for key, seconds in turns.items()}
-    benchmark.extra_info.update(
-        device="cpu",
-        backend=backends.resolve("clip_loss", "cpu", torch.float32) if name == "m3bind" else name,
-        threads=THREADS,
-        torch=torch.__version__,
-        flop=8 * n * n * FEATURES,
-        in_turns_min_ms=1e3 * best[name],
-        in_turns_median_ms=1e3 * statistics.median(turns[name]),
-        times_floor=best[name] / best["floor"],
-    )
-    benchmark.pedantic(contestant(name, n), rounds=ROUNDS, warmup_rounds=2)
+def test_clip_loss_forward_backward(benchmark, name, dtype, n):
+    benchmark.group = f"clip_loss {dtype} forward+backward N={n} D={FEATURES}"
+    record(benchmark, name, turns(n, dtype), op="clip_loss", dtype=dtype, flop=8 * n * n * FEATURES)
+    benchmark.pedantic(contestant(name, n, dtype), rounds=ROUNDS, warmup_rounds=2)
