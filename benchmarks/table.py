@@ -1,6 +1,6 @@
 """What `make bench` keeps: python benchmarks/table.py found.json results/cpu
 
-Writes results/cpu.json (one row a contestant, as measured in turns) and the readable results/cpu.md.
+Writes results/cpu.json (one row a contestant, as measured in turns) and results/cpu.md to read.
 """
 
 import json
