@@ -35,8 +35,9 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 demo: setup
 	$(BIN)/m3bind demo --output $(OUT)
 
+# Two tests at a time, one thread each; the tests of threads set their own number.
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-all: setup
 	$(BIN)/python -m pytest -q tests

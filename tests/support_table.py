@@ -57,6 +57,7 @@ def pytest_sessionfinish(session: Any) -> None:
         return
     # What other processes found, while `make support` runs, stands beside the table.
     kept = Path(f"{target}.json")
+    kept.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(kept.read_text()) if kept.is_file() else {}
     for file, rows in _found.items():
         cells = {row: {b: sorted(c) for b, c in by.items()} for row, by in rows.items()}
