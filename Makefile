@@ -49,7 +49,7 @@ bench: setup
 
 # docs/support.md: what works in which backend, out of the outcomes of the tests.
 support: setup
-	M3BIND_SUPPORT_TABLE=docs/support.md $(BIN)/python -m pytest -q tests/ops tests/kernels
+	M3BIND_SUPPORT_TABLE=docs/support.md $(BIN)/python -m pytest -q -m "not slow" tests/ops tests/kernels
 	rm -f docs/support.md.json
 
 lint: setup
