@@ -77,14 +77,14 @@ def _pretrain_all(run: Run, resume: bool) -> None:
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
     bar = tqdm(total=run.config.pretrain.steps * len(logs), desc="pretrain, all", unit="step")
     # Volumes take longest: started last, they would leave the other cores idle.
-    waiting = sorted(run.modalities, key=lambda m: run.dataset.modalities[m].kind == "volume")
+    waiting = sorted(run.modalities, key=lambda m: run.dataset.modalities[m].kind != "volume")
     jobs: set[Future[None]] = set()
     try:
         with spawned_pool(workers, max_tasks_per_child=1) as pool, bar:
             while jobs or waiting:
                 # No more than there are workers: a job in the queue would start after a Ctrl-C.
                 while waiting and len(jobs) < workers:
-                    jobs.add(pool.submit(_pretrain, run.config, waiting.pop(), resume))
+                    jobs.add(pool.submit(_pretrain, run.config, waiting.pop(0), resume))
                 done, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
                 for job in done:
                     job.result()
