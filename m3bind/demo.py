@@ -1,7 +1,7 @@
 """The whole path on a simulated cohort, in the order in which a user would run the commands."""
 
 import os
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -80,11 +80,11 @@ def _pretrain_all(run: Run, resume: bool) -> None:
     waiting = sorted(run.modalities, key=lambda m: run.dataset.modalities[m].kind != "volume")
     jobs: set[Future[None]] = set()
     try:
-        with spawned_pool(workers, max_tasks_per_child=1) as pool, bar:
+        with ThreadPoolExecutor(workers) as pool, bar:
             while jobs or waiting:
                 # No more than there are workers: a job in the queue would start after a Ctrl-C.
                 while waiting and len(jobs) < workers:
-                    jobs.add(pool.submit(_pretrain, run.config, waiting.pop(0), resume))
+                    jobs.add(pool.submit(_pretrain_apart, run.config, waiting.pop(0), resume))
                 done, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
                 for job in done:
                     job.result()
@@ -106,6 +106,12 @@ def _pretrain_all(run: Run, resume: bool) -> None:
 
 def _prepare_texts(settings: Config) -> None:
     Run(settings).prepare_texts()
+
+
+def _pretrain_apart(settings: Config, modality: str, resume: bool) -> None:
+    """In a process of its own, whose memory is free again when this returns."""
+    with spawned_pool(1) as pool:
+        pool.submit(_pretrain, settings, modality, resume).result()
 
 
 def _pretrain(settings: Config, modality: str, resume: bool) -> None:

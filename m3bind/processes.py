@@ -10,9 +10,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 
-def spawned_pool(
-    workers: int, *, max_tasks_per_child: int | None = None, ignore_interrupt: bool = False
-) -> ProcessPoolExecutor:
+def spawned_pool(workers: int, *, ignore_interrupt: bool = False) -> ProcessPoolExecutor:
     """A pool of processes that end when this process does, however it does.
 
     Spawned, since the caller may hold threads (torch, DALI) that do not survive a fork. With
@@ -22,7 +20,6 @@ def spawned_pool(
     return pool(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        max_tasks_per_child=max_tasks_per_child,
         initializer=_start,
     )
 

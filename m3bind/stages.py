@@ -228,6 +228,7 @@ class Run(Trained):
             self.dataset.root, expert.modality, split, expert.preprocess,
             batch_size if streamed else small,
             train=streamed, seed=self.config.seed, num_threads=self.config.pretrain.num_threads,
+            prefetch=self.config.pretrain.prefetch,
         )  # fmt: skip
         if not kept:
             return images

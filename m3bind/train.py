@@ -323,7 +323,7 @@ class _Fit:
 
 
 # These say how often something is done or how fast, not what is computed.
-_MAY_CHANGE = ("log_every", "checkpoint_every", "num_threads")
+_MAY_CHANGE = ("log_every", "checkpoint_every", "num_threads", "prefetch")
 
 
 def schedule(step: int, warmup: int, steps: int) -> float:

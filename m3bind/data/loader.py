@@ -69,6 +69,7 @@ class Loader:
         num_shards: int = 1,
         seed: int = 0,
         num_threads: int = 1,
+        prefetch: int = 2,
         state: dict[str, Any] | None = None,
     ) -> None:
         if batch_size < 1:
@@ -79,7 +80,7 @@ class Loader:
         self.preprocess, self.batch_size, self.train = preprocess, batch_size, train
         self.augment = train if augment is None else augment
         self.device_id, self.shard_id, self.num_shards = device_id, shard_id, num_shards
-        self.seed, self.num_threads = seed, num_threads
+        self.seed, self.num_threads, self.prefetch = seed, num_threads, prefetch
         folder = self.root / modality / split
         self.paths = shard_paths(self.root, modality, split)
         if not self.paths:
@@ -177,6 +178,7 @@ class Loader:
                     num_shards=self.num_shards,
                     seed=self.seed,
                     num_threads=self.num_threads,
+                    prefetch=self.prefetch,
                     checkpoint=self._restored,
                 )
             except _DALI_ERRORS as error:

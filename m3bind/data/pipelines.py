@@ -42,6 +42,7 @@ def build_pipeline(
     num_shards: int,
     seed: int,
     num_threads: int,
+    prefetch: int,
     checkpoint: bytes | None,
 ) -> Pipeline:
     """Return a built pipeline whose outputs are (images, payload, report, metadata).
@@ -55,7 +56,7 @@ def build_pipeline(
         num_threads=num_threads,
         device_id=device_id,
         seed=seed,
-        prefetch_queue_depth=2,
+        prefetch_queue_depth=prefetch,
         enable_checkpointing=True,
         checkpoint=checkpoint,
     )
