@@ -9,11 +9,14 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 CONSTRAIN := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 OUT    ?= runs/demo
 
-.PHONY: setup demo test test-all bench support lint format ablation clean help
+TRITON36 := $(CURDIR)/.venv-triton36
+
+.PHONY: setup demo test test-all test-triton36 bench support lint format ablation clean help
 
 help:
 	@echo "make demo      the whole path on a simulated cohort: $(OUT)/report.html"
 	@echo "make test      the tests (make test-all: the slow ones too)"
+	@echo "make test-triton36  the Triton kernels with Triton 3.6 and torch 2.11, in $(TRITON36)"
 	@echo "make bench     the benchmarks against the peers"
 	@echo "make support   docs/support.md out of the operators' tests"
 	@echo "make lint      ruff, clang-format, mypy, import layers"
@@ -41,6 +44,16 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -q tests
+
+# The oldest Triton that is supported, with its torch; its interpreter knows no numpy 2.4.
+$(TRITON36)/.m3bind-setup: Makefile
+	$(PYTHON) -m venv $(TRITON36)
+	$(TRITON36)/bin/python -m pip install -q "torch==2.11.*" "triton==3.6.*" "numpy<2.4" \
+	    pytest pytest-benchmark hypothesis
+	@touch $@
+
+test-triton36: $(TRITON36)/.m3bind-setup
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(TRITON36)/bin/python -m pytest -q tests/kernels
 
 bench: setup
 	mkdir -p build
