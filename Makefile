@@ -14,7 +14,7 @@ OUT    ?= runs/demo
 help:
 	@echo "make demo      the whole path on a simulated cohort: $(OUT)/report.html"
 	@echo "make test      the tests (make test-all: the slow ones too)"
-	@echo "make bench     the benchmarks against the peers"
+	@echo "make bench     the benchmarks against the peers (25 minutes), their table in README.md"
 	@echo "make support   docs/support.md out of the operators' tests"
 	@echo "make lint      ruff, clang-format, mypy, import layers"
 	@echo "make ablation  the demo with three seeds, tabulated"
@@ -42,10 +42,9 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -q tests
 
+# Every part, or those that are named: make bench PARTS="clip topk". On a quiet machine.
 bench: setup
-	mkdir -p build
-	$(BIN)/python -m pytest --benchmark-only --benchmark-json=build/bench.json benchmarks
-	$(BIN)/python benchmarks/table.py build/bench.json benchmarks/results/cpu
+	$(BIN)/python benchmarks/run.py $(PARTS)
 
 # docs/support.md: what works in which backend, out of the outcomes of the tests.
 support: setup
