@@ -14,7 +14,7 @@ OUT    ?= runs/demo
 help:
 	@echo "make demo      the whole path on a simulated cohort: $(OUT)/report.html"
 	@echo "make test      the tests (make test-all: the slow ones too)"
-	@echo "make bench     the benchmarks against the peers (25 minutes), their table in README.md"
+	@echo "make bench     the benchmarks against the peers, their table in README.md"
 	@echo "make support   docs/support.md out of the operators' tests"
 	@echo "make lint      ruff, clang-format, mypy, import layers"
 	@echo "make ablation  the demo with three seeds, tabulated"

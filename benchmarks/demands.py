@@ -99,6 +99,8 @@ def _large() -> list[Demand]:
     return [
         Demand(what=f"{name}: memory of the whole process", of="m3bind", value="peak_mib",
                unit=" MiB", facts=facts, at_most=LARGE_MIB),
+        Demand(what=f"{name}: of it beyond libraries, features and gradients", of="m3bind",
+               value="extra_mib", unit=" MiB", facts=facts),
         Demand(what=f"{name}: time over that of the four bare GEMMs", of="m3bind", over="floor",
                facts=facts, at_most=LARGE_FLOOR),
     ]  # fmt: skip

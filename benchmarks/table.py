@@ -43,10 +43,11 @@ def circumstances(kept: Kept) -> str:
     commits = ", ".join(sorted({part["commit"] for part in parts}))
     dates = ", ".join(sorted({part["date"] for part in parts}))
     busy = max(part["busy"] for part in parts)
+    minutes = sum(part["seconds"] for part in parts) / 60
     return (
         f"{facts['cpu']} ({facts['capability']}), {facts['cores']} cores, Python "
-        f"{facts['python']}, {versions}; commit {commits}; {dates}. Others used at most "
-        f"{busy:.0%} of the machine just before a part."
+        f"{facts['python']}, {versions}; commit {commits}; {dates}; recorded in "
+        f"{minutes:.0f} minutes. Others used at most {busy:.0%} of the machine just before a part."
     )
 
 
