@@ -1,4 +1,4 @@
-"""Benchmarks: nobody who fails ends a run or is left out, and what memory a call is said to take."""
+"""Benchmarks: who fails ends no run and gets a row, and what memory a call is said to take."""
 
 import importlib
 import json
