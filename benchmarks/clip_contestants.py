@@ -54,9 +54,9 @@ def checkpointed_panels(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 def inf_cl() -> Loss:
     one_side = peer("inf_cl", "inf-cl", cuda=True).cal_flash_loss
-    return lambda x, y, s: (
-        (one_side(x, y, scale=s).mean() + one_side(y, x, scale=s).mean()) / 2
-    )  # fmt: skip
+    return lambda x, y, scale: (
+        (one_side(x, y, scale=scale).mean() + one_side(y, x, scale=scale).mean()) / 2
+    )
 
 
 def cut_cross_entropy() -> Loss:

@@ -138,6 +138,8 @@ def main(chosen: list[str], quick: bool) -> None:
         write(kept, table.RESULTS)
         table.write_readme()
     print(f"\n{table.overview(kept)}\n{(time.perf_counter() - start) / 60:.1f} min")
+    if failed := [name for name in chosen if parts[name]["outcome"] != "complete"]:
+        sys.exit(f"kept, but not complete: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
