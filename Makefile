@@ -16,8 +16,8 @@ TRITON36 := $(CURDIR)/.venv-triton36
 help:
 	@echo "make demo      the whole path on a simulated cohort: $(OUT)/report.html"
 	@echo "make test      the tests (make test-all: the slow ones too)"
-	@echo "make test-triton36  the Triton kernels with Triton 3.6 and torch 2.11, in $(TRITON36)"
-	@echo "make bench     the benchmarks against the peers"
+	@echo "make test-triton36  the Triton kernels with Triton 3.6 and torch 2.11"
+	@echo "make bench     the benchmarks against the peers, their table in README.md"
 	@echo "make support   docs/support.md out of the operators' tests"
 	@echo "make lint      ruff, clang-format, mypy, import layers"
 	@echo "make ablation  the demo with three seeds, tabulated"
@@ -55,10 +55,9 @@ $(TRITON36)/.m3bind-setup: Makefile
 test-triton36: $(TRITON36)/.m3bind-setup
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(TRITON36)/bin/python -m pytest -q tests/kernels
 
+# Every part, or those that are named: make bench PARTS="clip topk". On a quiet machine.
 bench: setup
-	mkdir -p build
-	$(BIN)/python -m pytest --benchmark-only --benchmark-json=build/bench.json benchmarks
-	$(BIN)/python benchmarks/table.py build/bench.json benchmarks/results/cpu
+	$(BIN)/python benchmarks/run.py $(PARTS)
 
 # docs/support.md: what works in which backend, out of the outcomes of the tests.
 support: setup

@@ -10,12 +10,24 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
-from turns import FEATURES, ROUNDS, SIZES, Run, gemm_floor, in_turns, record, step, unit_rows
+from floor import gemm_floor
+from rows import report
+from turns import (
+    FEATURES,
+    SIZES,
+    Contestant,
+    Taken,
+    fullgraph,
+    in_turns,
+    ours,
+    peer,
+    step,
+    unit_rows,
+)
 
 from m3bind.ops import similarity_distill
 
 SCALE, TEACHER_SCALE = 50.0, 100.0
-CONTESTANTS = ("m3bind", "m3bind chunked", "open_clip", "torch.compile", "floor")
 
 
 def one_matrix_loss(x, y, scale, teacher_x, teacher_y, teacher_scale):
@@ -26,47 +38,61 @@ def one_matrix_loss(x, y, scale, teacher_x, teacher_y, teacher_scale):
     return (rows + columns) / 2
 
 
-def open_clip_loss(x, y, scale, teacher_x, teacher_y, teacher_scale):
-    loss = pytest.importorskip("open_clip.loss").DistillClipLoss()
-    student, student_text = loss.get_logits(x, y, scale)
-    teacher, teacher_text = loss.get_logits(teacher_x, teacher_y, teacher_scale)
-    return (loss.dist_loss(teacher, student) + loss.dist_loss(teacher_text, student_text)) / 2
+def open_clip_loss():
+    term = peer("open_clip.loss", "open_clip_torch").DistillClipLoss()
+
+    def loss(x, y, scale, teacher_x, teacher_y, teacher_scale):
+        student, student_text = term.get_logits(x, y, scale)
+        teacher, teacher_text = term.get_logits(teacher_x, teacher_y, teacher_scale)
+        return (term.dist_loss(teacher, student) + term.dist_loss(teacher_text, student_text)) / 2
+
+    return loss
 
 
 LOSSES = {
-    "m3bind": partial(similarity_distill, kind="ce"),
-    "m3bind chunked": partial(similarity_distill, kind="ce", backend="chunked"),
-    "open_clip": open_clip_loss,
-    "torch.compile": one_matrix_loss,
-}
+    "m3bind": (
+        lambda: partial(similarity_distill, kind="ce"), f"{ours('similarity_distill')}, fp32",
+    ),
+    "m3bind chunked": (
+        lambda: partial(similarity_distill, kind="ce", backend="chunked"),
+        "plain PyTorch in panels, fp32",
+    ),
+    "open_clip": (open_clip_loss, "eager, fp32"),
+    "torch.compile": (
+        lambda: fullgraph(one_matrix_loss), "two matrices, fullgraph, static shapes, fp32",
+    ),
+}  # fmt: skip
+CONTESTANTS = (*LOSSES, "floor")
 
 
-def contestant(name: str, n: int) -> Run:
+def contestant(name: str, n: int) -> Contestant:
     if name == "floor":
         return gemm_floor(n, "fp32", logits=2, teacher=1)
-    loss = LOSSES[name]
-    if name == "torch.compile":
-        loss = torch.compile(loss, fullgraph=True)
+    make, setting = LOSSES[name]
     x, y, *teacher = unit_rows(n, 4)
-    return step(loss, (x, y, torch.tensor(SCALE)), *teacher, torch.tensor(TEACHER_SCALE))
+    run = step(make(), (x, y, torch.tensor(SCALE)), *teacher, torch.tensor(TEACHER_SCALE))
+    return Contestant(run=run, setting=setting)
 
 
 @cache
-def turns(n: int) -> dict[str, list[float]]:
-    return in_turns({name: contestant(name, n) for name in CONTESTANTS})
+def turns(n: int) -> dict[str, Taken]:
+    return in_turns({name: partial(contestant, name, n) for name in CONTESTANTS})
 
 
-@pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("name", CONTESTANTS)
+@pytest.mark.parametrize("n", SIZES)
 def test_similarity_distill_forward_backward(benchmark, name, n):
-    benchmark.group = f"similarity_distill fp32 forward+backward N={n} D={FEATURES}"
-    record(benchmark, name, turns(n), op="similarity_distill", flop=12 * n * n * FEATURES)
-    benchmark.pedantic(contestant(name, n), rounds=ROUNDS, warmup_rounds=2)
+    report(
+        benchmark, f"similarity_distill fp32 forward+backward N={n} D={FEATURES}", name,
+        turns(n)[name], op="similarity_distill", kind="time", dtype="fp32", n=n,
+        flop=12 * n * n * FEATURES,
+    )  # fmt: skip
 
 
 def test_contestants_compute_the_same():
     args = unit_rows(40, 4)
     args = (*args[:2], SCALE, *args[2:], TEACHER_SCALE)
     want = similarity_distill(*args, kind="ce", backend="reference")
-    for loss in LOSSES.values():
+    uncompiled = {**LOSSES, "torch.compile": (lambda: one_matrix_loss, "")}
+    for loss in (make() for make, _ in uncompiled.values()):
         torch.testing.assert_close(loss(*args), want, rtol=1e-5, atol=1e-5)

@@ -2,14 +2,26 @@
 
 import subprocess
 import sys
+from functools import cache, partial
 
 import pytest
+from rows import report
+from turns import Contestant, Taken, in_turns
+
+MODULES = ("torch", "m3bind")
 
 
-@pytest.mark.parametrize("module", ["torch", "m3bind"])
-@pytest.mark.benchmark(group="import")
+@cache
+def turns() -> dict[str, Taken]:
+    def contestant(module: str) -> Contestant:
+        command = [sys.executable, "-c", f"import {module}"]
+        return Contestant(
+            run=lambda: subprocess.run(command, check=True), setting="a fresh interpreter"
+        )
+
+    return in_turns({module: partial(contestant, module) for module in MODULES})
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_import(benchmark, module):
-    command = [sys.executable, "-c", f"import {module}"]
-    benchmark.pedantic(
-        subprocess.run, (command,), {"check": True}, rounds=7, warmup_rounds=1, iterations=1
-    )
+    report(benchmark, "import", module, turns()[module], op="import", kind="time")

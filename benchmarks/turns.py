@@ -1,14 +1,16 @@
-"""Contestants that take turns in one process, and the row of results that each gets.
+"""Contestants that take turns in one process: after one call each to warm up, rounds in which each
+runs once. A machine that changes its clock then favours nobody.
 
-pytest-benchmark's own columns run one contestant after the other, so a machine that changes its
-clock favours one of them. The numbers to compare are those in `extra_info`, of rounds in which all
-take turns. M3BIND_BENCH_THREADS and M3BIND_BENCH_SIZES choose threads (1) and batches.
+M3BIND_BENCH_SIZES, _DTYPES, _THREADS and _SECONDS choose batches, dtypes, threads (1) and about how
+long the rounds of one group last. A contestant that cannot run, or fails, leaves the others alone.
 """
 
+import importlib
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,13 +19,56 @@ from torch import Tensor
 
 from m3bind import backends
 
-ROUNDS = 5
 THREADS = int(os.environ.get("M3BIND_BENCH_THREADS", "1"))
+SECONDS = float(os.environ.get("M3BIND_BENCH_SECONDS", "10"))
+LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 SIZES = tuple(int(n) for n in os.environ.get("M3BIND_BENCH_SIZES", "1024,4096").split(","))
 FEATURES = 512
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHOSEN_DTYPES = tuple(os.environ.get("M3BIND_BENCH_DTYPES", "fp32,bf16,fp16").split(","))
 
 Run = Callable[[], Any]
+
+
+class NotRun(Exception):
+    """Why a contestant does not take part on this machine."""
+
+
+@dataclass(kw_only=True)
+class Contestant:
+    run: Run
+    setting: str
+    warm_up: Run | None = None  # something shorter than a whole run
+
+
+@dataclass
+class Taken:
+    """What a contestant took, or why it took nothing."""
+
+    setting: str = ""
+    seconds: list[float] = field(default_factory=list)
+    problem: str = ""
+
+
+def peer(module: str, package: str, *, cuda: bool = False) -> ModuleType:
+    if cuda and not torch.cuda.is_available():
+        raise NotRun("needs CUDA")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise NotRun(f"{package} does not import: {error}") from error
+
+
+def problem(error: Exception) -> str:
+    if isinstance(error, NotRun):
+        return f"not run: {error}"
+    lines = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[0][:200]}"
+
+
+def ours(op: str, dtype: str = "fp32") -> str:
+    """The setting of m3bind where nothing is chosen."""
+    return f"backend {backends.resolve(op, 'cpu', DTYPES[dtype])}"
 
 
 def timed(run: Run) -> float:
@@ -32,81 +77,47 @@ def timed(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(runs: Mapping[str, Run], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of every contestant, taken in turns after two warm-up calls each."""
-    for run in runs.values():
-        run()
-        run()
-    taken = [{name: timed(run) for name, run in runs.items()} for _ in range(rounds)]
-    return {name: [seconds[name] for seconds in taken] for name in runs}
+def in_turns(
+    makers: Mapping[str, Callable[[], Contestant]], seconds: float = SECONDS,
+    least: int = LEAST_ROUNDS,
+) -> dict[str, Taken]:  # fmt: skip
+    taken = {name: Taken() for name in makers}
+    playing: dict[str, Contestant] = {}
+    for name, make in makers.items():
+        try:
+            one = make()
+            taken[name].setting = one.setting
+            (one.warm_up or one.run)()
+            playing[name] = one
+        except Exception as error:
+            taken[name].problem = problem(error)
+    start, rounds = time.perf_counter(), 0
+    while rounds < least or (time.perf_counter() - start < seconds and rounds < MOST_ROUNDS):
+        shift = rounds % max(1, len(playing))  # who comes after whom may matter to caches
+        for name in [*playing][shift:] + [*playing][:shift]:
+            try:
+                taken[name].seconds.append(timed(playing[name].run))
+            except Exception as error:
+                taken[name] = Taken(taken[name].setting, problem=problem(error))
+                del playing[name]
+        rounds += 1
+    return taken
 
 
-def record(
-    benchmark: Any, name: str, turns: Mapping[str, list[float]], *, op: str, dtype: str = "fp32",
-    flop: int, against: str = "floor",
-) -> None:  # fmt: skip
-    """Puts what was found in turns, and of what, into the row of one contestant."""
-    best = {key: min(seconds) for key, seconds in turns.items()}
-    chosen = backends.resolve(op, "cpu", DTYPES[dtype])
-    benchmark.extra_info.update(
-        op=op,
-        contestant=name,
-        backend=chosen if name == "m3bind" else name,
-        dtype=dtype,
-        device="cpu",
-        threads=THREADS,
-        torch=torch.__version__,
-        flop=flop,
-        min_ms=1e3 * best[name],
-        median_ms=1e3 * statistics.median(turns[name]),
-        times_m3bind=best[name] / best["m3bind"],
-        **{f"times_{against.replace(' ', '_')}": best[name] / best[against]},
-    )
-
-
-def unit_rows(n: int, count: int, dtype: str = "fp32") -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def unit_rows(n: int, count: int, dtype: str = "fp32", seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     rows = (torch.randn(n, FEATURES, generator=generator) for _ in range(count))
     return [F.normalize(x, dim=1).to(DTYPES[dtype]) for x in rows]
 
 
 def step(loss: Callable[..., Tensor], leaves: Iterable[Tensor], *others: Tensor) -> Run:
-    """Forward and backward by `leaves`, which need gradients."""
+    """Forward and backward; what it returns are the gradients of `leaves`."""
     leaves = [leaf.requires_grad_() for leaf in leaves]
-
-    def run() -> None:
-        torch.autograd.grad(loss(*leaves, *others), leaves)
-
-    return run
+    return lambda: torch.autograd.grad(loss(*leaves, *others), leaves)
 
 
-def fastest(runs: Iterable[Run]) -> Run:
-    def seconds(run: Run) -> float:
-        run()
-        return min(timed(run) for _ in range(2))
-
-    return min(runs, key=seconds)
-
-
-def gemm_floor(n: int, dtype: str, *, logits: int, teacher: int = 0) -> Run:
-    """The bare GEMMs of an operator, outputs preallocated: `logits` products for the logits, as
-    many of a teacher's, and the two of the gradient; the better of whole matrices and panels."""
-    x, y = unit_rows(n, 2, dtype)
-    grad_x, grad_y = torch.empty_like(x), torch.zeros_like(y)
-
-    def with_panels(rows: int) -> Run:
-        panel = torch.empty(rows, n, dtype=x.dtype)
-
-        def gemms() -> None:
-            for last in [False] * (logits - 1) + [True]:
-                for i in range(0, n, rows):
-                    part = x[i : i + rows]
-                    for _ in range(1 + (teacher > 0)):
-                        torch.mm(part, y.T, out=panel[: len(part)])
-                    if last:
-                        torch.mm(panel[: len(part)], y, out=grad_x[i : i + rows])
-                        torch.addmm(grad_y, panel[: len(part)].T, part, out=grad_y)
-
-        return gemms
-
-    return fastest(with_panels(rows) for rows in sorted({n, min(n, 1024), min(n, 512)}))
+def fullgraph(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for the shapes at hand: a graph of dynamic shapes is slower, and torch makes one
+    (or gives up) for the later sizes of a run unless it forgets the earlier ones."""
+    torch.compiler.reset()
+    return torch.compile(loss, fullgraph=True, dynamic=False)
