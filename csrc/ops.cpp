@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/info_nce.h"
 #include "cpu/row_kernels.h"
 #include "cpu/siglip.h"
 #include "cpu/similarity_distill.h"
@@ -12,13 +13,20 @@
 STABLE_TORCH_LIBRARY(m3bind_native, m) {
   m.def(
       "similarity_stats_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? row_class,"
-      " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, float margin, bool totals)"
-      " -> (Tensor, Tensor)");
+      " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, float margin, bool totals,"
+      " int kept_rows) -> (Tensor, Tensor, Tensor)");
   m.def(
       "similarity_stats_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? row_class,"
       " Tensor? col_class, Tensor? row_mask, Tensor? col_mask, float margin, bool totals,"
-      " Tensor row_lse, Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x,"
-      " bool need_y) -> (Tensor, Tensor, Tensor)");
+      " Tensor row_lse, Tensor col_lse, Tensor kept, Tensor grad_rows, Tensor grad_cols,"
+      " bool need_x, bool need_y) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "info_nce_fwd(Tensor x, Tensor y, Tensor logit_scale, float margin, bool mean,"
+      " int kept_rows) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "info_nce_bwd(Tensor x, Tensor y, Tensor logit_scale, float margin, bool mean, Tensor rows,"
+      " Tensor cols, Tensor kept, Tensor grad, bool need_x, bool need_y)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def(
       "siglip_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? row_class,"
       " Tensor? col_class, Tensor? row_mask, Tensor? col_mask) -> Tensor");
@@ -50,6 +58,8 @@ STABLE_TORCH_LIBRARY(m3bind_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
   m.impl("similarity_stats_fwd", TORCH_BOX(&m3bind::cpu::similarity_stats_fwd));
   m.impl("similarity_stats_bwd", TORCH_BOX(&m3bind::cpu::similarity_stats_bwd));
+  m.impl("info_nce_fwd", TORCH_BOX(&m3bind::cpu::info_nce_fwd));
+  m.impl("info_nce_bwd", TORCH_BOX(&m3bind::cpu::info_nce_bwd));
   m.impl("siglip_fwd", TORCH_BOX(&m3bind::cpu::siglip_fwd));
   m.impl("siglip_bwd", TORCH_BOX(&m3bind::cpu::siglip_bwd));
   m.impl("siglip_total_fwd", TORCH_BOX(&m3bind::cpu::siglip_total_fwd));

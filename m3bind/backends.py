@@ -38,6 +38,7 @@ class Entry:
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
     note: str = ""
     missing: Callable[[], str | None] = lambda: None  # why it cannot run at all, or None
+    keeps: bool = True  # it can keep dot products from forward to backward (memory_budget)
     unverified: str = ""  # why it runs only where it is asked for; empty: it may be automatic
 
 
@@ -103,7 +104,7 @@ def _triton(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return Entry(
         load=kernels, devices=("cuda", "cpu") if interpreted else ("cuda",), dtypes=dtypes,
-        note=note, missing=_kernels_missing, unverified="it has not yet run on a GPU",
+        note=note, missing=_kernels_missing, keeps=False, unverified="it has not yet run on a GPU",
     )  # fmt: skip
 
 
@@ -175,6 +176,11 @@ def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str | None =
 def implementation(op: str, backend: str) -> Any:
     """The module with `<op>_fwd` and `<op>_bwd` of a primitive; `backend` comes from `resolve`."""
     return TABLE[op][backend].load()
+
+
+def keeps(op: str, backend: str) -> bool:
+    """Whether a primitive can spend memory on dot products to save a matrix product."""
+    return TABLE[op][backend].keeps
 
 
 @contextmanager

@@ -16,7 +16,8 @@ class ClipLoss(nn.Module):
 
     Constructor and forward take what open_clip 3.3.0's take. `cache_labels` is accepted and has
     nothing to do: there are no labels. Logits are formed in float32 also from 16-bit features,
-    and under autocast. For shapes, dtypes and errors see `m3bind.ops.clip_loss`.
+    and under autocast. For shapes, dtypes, errors and `memory_budget` (MiB that save a matrix
+    product) see `m3bind.ops.clip_loss`.
 
     Raises:
         ValueError: world_size > 1, which this version cannot do yet.
@@ -31,6 +32,7 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
+        memory_budget: float = 0.0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -41,6 +43,7 @@ class ClipLoss(nn.Module):
         self.rank = rank
         self.world_size = world_size
         self.use_horovod = use_horovod
+        self.memory_budget = memory_budget
         self.backend = backend
 
     def forward(
@@ -56,6 +59,7 @@ class ClipLoss(nn.Module):
             text_features,
             logit_scale,
             logit_bias=logit_bias,
+            memory_budget=self.memory_budget,
             backend=self.backend,
         )
         assert isinstance(loss, Tensor)

@@ -1,5 +1,5 @@
 // Rounding and packing of bfloat16 operands. A packed operand [K, N] holds pairs of its rows side
-// by side, [K / 2, N, 2]: what the dot-product instructions read.
+// by side, [K / 2, N, 2]: what the dot-product instructions read. A pair is one 32-bit element.
 #pragma once
 
 #include <cstdint>
@@ -12,5 +12,12 @@ using Bf16 = uint16_t;
 // row1 may be null: then it is zero, and only row0 and pair are written.
 void round_pair(const float* from0, const float* from1, int64_t count, Bf16* row0, Bf16* row1,
                 Bf16* pair);
+
+// pairs[d] = (row0[d], row1[d]); row1 may be null: then it is zero.
+void interleave(const Bf16* row0, const Bf16* row1, int64_t count, uint32_t* pairs);
+
+// to [cols, rows] = from [rows, cols] turned; `ld` elements from row to row.
+void transpose(const uint32_t* from, int64_t from_ld, int64_t rows, int64_t cols, uint32_t* to,
+               int64_t to_ld);
 
 }  // namespace m3bind::cpu

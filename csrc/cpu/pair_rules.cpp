@@ -23,9 +23,8 @@ EqualPairs::EqualPairs(const std::optional<Tensor>& rows, const std::optional<Te
 }
 
 void PairRules::check(int64_t rows, int64_t cols) const {
-  for (const EqualPairs* pairs : {&classes_, &masks_})
-    STD_TORCH_CHECK(!pairs->any() || (pairs->num_rows() == rows && pairs->num_cols() == cols),
-                    "one class and one mask for each row and column");
+  STD_TORCH_CHECK(classes_.fit(rows, cols) && masks_.fit(rows, cols),
+                  "one class and one mask for each row and column");
 }
 
 }  // namespace m3bind::cpu

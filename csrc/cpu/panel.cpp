@@ -45,6 +45,7 @@ double largest_norm(const Tensor& t) {
 
 double read_scalar(const Tensor& t) {
   STD_TORCH_CHECK(t.numel() == 1, "a scale or bias must have one element");
+  if (t.scalar_type() == ScalarType::Float) return *static_cast<const float*>(t.const_data_ptr());
   const Tensor wide = torch::stable::to(t, ScalarType::Double);
   return *static_cast<const double*>(wide.const_data_ptr());
 }
@@ -74,11 +75,11 @@ Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
   factor_.high = static_cast<float>(factor);
   if (factor_.high >= factor) factor_.high = std::nextafter(factor_.high, 0.0f);
   factor_.low = static_cast<float>(factor - factor_.high);
-  buffer_ = torch::stable::new_empty(x_, {step_, cols_});
-  data_ = static_cast<float*>(buffer_.mutable_data_ptr());
   const bool narrow = x.scalar_type() == ScalarType::BFloat16 &&
                       y.scalar_type() == ScalarType::BFloat16 && rows_ * cols_ >= kFewPairs;
-  products_ = narrow && bf16_products_available() ? bf16_products(x_, y_) : float_products(x_, y_);
+  products_ = narrow && bf16_products_available()
+                  ? bf16_products(torch::stable::contiguous(x), torch::stable::contiguous(y))
+                  : float_products(x_, y_);
 }
 
 float Panels::common_shift() const {
@@ -89,13 +90,57 @@ float Panels::common_shift() const {
 
 double Panels::smallest_log2_sum() const { return log2_longest_ - 126.0 + 24.0; }
 
-void Panels::multiply(int64_t first, int64_t count) {
-  products_->dots(first, count, tensor(count));
+void Panels::keep_in(const Tensor& kept) {
+  STD_TORCH_CHECK(kept.dim() == 2 && kept.size(0) <= rows_ && kept.size(1) == cols_ &&
+                      kept.scalar_type() == ScalarType::Float && kept.is_contiguous(),
+                  "kept dot products must be float32 rows of the matrix");
+  kept_ = kept;
+  kept_rows_ = kept.size(0);
+}
+
+void Panels::take_from(const Tensor& kept) {
+  keep_in(kept);
+  filled_ = true;
+}
+
+void Panels::use(const Tensor& memory, int64_t first, int64_t count) {
+  panel_ = rows_of(memory, first, count);
+  data_ = static_cast<float*>(panel_.mutable_data_ptr());
+}
+
+void Panels::dots(int64_t first, int64_t count) {
+  const bool kept = first < kept_rows_;
+  if (kept && !filled_) {
+    use(*kept_, first, count);
+  } else {
+    if (!buffer_) buffer_ = torch::stable::new_empty(x_, {step_, cols_});
+    use(*buffer_, 0, count);
+  }
+  if (kept && filled_) {
+    const float* from = static_cast<const float*>(kept_->const_data_ptr()) + first * cols_;
+    for_row_blocks(count, [&](int64_t begin, int64_t end) {
+      std::copy(from + begin * cols_, from + end * cols_, data_ + begin * cols_);
+    });
+    return;
+  }
+  products_->dots(first, count, panel_);
   if (sign_ < 0) {
     for_row_blocks(count, [&](int64_t begin, int64_t end) {
       row_kernels().multiply(data_ + begin * cols_, (end - begin) * cols_, -1.0f);
     });
   }
+  if (!kept) return;
+  const auto remember = [&](int64_t i, int64_t j) {
+    float* value = data_ + (i - first) * cols_ + j;
+    to_put_back_.emplace_back(value, *value);
+  };
+  rules_.for_each_masked(first, count, remember);
+  rules_.for_each_positive(first, count, remember);
+}
+
+void Panels::put_back() {
+  for (const auto& [to, value] : to_put_back_) *to = value;
+  to_put_back_.clear();
 }
 
 void add_apart(const Panels& panels, const std::vector<Apart>& apart, const Tensor& grad_x,

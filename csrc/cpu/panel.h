@@ -2,9 +2,12 @@
 // pairs applied.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "gemm.h"
@@ -37,7 +40,22 @@ class Panels {
   Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
          double margin);
   // Dot products alone: scale 1, and no rules for pairs.
-  Panels(const Tensor& x, const Tensor& y) : Panels(x, y, 1.0, PairRules({}, {}, {}, {}), 0.0) {}
+  Panels(const Tensor& x, const Tensor& y) : Panels(x, y, 1.0, PairRules(0), 0.0) {}
+
+  // `kept` [R, M] is where a forward pass leaves the dot products of the first R rows ...
+  void keep_in(const Tensor& kept);
+  // ... and a backward pass finds them.
+  void take_from(const Tensor& kept);
+
+  // f(first row, rows) on every panel; none is partly kept.
+  template <class F>
+  void for_each(const F& f) {
+    for (int64_t first = 0, count = 0; first < rows_; first += count) {
+      count = std::min(step_, (first < kept_rows_ ? kept_rows_ : rows_) - first);
+      f(first, count);
+      put_back();
+    }
+  }
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
@@ -60,7 +78,7 @@ class Panels {
   // pair is left out. Calls masked(row, column, value) on masked pairs.
   template <class F>
   void compute(int64_t first, int64_t count, const F& masked) {
-    multiply(first, count);
+    dots(first, count);
     rules_.apply(data_, cols_, first, count, static_cast<float>(margin_ * sign_), positives_,
                  masked);
   }
@@ -76,18 +94,24 @@ class Panels {
 
   // Adds what the derivatives that now lie in the panel make of x and y; finish() after the last.
   void gradients(int64_t first, int64_t count, const Tensor& grad_x, const Tensor& grad_y) {
-    products_->gradients(first, count, tensor(count), grad_x, grad_y);
+    products_->gradients(first, count, panel_, grad_x, grad_y);
   }
   void finish(const Tensor& grad_y) { products_->finish(grad_y); }
   bool exact() const { return products_->exact(); }
 
  private:
   Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin);
-  void multiply(int64_t first, int64_t count);
+  void dots(int64_t first, int64_t count);
+  void use(const Tensor& memory, int64_t first, int64_t count);
+  void put_back();
 
-  Tensor tensor(int64_t count) const { return rows_of(buffer_, 0, count); }
-
-  Tensor x_, y_, buffer_;
+  Tensor x_, y_;
+  std::optional<Tensor> buffer_, kept_;
+  bool filled_ = false;  // kept_ is there to be read
+  int64_t kept_rows_ = 0;
+  Tensor panel_;
+  float* data_ = nullptr;
+  std::vector<std::pair<float*, float>> to_put_back_;  // what the rules overwrite in kept_
   std::unique_ptr<Products> products_;
   PairRules rules_;
   std::vector<Positive> positives_;
@@ -95,7 +119,6 @@ class Panels {
   double scale_, margin_, log2_longest_;
   double sign_;
   Factor factor_;
-  float* data_;
 };
 
 // Derivatives that are not in the panel: those at lone positives are by far the largest of their

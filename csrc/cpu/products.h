@@ -28,8 +28,8 @@ class Products {
 // x [N, D] and y [M, D] are float32 and contiguous.
 std::unique_ptr<Products> float_products(const Tensor& x, const Tensor& y);
 
-// The same of values that bfloat16 holds exactly: the dots are as exact as in float32, the panel of
-// derivatives is rounded to bfloat16. Only where bf16_products_available().
+// The same of bfloat16 rows: the dots are as exact as in float32, the panel of derivatives is
+// rounded to bfloat16. Only where bf16_products_available().
 std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y);
 bool bf16_products_available();
 

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -27,44 +26,33 @@ constexpr int64_t kWide = 32;   // the inner dimension is padded to this many ze
 
 int64_t padded(int64_t n) { return (n + kWide - 1) / kWide * kWide; }
 
-// Exact: the values are bfloat16's.
-Bf16 narrow(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return static_cast<Bf16>(bits >> 16);
-}
-
 class Bf16Products : public Products {
  public:
   Bf16Products(const Tensor& x, const Tensor& y)
-      : x_(static_cast<const float*>(x.const_data_ptr())),
-        y_(static_cast<const float*>(y.const_data_ptr())),
+      : x_(x),
+        y_(y),
         cols_(y.size(0)),
         features_(x.size(1)),
         inner_(padded(features_)),
         tiles_((cols_ + kTile - 1) / kTile),
-        y_turned_(cols_ * inner_) {
-    // [inner, columns of the tile], packed, tile after tile
+        x_rows_(wide_rows(x_, x_space_)),
+        y_rows_(wide_rows(y_, y_space_)),
+        y_turned_(cols_ * inner_ / 2) {
+    // [inner / 2, columns of the tile] pairs, tile after tile
     over_tiles([&](int64_t first, int64_t width) {
-      Bf16* to = y_turned_.data() + first * inner_;
-      for (int64_t j = 0; j < width; ++j)
-        for (int64_t d = 0; d < features_; ++d)
-          to[(d / 2 * width + j) * 2 + d % 2] = narrow(y_[(first + j) * features_ + d]);
+      transpose(pairs_of(y_rows_ + first * inner_), inner_ / 2, width, inner_ / 2,
+                y_turned_.data() + first * inner_ / 2, width);
     });
   }
 
   void dots(int64_t first, int64_t count, const Tensor& panel) override {
     float* out = static_cast<float*>(panel.mutable_data_ptr());
-    x_rows_.assign(count * inner_, 0);
     over_rows(count, [&](int64_t begin, int64_t rows) {
-      Bf16* mine = x_rows_.data() + begin * inner_;
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t d = 0; d < features_; ++d)
-          mine[i * inner_ + d] = narrow(x_[(first + begin + i) * features_ + d]);
       for (int64_t j = 0; j < cols_; j += kTile) {
         const int64_t width = std::min(kTile, cols_ - j);
-        m3bind_brgemm(rows, width, inner_, inner_, width, cols_, false, mine,
-                      y_turned_.data() + j * inner_, out + begin * cols_ + j, true);
+        m3bind_brgemm(rows, width, inner_, inner_, width, cols_, false,
+                      x_rows_ + (first + begin) * inner_, y_turned_.data() + j * inner_ / 2,
+                      out + begin * cols_ + j, true);
       }
     });
   }
@@ -84,14 +72,25 @@ class Bf16Products : public Products {
     if (grad_y.size(0) == 0 || grad_y_turned_.empty()) return;
     float* out = static_cast<float*>(grad_y.mutable_data_ptr());
     over_tiles([&](int64_t first, int64_t width) {
-      const float* from = grad_y_turned_.data() + first * features_;
-      for (int64_t j = 0; j < width; ++j)
-        for (int64_t d = 0; d < features_; ++d)
-          out[(first + j) * features_ + d] = from[d * width + j];
+      transpose(reinterpret_cast<const uint32_t*>(grad_y_turned_.data() + first * features_), width,
+                features_, width, reinterpret_cast<uint32_t*>(out + first * features_), features_);
     });
   }
 
  private:
+  // Rows [.., inner_] with zeros behind the features: the tensor's own where it has no need of any.
+  const Bf16* wide_rows(const Tensor& t, std::vector<Bf16>& space) const {
+    const Bf16* rows = static_cast<const Bf16*>(t.const_data_ptr());
+    if (features_ == inner_) return rows;
+    space.resize(t.size(0) * inner_);
+    for (int64_t i = 0; i < t.size(0); ++i)
+      std::copy_n(rows + i * features_, features_, space.data() + i * inner_);
+    return space.data();
+  }
+  static const uint32_t* pairs_of(const Bf16* row) {
+    return reinterpret_cast<const uint32_t*>(row);
+  }
+
   // f(first column, columns) on every tile, f(first row, rows) on every block of rows.
   template <class F>
   void over_tiles(const F& f) const {
@@ -114,8 +113,11 @@ class Bf16Products : public Products {
   // [padded count, width] in packed_.
   void round_panel(const float* panel, int64_t count, int64_t inner) {
     const int64_t wide = tiles_ * kTile;
-    rounded_.assign(count * wide, 0);
-    packed_.assign(inner * wide, 0);
+    // The padding stays zero from one panel of the same size to the next.
+    if (static_cast<int64_t>(rounded_.size()) != count * wide) {
+      rounded_.assign(count * wide, 0);
+      packed_.assign(inner * wide, 0);
+    }
     over_rows(count, [&](int64_t begin, int64_t rows) {
       for (int64_t j = 0; j < cols_; j += kTile) {
         const int64_t width = std::min(kTile, cols_ - j);
@@ -137,8 +139,8 @@ class Bf16Products : public Products {
       for (int64_t j = 0; j < cols_; j += kTile) {
         const int64_t inner = padded(std::min(kTile, cols_ - j));
         m3bind_brgemm(rows, features_, inner, inner, features_, features_, j > 0,
-                      rounded_.data() + j * count + begin * inner, y_packed_.data() + j * features_,
-                      out + begin * features_, true);
+                      rounded_.data() + j * count + begin * inner,
+                      y_packed_.data() + j / 2 * features_, out + begin * features_, true);
       }
     });
   }
@@ -148,26 +150,50 @@ class Bf16Products : public Products {
   void to_y(int64_t first, int64_t count, int64_t inner) {
     const bool add = !grad_y_turned_.empty();
     if (!add) grad_y_turned_.resize(cols_ * features_);
-    x_turned_.assign(features_ * inner, 0);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t d = 0; d < features_; ++d)
-        x_turned_[d * inner + i] = narrow(x_[(first + i) * features_ + d]);
+    turn_x(first, count, inner);
     over_tiles([&](int64_t j, int64_t width) {
       m3bind_brgemm(features_, width, inner, inner, width, width, add, x_turned_.data(),
                     packed_.data() + j * inner, grad_y_turned_.data() + j * features_, true);
     });
   }
 
-  void pack_y() {
-    y_packed_.resize(tiles_ * kTile * features_);
-    for (int64_t j = 0; j < cols_; ++j)
-      for (int64_t d = 0; d < features_; ++d)
-        y_packed_[(j / 2 * features_ + d) * 2 + j % 2] = narrow(y_[j * features_ + d]);
+  // x_turned_ [features, inner], as pairs of neighbours in a row
+  void turn_x(int64_t first, int64_t count, int64_t inner) {
+    x_turned_.resize(features_ * inner / 2);
+    torch::stable::parallel_for(0, inner / kWide, 1, [&](int64_t begin, int64_t end) {
+      std::vector<uint32_t> pairs(kWide / 2 * features_);
+      for (int64_t i = begin * kWide; i < end * kWide; i += kWide) {
+        for (int64_t p = 0; p < kWide / 2; ++p)
+          pack_pair(x_rows_ + first * inner_, i + 2 * p, count, pairs.data() + p * features_);
+        transpose(pairs.data(), features_, kWide / 2, features_, x_turned_.data() + i / 2,
+                  inner / 2);
+      }
+    });
   }
 
-  const float *x_, *y_;
+  void pack_y() {
+    y_packed_.resize(tiles_ * kTile / 2 * features_);
+    over_tiles([&](int64_t first, int64_t width) {
+      for (int64_t j = first; j < first + width; j += 2)
+        pack_pair(y_rows_, j, cols_, y_packed_.data() + j / 2 * features_);
+    });
+  }
+
+  // Rows i and i + 1 of `count` rows; zeros beyond them.
+  void pack_pair(const Bf16* rows, int64_t i, int64_t count, uint32_t* pairs) const {
+    if (i < count)
+      interleave(rows + i * inner_, i + 1 < count ? rows + (i + 1) * inner_ : nullptr, features_,
+                 pairs);
+    else
+      std::fill_n(pairs, features_, 0);
+  }
+
+  Tensor x_, y_;
   int64_t cols_, features_, inner_, tiles_;
-  std::vector<Bf16> y_turned_, y_packed_, x_rows_, x_turned_, rounded_, packed_;
+  std::vector<Bf16> x_space_, y_space_;  // of padded rows, where there are any
+  const Bf16 *x_rows_, *y_rows_;
+  std::vector<uint32_t> y_turned_, y_packed_, x_turned_;  // pairs
+  std::vector<Bf16> rounded_, packed_;
   std::vector<float> grad_y_turned_;
 };
 

@@ -45,8 +45,9 @@ class Siglip {
     });
   }
 
-  // Computes the losses, and the gradients of their sum with these weights (without: all 1).
-  Gradients with_gradients(const float* weights, bool need_x, bool need_y) {
+  // Computes the losses, and the gradients of their sum with these weights (without: all 1), times
+  // `factor`.
+  Gradients with_gradients(const float* weights, double factor, bool need_x, bool need_y) {
     const int64_t rows = panels_.rows(), cols = panels_.cols(), features = panels_.x().size(1);
     Gradients out{torch::stable::new_empty(panels_.x(), {need_x ? rows : 0, features}),
                   torch::stable::new_zeros(panels_.y(), {need_y ? cols : 0, features}), 0, 0};
@@ -66,10 +67,12 @@ class Siglip {
     });
     panels_.finish(out.y);
     add_apart(panels_, apart, out.x, out.y);
-    multiply(out.x, scale_);
-    multiply(out.y, scale_);
+    multiply(out.x, factor * scale_);
+    multiply(out.y, factor * scale_);
     for (const double sum : by_bias_) out.bias += sum;
     for (const double sum : by_scale_) out.scale += sum;
+    out.bias *= factor;
+    out.scale *= factor;
     return out;
   }
 
@@ -78,11 +81,10 @@ class Siglip {
  private:
   template <class F>
   void for_panels(const F& f) {
-    for (int64_t first = 0; first < panels_.rows(); first += panels_.step()) {
-      const int64_t count = std::min(panels_.step(), panels_.rows() - first);
+    panels_.for_each([&](int64_t first, int64_t count) {
       panels_.compute(first, count, [](int64_t, int64_t, float) {});
       f(first, count);
-    }
+    });
   }
 
   // Row i, in the panel that starts at `first`.
@@ -133,10 +135,11 @@ class Siglip {
   std::vector<double> losses_, by_scale_, by_bias_;  // of each row
 };
 
-Tensor number(const Tensor& like, double value) {
-  Tensor out = torch::stable::new_empty(like, {}, ScalarType::Float);
-  *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
-  return out;
+PairRules rules(const Tensor& x, const std::optional<Tensor>& row_class,
+                const std::optional<Tensor>& col_class, const std::optional<Tensor>& row_mask,
+                const std::optional<Tensor>& col_mask) {
+  if (!row_class) return PairRules(x.size(0), row_mask, col_mask);
+  return PairRules(row_class, col_class, row_mask, col_mask);
 }
 
 }  // namespace
@@ -145,7 +148,7 @@ Tensor siglip_fwd(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
                   const Tensor& logit_bias, const std::optional<Tensor>& row_class,
                   const std::optional<Tensor>& col_class, const std::optional<Tensor>& row_mask,
                   const std::optional<Tensor>& col_mask) {
-  Siglip siglip(x, y, logit_scale, logit_bias, PairRules(row_class, col_class, row_mask, col_mask));
+  Siglip siglip(x, y, logit_scale, logit_bias, rules(x, row_class, col_class, row_mask, col_mask));
   siglip.forward();
   Tensor out = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Double);
   std::copy(siglip.losses().begin(), siglip.losses().end(),
@@ -158,11 +161,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
     const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
     const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask,
     const Tensor& grad_rows, bool need_x, bool need_y) {
-  Siglip siglip(x, y, logit_scale, logit_bias, PairRules(row_class, col_class, row_mask, col_mask));
+  Siglip siglip(x, y, logit_scale, logit_bias, rules(x, row_class, col_class, row_mask, col_mask));
   STD_TORCH_CHECK(grad_rows.numel() == x.size(0), "one upstream gradient for each row");
   const Tensor weights = torch::stable::contiguous(torch::stable::to(grad_rows, ScalarType::Float));
   const Gradients grads =
-      siglip.with_gradients(static_cast<const float*>(weights.const_data_ptr()), need_x, need_y);
+      siglip.with_gradients(static_cast<const float*>(weights.const_data_ptr()), 1, need_x, need_y);
   return {torch::stable::to(grads.x, x.scalar_type()), torch::stable::to(grads.y, y.scalar_type()),
           number(x, grads.scale), number(x, grads.bias)};
 }
@@ -172,12 +175,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_total_fwd(
     const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
     const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, bool mean,
     bool need_x, bool need_y) {
-  Siglip siglip(x, y, logit_scale, logit_bias, PairRules(row_class, col_class, row_mask, col_mask));
-  const Gradients grads = siglip.with_gradients(nullptr, need_x, need_y);
+  Siglip siglip(x, y, logit_scale, logit_bias, rules(x, row_class, col_class, row_mask, col_mask));
+  const double factor = mean ? 1.0 / static_cast<double>(x.size(0)) : 1.0;
+  const Gradients grads = siglip.with_gradients(nullptr, factor, need_x, need_y);
   double total = 0;
   for (const double loss : siglip.losses()) total += loss;
-  if (mean) total /= static_cast<double>(x.size(0));
-  return {number(x, total), grads.x, grads.y, number(x, grads.scale), number(x, grads.bias)};
+  return {number(x, total * factor), grads.x, grads.y, number(x, grads.scale),
+          number(x, grads.bias)};
 }
 
 }  // namespace m3bind::cpu

@@ -9,23 +9,34 @@ namespace m3bind::cpu {
 
 using torch::stable::Tensor;
 
+class Panels;
+struct Direction;
+
 // Statistics of the rows [3, N] and columns [3, M] of logit_scale * (x @ y.T - margin at
-// positives): see m3bind/ops/stats.py. The logits exist one panel of rows at a time. Results are
-// the same bit for bit from call to call.
-std::tuple<Tensor, Tensor> similarity_stats_fwd(const Tensor& x, const Tensor& y,
-                                                const Tensor& logit_scale,
-                                                const std::optional<Tensor>& row_class,
-                                                const std::optional<Tensor>& col_class,
-                                                const std::optional<Tensor>& row_mask,
-                                                const std::optional<Tensor>& col_mask,
-                                                double margin, bool totals);
+// positives): see m3bind/ops/stats.py. The logits exist one panel of rows at a time; the dot
+// products of the first `kept_rows` rows are the third result, [kept_rows, M]. Results are the same
+// bit for bit from call to call.
+std::tuple<Tensor, Tensor, Tensor> similarity_stats_fwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale,
+    const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
+    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
+    bool totals, int64_t kept_rows);
 
 // Gradients of x, y (each [0, D] where it is not needed) and the scale.
 std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale,
     const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
     const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
-    bool totals, const Tensor& row_lse, const Tensor& col_lse, const Tensor& grad_rows,
-    const Tensor& grad_cols, bool need_x, bool need_y);
+    bool totals, const Tensor& row_lse, const Tensor& col_lse, const Tensor& kept,
+    const Tensor& grad_rows, const Tensor& grad_cols, bool need_x, bool need_y);
+
+// The same of prepared panels; gradients in float32.
+std::tuple<Tensor, Tensor> statistics(Panels& panels, bool totals);
+struct StatsGradients {
+  Tensor x, y;
+  double scale;
+};
+StatsGradients stats_gradients(Panels& panels, const Direction& rows, const Direction& cols,
+                               bool totals, bool need_x, bool need_y);
 
 }  // namespace m3bind::cpu

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "direction.h"
 #include "panel.h"
 #include "similarity_stats.h"
 #include "whole_tensors.h"
@@ -12,53 +13,16 @@
 namespace m3bind::cpu {
 namespace {
 
-// Weights above this could make inf * 0 out of an exponential that underflows.
-constexpr double kLargestWeight = 1e37;
-
-// One direction's LSE (base 2) and the upstream gradients of its statistics.
-struct Direction {
-  std::vector<double> lse, grad, positive, total;
-
-  Direction(const Tensor& lse_in, const Tensor& grads) : lse(read(lse_in)) {
-    const std::vector<double> all = read(grads);
-    const auto count = static_cast<std::ptrdiff_t>(lse.size());
-    STD_TORCH_CHECK(all.size() == 3 * lse.size(), "three upstream gradients for each LSE");
-    grad.assign(all.begin(), all.begin() + count);
-    positive.assign(all.begin() + count, all.begin() + 2 * count);
-    total.assign(all.begin() + 2 * count, all.end());
-    for (double& v : lse) {
-      // Where nothing was summed every logit is -inf, and any finite shift gives zeros.
-      v = v == -std::numeric_limits<double>::infinity() ? 0.0 : v * kLog2E;
-    }
-  }
-
-  // grad * softmax at one logit
-  double weight(int64_t i, double log2_logit) const {
-    return grad[i] == 0 ? 0 : grad[i] * std::exp2(log2_logit - lse[i]);
-  }
-
-  // grad * 2^(shift - lse), so that times 2^(logit - shift) it is grad * softmax. Empty where an
-  // LSE is below `smallest`, or a weight is too large or not a number.
-  std::vector<float> weights(double shift, double smallest) const {
-    std::vector<float> out(lse.size());
-    for (size_t i = 0; i < lse.size(); ++i) {
-      const double weight = grad[i] * std::exp2(shift - lse[i]);
-      if (!(lse[i] >= smallest && std::abs(weight) <= kLargestWeight)) return {};
-      out[i] = static_cast<float>(weight);
-    }
-    return out;
-  }
-
-  std::vector<float> own_shifts() const { return {lse.begin(), lse.end()}; }
-
-  // grad * 2^(own shift - lse): makes up for the rounding of the LSE to its own shift.
-  std::vector<float> own_weights() const {
-    std::vector<float> out(lse.size());
-    for (size_t i = 0; i < lse.size(); ++i)
-      out[i] = static_cast<float>(grad[i] * std::exp2(static_cast<float>(lse[i]) - lse[i]));
-    return out;
-  }
-};
+Direction direction(const Tensor& lse, const Tensor& grads) {
+  Direction out(read(lse));
+  const std::vector<double> all = read(grads);
+  const auto count = static_cast<std::ptrdiff_t>(out.lse.size());
+  STD_TORCH_CHECK(all.size() == 3 * out.lse.size(), "three upstream gradients for each LSE");
+  out.grad.assign(all.begin(), all.begin() + count);
+  out.positive.assign(all.begin() + count, all.begin() + 2 * count);
+  out.total.assign(all.begin() + 2 * count, all.end());
+  return out;
+}
 
 // The derivative by every logit of a panel, in place of its dot products.
 class Gradient {
@@ -165,27 +129,18 @@ double add_totals(const Tensor& out, const Tensor& a, const Tensor& b,
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale,
-    const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
-    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
-    bool totals, const Tensor& row_lse, const Tensor& col_lse, const Tensor& grad_rows,
-    const Tensor& grad_cols, bool need_x, bool need_y) {
-  Panels panels(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
-  STD_TORCH_CHECK(row_lse.numel() == panels.rows() && col_lse.numel() == panels.cols(),
-                  "one LSE for each row and each column");
-  const Direction rows(row_lse, grad_rows), cols(col_lse, grad_cols);
+StatsGradients stats_gradients(Panels& panels, const Direction& rows, const Direction& cols,
+                               bool totals, bool need_x, bool need_y) {
   Gradient gradient(panels, rows, cols, totals);
   const int64_t features = panels.x().size(1);
   Tensor grad_x = torch::stable::new_empty(panels.x(), {need_x ? panels.rows() : 0, features});
   Tensor grad_y = torch::stable::new_zeros(panels.y(), {need_y ? panels.cols() : 0, features});
-  for (int64_t first = 0; first < panels.rows(); first += panels.step()) {
-    const int64_t count = std::min(panels.step(), panels.rows() - first);
+  panels.for_each([&](int64_t first, int64_t count) {
     panels.compute(first, count,
                    [&](int64_t i, int64_t j, float dot) { gradient.pass_over(i, j, dot); });
     gradient.apply(panels, first, count);
     panels.gradients(first, count, grad_x, grad_y);
-  }
+  });
   panels.finish(grad_y);
   add_apart(panels, gradient.apart(), grad_x, grad_y);
   double by_scale = panels.sign() * gradient.by_dot();
@@ -195,10 +150,23 @@ std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
   }
   multiply(grad_x, panels.scale());
   multiply(grad_y, panels.scale());
-  Tensor grad_scale = torch::stable::new_empty(panels.x(), {});
-  *static_cast<float*>(grad_scale.mutable_data_ptr()) = static_cast<float>(by_scale);
-  return {torch::stable::to(grad_x, x.scalar_type()), torch::stable::to(grad_y, y.scalar_type()),
-          grad_scale};
+  return {grad_x, grad_y, by_scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale,
+    const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
+    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
+    bool totals, const Tensor& row_lse, const Tensor& col_lse, const Tensor& kept,
+    const Tensor& grad_rows, const Tensor& grad_cols, bool need_x, bool need_y) {
+  Panels panels(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
+  panels.take_from(kept);
+  STD_TORCH_CHECK(row_lse.numel() == panels.rows() && col_lse.numel() == panels.cols(),
+                  "one LSE for each row and each column");
+  const StatsGradients grads = stats_gradients(
+      panels, direction(row_lse, grad_rows), direction(col_lse, grad_cols), totals, need_x, need_y);
+  return {torch::stable::to(grads.x, x.scalar_type()), torch::stable::to(grads.y, y.scalar_type()),
+          number(panels.x(), grads.scale)};
 }
 
 }  // namespace m3bind::cpu

@@ -57,8 +57,7 @@ Sums sum_with_common_shift(Panels& panels, float shift) {
   Sums sums(panels, shift);
   BlockColumns columns(panels.step(), panels.cols());
   const int64_t cols = panels.cols();
-  for (int64_t first = 0; first < panels.rows(); first += panels.step()) {
-    const int64_t count = std::min(panels.step(), panels.rows() - first);
+  panels.for_each([&](int64_t first, int64_t count) {
     sums.compute(panels, first, count);
     for_row_blocks(count, [&](int64_t begin, int64_t end) {
       row_kernels().sum_shifted(panels.data() + begin * cols, cols, end - begin, cols,
@@ -66,7 +65,7 @@ Sums sum_with_common_shift(Panels& panels, float shift) {
                                 columns.start(begin, 0));
     });
     columns.merge(count, [&](int64_t j, float sum) { sums.cols.sum[j] += sum; });
-  }
+  });
   return sums;
 }
 
@@ -78,8 +77,7 @@ Sums sum_with_own_shifts(Panels& panels) {
   const int64_t cols = panels.cols();
   const auto finite = [](float shift) { return shift == kMinusInf ? 0.0f : shift; };
   std::vector<float> row_max(panels.step()), col_max(cols), before(cols);
-  for (int64_t first = 0; first < panels.rows(); first += panels.step()) {
-    const int64_t count = std::min(panels.step(), panels.rows() - first);
+  panels.for_each([&](int64_t first, int64_t count) {
     sums.compute(panels, first, count);
     std::fill(row_max.begin(), row_max.end(), kMinusInf);
     for_row_blocks(count, [&](int64_t begin, int64_t end) {
@@ -104,7 +102,7 @@ Sums sum_with_own_shifts(Panels& panels) {
                                   sums.rows.sum.data() + first + begin, columns.start(begin, 0));
     });
     columns.merge(count, [&](int64_t j, float sum) { sums.cols.sum[j] += sum; });
-  }
+  });
   std::transform(sums.cols.shift.begin(), sums.cols.shift.end(), sums.cols.shift.begin(), finite);
   return sums;
 }
@@ -150,14 +148,7 @@ Tensor statistics(const Panels& panels, const Side& side, const Tensor& own, con
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> similarity_stats_fwd(const Tensor& x, const Tensor& y,
-                                                const Tensor& logit_scale,
-                                                const std::optional<Tensor>& row_class,
-                                                const std::optional<Tensor>& col_class,
-                                                const std::optional<Tensor>& row_mask,
-                                                const std::optional<Tensor>& col_mask,
-                                                double margin, bool totals) {
-  Panels panels(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
+std::tuple<Tensor, Tensor> statistics(Panels& panels, bool totals) {
   const float shift = panels.common_shift();
   const auto result = [&](const Sums& sums) {
     return std::tuple(statistics(panels, sums.rows, panels.x(), panels.y(), totals),
@@ -172,6 +163,18 @@ std::tuple<Tensor, Tensor> similarity_stats_fwd(const Tensor& x, const Tensor& y
       return result(sums);
   }
   return result(sum_with_own_shifts(panels));
+}
+
+std::tuple<Tensor, Tensor, Tensor> similarity_stats_fwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale,
+    const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
+    const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
+    bool totals, int64_t kept_rows) {
+  Panels panels(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
+  const Tensor kept = torch::stable::new_empty(panels.x(), {kept_rows, panels.cols()});
+  panels.keep_in(kept);
+  const auto [rows, cols] = statistics(panels, totals);
+  return {rows, cols, kept};
 }
 
 }  // namespace m3bind::cpu

@@ -13,6 +13,12 @@ std::vector<double> read(const Tensor& t) {
   return {data, data + wide.numel()};
 }
 
+Tensor number(const Tensor& like, double value) {
+  Tensor out = torch::stable::new_empty(like, {}, torch::headeronly::ScalarType::Float);
+  *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
+  return out;
+}
+
 void multiply(const Tensor& t, double factor) {
   float* data = static_cast<float*>(t.mutable_data_ptr());
   const int64_t cols = t.size(1);

@@ -1,4 +1,4 @@
-// What backward passes do with whole tensors beside their products.
+// What operators do with whole tensors beside their products.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +11,9 @@ using torch::stable::Tensor;
 
 // The values of a tensor of any floating dtype.
 std::vector<double> read(const Tensor& t);
+
+// A float32 tensor of no dimension, beside `like`.
+Tensor number(const Tensor& like, double value);
 
 // t *= factor, a float32 matrix.
 void multiply(const Tensor& t, double factor);

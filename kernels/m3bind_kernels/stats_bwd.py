@@ -195,6 +195,7 @@ def similarity_stats_bwd(
     totals: bool,
     row_lse: Tensor,  # [N] float64
     col_lse: Tensor,  # [M] float64
+    kept: Tensor,  # [0, M]
     grad_rows: Tensor,  # [3, N]
     grad_cols: Tensor,  # [3, M]
     need_x: bool,

@@ -160,11 +160,13 @@ def similarity_stats_fwd(
     col_mask: Tensor | None,  # [M] int32
     margin: float,
     totals: bool,
-) -> tuple[Tensor, Tensor]:  # [3, N], [3, M] float64
+    kept_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # [3, N], [3, M] float64, [0, M]
     """Of every row and column: log-sum-exp of its logits, sum of the positives', sum of all.
 
-    What enters which is told by `m3bind.ops.stats`.
+    What enters which is told by `m3bind.ops.stats`. No dot products are kept yet.
     """
+    assert kept_rows == 0
     inputs = Inputs.of(x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals)
     num_rows, num_cols = inputs.shape
     num_sums = int(row_class is not None) + int(totals)
@@ -173,7 +175,7 @@ def similarity_stats_fwd(
         with torch.cuda.device_of(inputs.x):
             _fill(inputs, num_sums, *states)
     rows, cols = (_statistics(state, inputs) for state in states)
-    return rows, cols
+    return rows, cols, x.new_empty((0, num_cols), dtype=torch.float32)
 
 
 def _fill(inputs: Inputs, num_sums: int, row_state: Tensor, col_state: Tensor) -> None:

@@ -7,9 +7,11 @@ from torch import Tensor
 PANEL_ELEMENTS = 1 << 23
 
 
-def panels(num_rows: int, num_columns: int) -> list[slice]:
+def panels(num_rows: int, num_columns: int, kept_rows: int = 0) -> list[slice]:
+    """None of them is partly within the first `kept_rows`."""
     step = max(1, min(1024, PANEL_ELEMENTS // max(1, num_columns)))
-    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
+    starts = [*range(0, kept_rows, step), *range(kept_rows, num_rows, step)]
+    return [slice(i, j) for i, j in zip(starts, [*starts[1:], num_rows], strict=False)]
 
 
 def logsumexp(logits: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

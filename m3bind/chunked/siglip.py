@@ -21,15 +21,14 @@ class _Panel:
     x: Tensor  # [R, D]
     dots: Tensor  # [R, M]
     signed: Tensor  # [R, M], the loss is softplus of it: logits, negated at positives; masked: -inf
-    sign: Tensor | None  # [R, M], -1 at positives, else 1
+    sign: Tensor  # [R, M], -1 at positives, else 1
 
     def row_losses(self) -> Tensor:  # [R]
         return F.softplus(self.signed, threshold=SOFTPLUS_LINEAR).sum(1)
 
     def gradient(self) -> Tensor:  # [R, M]
         """The derivative of the losses by the logits, in place of `signed`."""
-        grad = self.signed.sigmoid_()
-        return grad if self.sign is None else grad.mul_(self.sign)
+        return self.signed.sigmoid_().mul_(self.sign)
 
 
 def _panel(
@@ -46,14 +45,14 @@ def _panel(
     wide_x = x[at].to(wide_y.dtype)
     dots = wide_x @ wide_y.T
     signed = (dots * logit_scale).add_(logit_bias)
-    positive = sign = None
-    if row_class is not None and col_class is not None:
-        positive = row_class[at, None] == col_class
-        sign = torch.ones_like(signed).masked_fill_(positive, -1)
-        signed.mul_(sign)
+    if row_class is None or col_class is None:
+        row_class = col_class = torch.arange(wide_y.shape[0], device=x.device)
+    positive = row_class[at, None] == col_class
+    sign = torch.ones_like(signed).masked_fill_(positive, -1)
+    signed.mul_(sign)
     if row_mask is not None and col_mask is not None:
         masked = row_mask[at, None] == col_mask
-        signed.masked_fill_(masked if positive is None else masked & ~positive, -torch.inf)
+        signed.masked_fill_(masked & ~positive, -torch.inf)
     return _Panel(at=at, x=wide_x, dots=dots, signed=signed, sign=sign)
 
 
@@ -74,11 +73,14 @@ class _Gradients:
         self.bias += grad.sum()
         self.scale += grad.mul_(panel.dots).sum()
 
-    def scaled(self, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def scaled(
+        self, logit_scale: Tensor, factor: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         acc = self.wide_y.dtype
+        by_logits = logit_scale.to(acc) * factor
         return (
-            self.x.mul_(logit_scale), self.y.mul_(logit_scale), self.scale.to(acc),
-            self.bias.to(acc),
+            self.x.mul_(by_logits), self.y.mul_(by_logits), (self.scale * factor).to(acc),
+            (self.bias * factor).to(acc),
         )  # fmt: skip
 
 
@@ -144,8 +146,7 @@ def siglip_total_fwd(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [], [N, D], [M, D], [], []
-    """The sum of all losses (or that through N), and always the gradients of the sum, which stay in
-    the accumulation dtype."""
+    """The sum of all losses (or that through N), and its gradients in the accumulation dtype."""
     wide_y = y.to(accumulation_dtype(x.dtype))
     total = x.new_zeros((), dtype=statistics_dtype(x.device))
     grads = _Gradients(x, wide_y, need_x, need_y)
@@ -156,6 +157,7 @@ def siglip_total_fwd(
         total += panel.row_losses().sum(dtype=total.dtype)
         grads.add(panel, panel.gradient())
         del panel  # before the next one is made
-    if mean:
-        total = total / x.shape[0]
-    return total.to(wide_y.dtype), *grads.scaled(logit_scale)
+    factor = 1 / max(1, x.shape[0]) if mean else 1.0
+    gradients = grads.scaled(logit_scale, factor)
+    # Without rows the mean is NaN, as in torch.
+    return (total / x.shape[0] if mean else total).to(wide_y.dtype), *gradients

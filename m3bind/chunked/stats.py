@@ -38,8 +38,7 @@ class _Panel:
 
 
 def _panel(
-    x: Tensor,
-    y: Tensor,
+    dots: Tensor,  # [R, M]
     scale: Tensor,
     row_class: Tensor | None,
     col_class: Tensor | None,
@@ -47,13 +46,12 @@ def _panel(
     col_mask: Tensor | None,
     margin: float,
 ) -> _Panel:
-    dots = x @ y.T
     positive = masked = single_row = single_col = None
     if row_class is not None and col_class is not None:
         positive = row_class[:, None] == col_class
         single_col, single_row = (row_class & 1 > 0)[:, None], col_class & 2 > 0
         if margin:
-            dots -= margin * positive
+            dots = dots - margin * positive
     if row_mask is not None and col_mask is not None:
         masked = row_mask[:, None] == col_mask
         if positive is not None:
@@ -74,16 +72,20 @@ def similarity_stats_fwd(
     col_mask: Tensor | None,  # [M]
     margin: float,
     totals: bool,
-) -> tuple[Tensor, Tensor]:  # [3, N], [3, M]
+    kept_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # [3, N], [3, M], [kept_rows, M]
     acc, stats = accumulation_dtype(x.dtype), statistics_dtype(x.device)
     wide_y, scale = y.to(acc), logit_scale.to(acc)
     rows, cols = (x.new_zeros(3, t.shape[0], dtype=stats) for t in (x, y))
     rows[0], cols[0] = -torch.inf, -torch.inf
-    for at in panels(x.shape[0], y.shape[0]):
+    kept = x.new_empty(kept_rows, y.shape[0], dtype=acc)
+    for at in panels(x.shape[0], y.shape[0], kept_rows):
+        dots = x[at].to(acc) @ wide_y.T
+        if at.stop <= kept_rows:
+            kept[at] = dots
         panel = _panel(
-            x[at].to(acc), wide_y, scale, part(row_class, at), col_class, part(row_mask, at),
-            col_mask, margin,
-        )  # fmt: skip
+            dots, scale, part(row_class, at), col_class, part(row_mask, at), col_mask, margin
+        )
         rows[0, at] = logsumexp(panel.for_rows(), 1, stats)
         cols[0] = torch.logaddexp(cols[0], logsumexp(panel.for_columns(), 0, stats))
         if panel.positive is not None:
@@ -91,10 +93,10 @@ def similarity_stats_fwd(
             rows[1, at] = wanted.sum(1, dtype=stats)
             cols[1] += wanted.sum(0, dtype=stats)
         if totals:
-            kept = panel.masked_logits(0)
-            rows[2, at] = kept.sum(1, dtype=stats)
-            cols[2] += kept.sum(0, dtype=stats)
-    return rows, cols
+            counted = panel.masked_logits(0)
+            rows[2, at] = counted.sum(1, dtype=stats)
+            cols[2] += counted.sum(0, dtype=stats)
+    return rows, cols, kept
 
 
 def similarity_stats_bwd(
@@ -109,6 +111,7 @@ def similarity_stats_bwd(
     totals: bool,
     row_lse: Tensor,  # [N]
     col_lse: Tensor,  # [M]
+    kept: Tensor,  # [kept_rows, M]
     grad_rows: Tensor,  # [3, N]
     grad_cols: Tensor,  # [3, M]
     need_x: bool,
@@ -123,12 +126,12 @@ def similarity_stats_bwd(
     grad_x = torch.zeros(x.shape if need_x else (0, x.shape[1]), dtype=acc, device=x.device)
     grad_y = torch.zeros(y.shape if need_y else (0, y.shape[1]), dtype=acc, device=y.device)
     grad_scale = torch.zeros((), dtype=acc, device=x.device)
-    for at in panels(x.shape[0], y.shape[0]):
+    for at in panels(x.shape[0], y.shape[0], len(kept)):
         wide_x = x[at].to(acc)
+        dots = kept[at] if at.stop <= len(kept) else wide_x @ wide_y.T
         panel = _panel(
-            wide_x, wide_y, scale, part(row_class, at), col_class, part(row_mask, at), col_mask,
-            margin,
-        )  # fmt: skip
+            dots, scale, part(row_class, at), col_class, part(row_mask, at), col_mask, margin
+        )
         grad = torch.exp(panel.for_rows() - row_lse[at, None]).mul_(row_weight[at, None])
         grad += torch.exp(panel.for_columns() - col_lse).mul_(col_weight)
         if panel.positive is not None:

@@ -1,6 +1,8 @@
 """Checks and conversions that every operator's wrapper does before it calls a backend."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +68,22 @@ def scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
             f"{op}: {name} has shape {tuple(value.shape)} and is {value.dtype}; "
             "pass one floating-point value, shape [] or [1]"
         )
-    return value.reshape(()).to(device=like.device, dtype=acc)
+    # Every operator here costs its time twice, also the one that changes nothing.
+    if value.dim() > 0:
+        value = value.reshape(())
+    fits = value.dtype == acc and value.device == like.device
+    return value if fits else value.to(device=like.device, dtype=acc)
+
+
+def gradient_wanted(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """The context for what follows the cast of the features."""
+    if not torch.is_autocast_enabled(like.device.type):
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def ids(op: str, name: str, value: Tensor, like: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from m3bind import backends, reference
 from m3bind.dtypes import accumulation_dtype
 from m3bind.ops import arguments, pairs, soft
 from m3bind.ops.direction import Side, direction_loss
+from m3bind.ops.info_nce import info_nce
 from m3bind.ops.lse import similarity_lse
-from m3bind.ops.stats import similarity_stats
+from m3bind.ops.stats import rows_to_keep, similarity_stats
 from m3bind.reference import reduce
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -33,6 +34,7 @@ def clip_loss(
     margin: float = 0.0,
     directions: str = "both",
     reduction: str = "mean",
+    memory_budget: float = 0.0,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Symmetric InfoNCE without the N x M matrix of logits in memory.
@@ -64,6 +66,10 @@ def clip_loss(
         reduction: "mean" over the rows, and over the columns, that have a positive; "sum"; "none":
             (rows [N], columns [M]), or the one that `directions` names, 0 where there is no
             positive. Nothing to average has the mean NaN and the sum 0, as in torch.
+        memory_budget: MiB in which the forward pass may leave dot products of x and y for the
+            backward pass, which forms the others again; N * M * 4 bytes hold all of them, and save
+            one of four matrix products. Results differ by no more than the order of sums. Not with
+            `backend="triton"`, which keeps nothing, and "reference", which keeps everything.
         backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
 
     Returns:
@@ -85,6 +91,7 @@ def clip_loss(
     label_smoothing = arguments.number(op, "label_smoothing", label_smoothing, 0.0, 1.0)
     z_loss = arguments.number(op, "z_loss", z_loss, 0.0)
     margin = arguments.number(op, "margin", margin)
+    memory_budget = arguments.number(op, "memory_budget", memory_budget, 0.0)
     arguments.one_of(op, labels=labels, positive_ids=positive_ids, soft_targets=soft_targets)
     if labels is not None:
         labels = arguments.labels(op, labels, x, y)
@@ -106,14 +113,25 @@ def clip_loss(
             f"{op}: x has {x.shape[0]} rows, y has {y.shape[0]}: row i of x belongs to row i of y, "
             "so rows are left over; pass labels or positive_ids, or swap x and y"
         )
+    extras = (bias, labels, positive_ids, mask_ids, negatives, soft_targets)
+    plain = all(extra is None for extra in extras) and not label_smoothing and not z_loss
+    plain = plain and directions == "both" and reduction != "none"
     chosen = backends.resolve(op, x.device.type, x.dtype, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with arguments.without_autocast(x):
         if chosen == "reference":
             return reference.clip_loss(
                 x, y, scale, logit_bias=bias, labels=labels, positive_ids=positive_ids,
                 mask_ids=mask_ids, negatives=negatives, soft_targets=soft_targets,
                 label_smoothing=label_smoothing, z_loss=z_loss, margin=margin,
                 directions=directions, reduction=reduction,
+            )  # fmt: skip
+        kept_rows = 0
+        if memory_budget and arguments.gradient_wanted(x, y, scale):
+            kept_rows = rows_to_keep(x, y, memory_budget, chosen)
+        if plain:
+            return info_nce(
+                x, y, scale, margin=margin, mean=reduction == "mean", kept_rows=kept_rows,
+                backend=chosen,
             )  # fmt: skip
         acc = accumulation_dtype(x.dtype)
         if negatives is not None or soft_targets is not None:
@@ -130,8 +148,9 @@ def clip_loss(
         if mask_ids is not None:
             which = which.masked_by(*mask_ids)
         rows, cols = similarity_stats(
-            x, y, scale, which, margin=margin, totals=label_smoothing > 0, backend=chosen
-        )
+            x, y, scale, which, margin=margin, totals=label_smoothing > 0, kept_rows=kept_rows,
+            backend=chosen,
+        )  # fmt: skip
         unmasked = which.unmasked(x.shape[0], y.shape[0]) if label_smoothing else (1, 1)
         row_side, col_side = (
             Side(lse=stats[0], target=stats[1], total=stats[2], positives=count, unmasked=left)
@@ -143,9 +162,9 @@ def clip_loss(
             soft.add_targets(row_side, col_side, x, y, scale, *soft_targets, which)
         if negatives is not None:
             _add_negatives(row_side, x, scale, negatives.to(acc), chosen)
-        wanted = {"rows": (row_side,), "columns": (col_side,), "both": (row_side, col_side)}
+        sides = {"rows": (row_side,), "columns": (col_side,), "both": (row_side, col_side)}
         losses = [
-            direction_loss(side, bias, label_smoothing, z_loss, acc) for side in wanted[directions]
+            direction_loss(side, bias, label_smoothing, z_loss, acc) for side in sides[directions]
         ]
         return reduce(losses, reduction)
 

@@ -9,11 +9,18 @@ from torch import Tensor
 from m3bind import backends
 
 
-def define(primitive: str, name: str, signature: str, fake: Callable[..., Any]) -> None:
+def define(
+    primitive: str,
+    name: str,
+    signature: str,
+    fake: Callable[..., Any],
+    composite: Callable[..., Any] | None = None,
+) -> None:
     """Registers `m3bind::<name>`, whose `signature` gets `str backend` as its last argument.
 
     `primitive` is its row in the table of backends. The backend travels in the schema, so that the
-    backward pass, which runs on other threads, uses the one that the forward pass used.
+    backward pass, which runs on other threads, uses the one that the forward pass used. `composite`
+    takes all arguments, and runs in backends that have no `<name>` of their own.
     """
     arguments, arrow, results = signature.partition(") ->")
     qualified = f"m3bind::{name}"
@@ -21,7 +28,10 @@ def define(primitive: str, name: str, signature: str, fake: Callable[..., Any]) 
 
     def run(*args: Any) -> Any:
         *inputs, backend = args
-        return getattr(backends.implementation(primitive, backend), name)(*inputs)
+        implementation = backends.implementation(primitive, backend)
+        if composite is not None and not hasattr(implementation, name):
+            return composite(*args)
+        return getattr(implementation, name)(*inputs)
 
     torch.library.impl(qualified, "CompositeExplicitAutograd")(run)
     torch.library.register_fake(qualified)(lambda *args: fake(*args[:-1]))
@@ -31,8 +41,32 @@ def differentiate(
     name: str, save: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]
 ) -> None:
     """Makes `m3bind::<name>_bwd`, which has no gradient itself, that of `m3bind::<name>_fwd`."""
-    torch.library.register_autograd(f"m3bind::{name}_fwd", backward, setup_context=save)
-    torch.library.register_autograd(f"m3bind::{name}_bwd", _refuse)
+    _register(f"{name}_fwd", save, backward)
+    _register(f"{name}_bwd", lambda *_: None, _refuse)
+
+
+def _register(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """torch.library.register_autograd without what it does at every call: looking at each argument
+    in the schema takes longer than a small batch's matrix products."""
+    operator = getattr(torch.ops.m3bind, name).default
+
+    def below(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = below(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"m3bind_{name}", (torch.autograd.Function,), methods)
+
+    def run(*inputs: Any) -> Any:
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        return function.apply(*inputs) if wanted else below(*inputs)
+
+    torch.library.impl(f"m3bind::{name}", "Autograd")(run)
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:

@@ -90,7 +90,7 @@ def similarity_distill(
     if mask_ids is not None:
         mask_ids = arguments.id_pair(op, "mask_ids", mask_ids, x, y)
     chosen = backends.resolve(op, x.device.type, wide.dtype, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with arguments.without_autocast(x):
         if chosen == "reference":
             return reference.similarity_distill(
                 x, y, scale, teacher_x, teacher_y, teacher_scale, kind=kind, mask_ids=mask_ids,

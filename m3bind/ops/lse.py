@@ -1,6 +1,5 @@
 """similarity_lse: row and column log-sum-exp of a similarity matrix that is never materialised."""
 
-import torch
 from torch import Tensor
 
 from m3bind import backends, reference
@@ -49,7 +48,7 @@ def similarity_lse(
         row_ids = arguments.ids(op, "row_ids", row_ids, x)
         col_ids = arguments.ids(op, "col_ids", col_ids, y)
     chosen = backends.resolve(op, x.device.type, x.dtype, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with arguments.without_autocast(x):
         if chosen == "reference":
             return reference.similarity_lse(x, y, scale, row_ids, col_ids)
         which = Pairs()

@@ -41,14 +41,22 @@ class Pairs:
 
 def diagonal(num_rows: int, num_cols: int, device: torch.device) -> Pairs:
     """Row i and column i are positive; columns beyond the rows have no positive."""
-    columns = torch.arange(num_cols, device=device, dtype=torch.int32)
-    classes = 4 * columns + (ONE_ROW + ONE_COLUMN)
+    row_class, col_class = diagonal_classes(num_rows, num_cols, device)
     return Pairs(
-        row_class=classes[:num_rows],
-        col_class=classes,
+        row_class=row_class,
+        col_class=col_class,
         row_positives=torch.ones(num_rows, dtype=torch.int64, device=device),
-        col_positives=(columns < num_rows).long(),
+        col_positives=(torch.arange(num_cols, device=device) < num_rows).long(),
     )
+
+
+def diagonal_classes(
+    num_rows: int, num_cols: int, device: torch.device
+) -> tuple[Tensor, Tensor]:  # [N], [M]
+    classes = torch.arange(
+        ONE_ROW + ONE_COLUMN, 4 * num_cols + 3, 4, device=device, dtype=torch.int32
+    )
+    return classes[:num_rows], classes
 
 
 def of_labels(labels: Tensor, num_cols: int) -> Pairs:

@@ -17,6 +17,7 @@ from m3bind.ops import arguments, pairs
 from m3bind.ops.define import define, differentiate
 
 REDUCTIONS = ("mean", "sum", "none")
+_DIAGONAL = pairs.Pairs()  # to these operators no classes mean that row i and column i are positive
 
 Ids = Tensor | tuple[Tensor, Tensor]
 
@@ -85,25 +86,23 @@ def siglip_loss(
     if mask_ids is not None:
         mask_ids = arguments.id_pair(op, "mask_ids", mask_ids, x, y)
     chosen = backends.resolve(op, x.device.type, x.dtype, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with arguments.without_autocast(x):
         if chosen == "reference":
             return reference.siglip_loss(
                 x, y, scale, bias, labels=labels, positive_ids=positive_ids, mask_ids=mask_ids,
                 reduction=reduction,
             )  # fmt: skip
+        which = _DIAGONAL
         if labels is not None:
             which = pairs.of_labels(labels, y.shape[0])
         elif positive_ids is not None:
             which = pairs.of_ids(*positive_ids)
-        else:
-            which = pairs.diagonal(x.shape[0], y.shape[0], x.device)
         if mask_ids is not None:
             which = which.masked_by(*mask_ids)
         inputs = (
             x, y, scale, bias, which.row_class, which.col_class, which.row_mask, which.col_mask,
         )  # fmt: skip
-        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale, bias))
-        if reduction != "none" and wanted:
+        if reduction != "none" and arguments.gradient_wanted(x, y, scale, bias):
             total, *_ = torch.ops.m3bind.siglip_total_fwd(
                 *inputs, reduction == "mean", x.requires_grad, y.requires_grad, chosen
             )
@@ -148,7 +147,6 @@ def _total_fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _total_bwd(
     grad: Tensor,  # []
-    mean: bool,
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -160,8 +158,6 @@ def _total_bwd(
 ) -> tuple[Tensor, ...]:
     """The same in every backend. Only the product is rounded to 16 bit: it may hold a GradScaler's
     factor, without which gradients of float16 features would be 0."""
-    if mean:
-        grad = grad / x.shape[0]
     return (
         (grad_x * grad).to(x.dtype),
         (grad_y * grad).to(y.dtype),
@@ -183,7 +179,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _total_save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     # The inputs go along so that a double backward meets the refusal of siglip_total_bwd.
-    ctx.mean = inputs[8]
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -192,7 +187,9 @@ def _total_save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _total_backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 12
-    grads = torch.ops.m3bind.siglip_total_bwd(grad, ctx.mean, *ctx.saved_tensors)
+    # Without a graph of the gradient there is nothing to refuse, and no operator to call.
+    multiply = torch.ops.m3bind.siglip_total_bwd if torch.is_grad_enabled() else _total_bwd
+    grads = multiply(grad, *ctx.saved_tensors)
     need = ctx.needs_input_grad[:4]
     return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 8)
 
@@ -216,7 +213,7 @@ define(
 )
 torch.library.define(
     "m3bind::siglip_total_bwd",
-    "(Tensor grad, bool mean, Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias,"
+    "(Tensor grad, Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias,"
     " Tensor grad_x, Tensor grad_y, Tensor grad_scale, Tensor grad_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )

@@ -10,6 +10,9 @@ With `s = logit_scale * (x @ y.T - margin * positive)`, for every row (and every
 only positive of a row stays out of its log-sum-exp, since `softplus(lse_of_negatives - positive)`
 is exact where `lse_of_all - positive` cancels. Pairs with equal mask that are not positive are
 masked: they enter nothing. `Pairs` makes the classes and masks out of what users pass.
+
+The dot products of the first `kept_rows` rows stay in memory for the backward pass, which forms
+the others again: dot products, not exponentials, so that both passes see the same bits.
 """
 
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3bind import backends
 from m3bind.dtypes import accumulation_dtype, statistics_dtype
 from m3bind.ops.define import define, differentiate
 from m3bind.ops.pairs import Pairs
@@ -35,20 +39,36 @@ def similarity_stats(
     *,
     margin: float = 0.0,
     totals: bool = False,
+    kept_rows: int = 0,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [3, N], [3, M]
-    return torch.ops.m3bind.similarity_stats_fwd(
+    rows, cols, _ = torch.ops.m3bind.similarity_stats_fwd(
         x, y, logit_scale, pairs.row_class, pairs.col_class, pairs.row_mask, pairs.col_mask,
-        margin, totals, backend,
+        margin, totals, kept_rows, backend,
     )  # fmt: skip
+    return rows, cols
 
 
-def _fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    stats = statistics_dtype(x.device)
-    return x.new_empty(3, x.shape[0], dtype=stats), y.new_empty(3, y.shape[0], dtype=stats)
+def rows_to_keep(x: Tensor, y: Tensor, memory_budget: float, backend: str) -> int:
+    """How many rows' dot products with y `memory_budget` MiB hold: all, or whole blocks of 64."""
+    if not backends.keeps("similarity_stats", backend):
+        return 0
+    num_rows, num_cols = x.shape[0], y.shape[0]
+    row_bytes = accumulation_dtype(x.dtype).itemsize * max(1, num_cols)
+    fitting = int(memory_budget * 2**20) // row_bytes
+    return num_rows if fitting >= num_rows else fitting // 64 * 64
 
 
-def _bwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    stats, acc = statistics_dtype(x.device), accumulation_dtype(x.dtype)
+    return (
+        x.new_empty(3, x.shape[0], dtype=stats),
+        y.new_empty(3, y.shape[0], dtype=stats),
+        x.new_empty(rest[-1], y.shape[0], dtype=acc),
+    )
+
+
+def bwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     need_x, need_y = rest[-2:]
     return (
         x.new_empty((x.shape[0] if need_x else 0, x.shape[1])),
@@ -57,38 +77,40 @@ def _bwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]
     )
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.margin, ctx.totals, ctx.backend = inputs
-    rows, cols = output
-    ctx.save_for_backward(*tensors, rows, cols)
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.margin, ctx.totals, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[2])
 
 
-def _backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, rows, cols = ctx.saved_tensors
+def _backward(
+    ctx: Any, grad_rows: Tensor, grad_cols: Tensor, unused: Tensor
+) -> tuple[Tensor | None, ...]:
+    *tensors, rows, cols, kept = ctx.saved_tensors
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
     grad_x, grad_y, grad_scale = torch.ops.m3bind.similarity_stats_bwd(
-        *tensors, ctx.margin, ctx.totals, rows[0], cols[0], grad_rows, grad_cols,
+        *tensors, ctx.margin, ctx.totals, rows[0], cols[0], kept, grad_rows, grad_cols,
         need_x, need_y, ctx.backend,
     )  # fmt: skip
     return (
         grad_x if need_x else None,
         grad_y if need_y else None,
         grad_scale if need_scale else None,
-        *(None,) * 7,
+        *(None,) * 8,
     )
 
 
 define(
     "similarity_stats",
     "similarity_stats_fwd",
-    _INPUTS + ") -> (Tensor rows, Tensor cols)",
-    _fwd_fake,
+    _INPUTS + ", SymInt kept_rows) -> (Tensor rows, Tensor cols, Tensor kept)",
+    fwd_fake,
 )
 define(
     "similarity_stats",
     "similarity_stats_bwd",
-    _INPUTS + ", Tensor row_lse, Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x,"
-    " bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
-    _bwd_fake,
+    _INPUTS + ", Tensor row_lse, Tensor col_lse, Tensor kept, Tensor grad_rows, Tensor grad_cols,"
+    " bool need_x, bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    bwd_fake,
 )
 differentiate("similarity_stats", _save, _backward)

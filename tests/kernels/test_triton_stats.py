@@ -246,13 +246,13 @@ def test_opcheck_strides_and_wanted_gradients():
     arguments = (ids, ids, None, None, 0.0, False)
     forward = torch.ops.m3bind.similarity_stats_fwd.default
     leaves = [t.clone().requires_grad_() for t in (x, y, scale)]
-    torch.library.opcheck(forward, (*leaves, *arguments, "triton"))
-    rows, cols = forward(x, y, scale, *arguments, "triton")
+    torch.library.opcheck(forward, (*leaves, *arguments, 0, "triton"))
+    rows, cols, kept = forward(x, y, scale, *arguments, 0, "triton")
     backward = torch.ops.m3bind.similarity_stats_bwd.default
     for wanted in ((True, False), (False, True)):
         torch.library.opcheck(
             backward,
-            (x, y, scale, *arguments, rows[0], cols[0], rows, cols, *wanted, "triton"),
+            (x, y, scale, *arguments, rows[0], cols[0], kept, rows, cols, *wanted, "triton"),
         )
     strided = clip_loss(x.T.contiguous().T, y[:, :], scale, backend="triton")
     assert torch.equal(strided, clip_loss(x, y, scale, backend="triton"))

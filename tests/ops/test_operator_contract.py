@@ -31,15 +31,30 @@ def test_opcheck(backend):
     ids, mask = (row_ids.int() * 4, col_ids.int() * 4), (row_ids.int() % 3, col_ids.int() % 3)
     forward = torch.ops.m3bind.similarity_stats_fwd.default
     for pairs in ((None,) * 4, (*ids, None, None), (None, None, *mask), (*ids, *mask)):
-        torch.library.opcheck(forward, (x, y, scale, *pairs, 0.1, True, backend))
+        for kept in (0, 9):
+            torch.library.opcheck(forward, (x, y, scale, *pairs, 0.1, True, kept, backend))
     x, y, scale, *_ = lse_arguments(grad=False)
     inputs = (x, y, scale, *ids, *mask, 0.1, True)
-    rows, cols = forward(*inputs, backend)
+    rows, cols, kept = forward(*inputs, 9, backend)
     backward = torch.ops.m3bind.similarity_stats_bwd.default
     for need_x, need_y in ((True, True), (True, False), (False, True), (False, False)):
         torch.library.opcheck(
-            backward, (*inputs, rows[0], cols[0], rows, cols, need_x, need_y, backend)
+            backward, (*inputs, rows[0], cols[0], kept, rows, cols, need_x, need_y, backend)
         )
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_opcheck_of_the_plain_case(backend):
+    leaves = lse_arguments()[:3]
+    forward = torch.ops.m3bind.info_nce_fwd.default
+    for mean, kept in ((True, 0), (False, 13)):
+        torch.library.opcheck(forward, (*leaves, 0.1, mean, kept, backend))
+    x, y, scale, *_ = lse_arguments(grad=False)
+    _, *saved = forward(x, y, scale, 0.1, True, 9, backend)
+    backward = torch.ops.m3bind.info_nce_bwd.default
+    for need in ((True, True), (True, False), (False, True), (False, False)):
+        grad = torch.tensor(0.5)
+        torch.library.opcheck(backward, (x, y, scale, 0.1, True, *saved, grad, *need, backend))
 
 
 @pytest.mark.parametrize("backend", ("reference", "chunked"))

@@ -43,9 +43,7 @@ def test_opcheck(backend):
                 OPS.siglip_total_fwd.default, (*leaves, *given[4:], pairs, *need, backend)
             )
     grads = OPS.siglip_total_fwd(*given, True, True, True, backend)[1:]
-    torch.library.opcheck(
-        OPS.siglip_total_bwd.default, (torch.tensor(0.5), True, *given[:4], *grads)
-    )
+    torch.library.opcheck(OPS.siglip_total_bwd.default, (torch.tensor(0.5), *given[:4], *grads))
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
@@ -90,8 +88,8 @@ def test_work(backend):
         return siglip_loss(x, y, scale, bias, reduction=reduction, backend=backend)
 
     cases = [
-        (3, {"siglip_total_fwd", "siglip_total_bwd"}, lambda: loss("mean").backward()),
-        (3, {"siglip_total_fwd", "siglip_total_bwd"}, lambda: loss("sum").backward()),
+        (3, {"siglip_total_fwd"}, lambda: loss("mean").backward()),
+        (3, {"siglip_total_fwd"}, lambda: loss("sum").backward()),
         (4, {"siglip_fwd", "siglip_bwd"}, lambda: loss("none").sum().backward()),
         (1, {"siglip_fwd"}, lambda: torch.no_grad()(loss)("mean")),
     ]
@@ -101,7 +99,7 @@ def test_work(backend):
     cases.append(
         (
             2,
-            {"siglip_total_fwd", "siglip_total_bwd"},
+            {"siglip_total_fwd"},
             lambda: siglip_loss(*one, backend=backend).backward(),
         )
     )

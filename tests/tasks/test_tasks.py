@@ -312,12 +312,12 @@ class TestOperatorsInTraining:
     def test_align(self, experts: dict[str, Expert]) -> None:
         config = AlignConfig(agreement="relational", preserve_weight=1.0)
         names = self.step(Align(experts, CENTRE, config).train(), experts)
-        for op in ("similarity_stats", "similarity_distill"):
+        for op in ("info_nce", "similarity_distill"):
             assert {f"m3bind::{op}_fwd", f"m3bind::{op}_bwd"} <= names
         assert not {"aten::_log_softmax", "aten::_softmax", "aten::logsumexp"} & names
 
     def test_distill(self, experts: dict[str, Expert]) -> None:
         names = self.step(Distill(stub_encoder("s"), experts, DistillConfig()).train(), experts)
-        for op in ("similarity_stats", "similarity_distill"):
+        for op in ("info_nce", "similarity_distill"):
             assert {f"m3bind::{op}_fwd", f"m3bind::{op}_bwd"} <= names
         assert not {"aten::_log_softmax", "aten::_softmax", "aten::logsumexp"} & names

@@ -1,0 +1,76 @@
+#include "info_nce.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "direction.h"
+#include "panel.h"
+#include "similarity_stats.h"
+#include "whole_tensors.h"
+
+namespace m3bind::cpu {
+namespace {
+
+// The rows (or columns) of a tensor of statistics: its first `count` have a positive.
+struct Statistics {
+  const double *lse, *positive;
+  int64_t size;
+  explicit Statistics(const Tensor& t)
+      : lse(static_cast<const double*>(t.const_data_ptr())),
+        positive(lse + t.size(1)),
+        size(t.size(1)) {}
+};
+
+// Unlike LSE - positive, softplus(LSE of negatives - positive) does not cancel.
+double losses(const Statistics& stats, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double t = stats.lse[i] - stats.positive[i];
+    sum += std::max(t, 0.0) + std::log1p(std::exp(-std::abs(t)));
+  }
+  return sum;
+}
+
+// What one loss of `count` weighs in the result, which is the mean of both directions.
+double weight(int64_t count, bool mean) { return 0.5 / (mean ? static_cast<double>(count) : 1.0); }
+
+Direction direction(const Statistics& stats, int64_t count, double upstream) {
+  Direction out({stats.lse, stats.lse + stats.size});
+  for (int64_t i = 0; i < count; ++i) {
+    out.grad[i] = upstream / (1 + std::exp(stats.positive[i] - stats.lse[i]));
+    out.positive[i] = -out.grad[i];
+  }
+  return out;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const Tensor& y,
+                                                        const Tensor& logit_scale, double margin,
+                                                        bool mean, int64_t kept_rows) {
+  const int64_t count = x.size(0);
+  Panels panels(x, y, logit_scale, PairRules(count), margin);
+  const Tensor kept = torch::stable::new_empty(panels.x(), {kept_rows, panels.cols()});
+  panels.keep_in(kept);
+  const auto [rows, cols] = statistics(panels, false);
+  const double sum = losses(Statistics(rows), count) + losses(Statistics(cols), count);
+  return {number(panels.x(), sum * weight(count, mean)), rows, cols, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y,
+                                                const Tensor& logit_scale, double margin, bool mean,
+                                                const Tensor& rows, const Tensor& cols,
+                                                const Tensor& kept, const Tensor& grad, bool need_x,
+                                                bool need_y) {
+  const int64_t count = x.size(0);
+  Panels panels(x, y, logit_scale, PairRules(count), margin);
+  panels.take_from(kept);
+  const double upstream = read_scalar(grad) * weight(count, mean);
+  const StatsGradients grads =
+      stats_gradients(panels, direction(Statistics(rows), count, upstream),
+                      direction(Statistics(cols), count, upstream), false, need_x, need_y);
+  return {torch::stable::to(grads.x, x.scalar_type()), torch::stable::to(grads.y, y.scalar_type()),
+          number(panels.x(), grads.scale)};
+}
+
+}  // namespace m3bind::cpu
