@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from m3bind.config import Config, ExpertConfig
-from m3bind.data.shards import Dataset, check_patients, shard_paths, shards_content
+from m3bind.data.audit import check_patients
+from m3bind.data.dataset import Dataset
+from m3bind.data.shards import shard_paths, shards_content
 from m3bind.errors import M3BindError
 from m3bind.eval.store import EmbeddingSet, load_stage, stage_path
 from m3bind.models.expert import Expert, build_expert, build_text_encoder

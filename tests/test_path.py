@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m3bind.config import load_config
-from m3bind.data.shards import Dataset, ShardWriter, iter_records
+from m3bind.data.dataset import Dataset
+from m3bind.data.shard_writer import ShardWriter
+from m3bind.data.shards import iter_records
 from m3bind.errors import M3BindError
 from m3bind.eval.store import load_stage
 from m3bind.models import load_expert, load_text_encoder

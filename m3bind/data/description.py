@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m3bind.data.constants import KIND, KINDS
-from m3bind.data.shards import Dataset, ModalityInfo
+from m3bind.data.dataset import Dataset, ModalityInfo
 from m3bind.errors import M3BindError
 
 NONE = "none"  # the label of a sample without a finding

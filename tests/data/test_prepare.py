@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3bind.data.audit import audit
 from m3bind.data.constants import LEADS
+from m3bind.data.dataset import Dataset
 from m3bind.data.manifest import Entry
 from m3bind.data.prepare import prepare
 from m3bind.data.readers import ct_nifti, image
-from m3bind.data.shards import Dataset, audit, iter_records
+from m3bind.data.shards import iter_records
 from m3bind.data.workers import Job
 from m3bind.data.workers import run as run_jobs
 from m3bind.errors import M3BindError

@@ -10,19 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3bind.data.audit import audit, check_patients, shared_patients
 from m3bind.data.constants import KIND
+from m3bind.data.dataset import Dataset, ModalityInfo
+from m3bind.data.shard_writer import ShardWriter
 from m3bind.data.shards import (
-    Dataset,
-    ModalityInfo,
-    ShardWriter,
-    audit,
-    check_patients,
     iter_records,
     iter_reports,
     read_index,
     shard_paths,
     shards_content,
-    shared_patients,
     whole_samples,
 )
 from m3bind.errors import M3BindError
