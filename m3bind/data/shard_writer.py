@@ -69,10 +69,12 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        if kind is None:
-            self.finish_shard()
-        elif self._shard is not None:
-            self._shard.drop()
+        try:
+            if kind is None:
+                self.finish_shard()
+        finally:
+            if self._shard is not None:
+                self._shard.drop()
 
 
 class _Shard:
@@ -107,5 +109,9 @@ class _Shard:
         os.replace(self.partial, self.path)
 
     def drop(self) -> None:
-        self.tar.close()
-        self.partial.unlink(missing_ok=True)
+        try:
+            self.tar.close()
+        except OSError:
+            pass  # where the space has run out, closing fails as well: the first error tells it
+        finally:
+            self.partial.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ def _checksum(path: Path) -> str:
     """The SHA-256 of a shard: as written beside it, or computed where that is missing or older."""
     written = path.with_suffix(".sha256")
     if written.is_file() and written.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-        words = written.read_text().split()
+        words = written.read_text(errors="replace").split()
         if len(words) == 2 and words[1] == path.name:
             return words[0]
     return sha256_of(path)
@@ -126,13 +126,9 @@ def iter_records(root: str | Path, modality: str, split: str) -> Iterator[Record
             count += 1
             yield _record(path, key, parts)
         # A tar that was cut between two samples looks whole.
-        index = path.with_suffix(".idx")
-        listed = index.read_text().split(maxsplit=2)[1:2] if index.is_file() else ["no"]
-        if listed != [str(count)]:
-            raise M3BindError(
-                f"{path}: {count} samples, but its index ({index.name}) lists "
-                f"{(listed or ['none'])[0]}: {AGAIN}"
-            )
+        listed = len(read_index(path))
+        if listed != count:
+            raise M3BindError(f"{path}: {count} samples, but its index lists {listed}: {AGAIN}")
 
 
 def iter_reports(root: str | Path, modality: str, split: str) -> Iterator[str]:
@@ -141,7 +137,10 @@ def iter_reports(root: str | Path, modality: str, split: str) -> Iterator[str]:
         for key, parts in iter_samples(path, ("txt",)):
             if "txt" not in parts:
                 raise M3BindError(f"{path}: sample {key} has no report (txt)")
-            yield parts["txt"].decode()
+            try:
+                yield parts["txt"].decode()
+            except UnicodeDecodeError as error:
+                raise M3BindError(f"{path}: the report of sample {key}: {error}") from None
 
 
 def _record(path: Path, key: str, parts: dict[str, bytes]) -> Record:
