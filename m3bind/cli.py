@@ -21,13 +21,15 @@ def main() -> None:
         return
     try:
         from m3bind.commands import app
-    except ModuleNotFoundError as error:
+
+        app()
+    except ModuleNotFoundError as error:  # also of what a command imports only when it needs it
+        if os.environ.get("M3BIND_DEBUG") or (error.name or "m3bind").startswith("m3bind"):
+            raise
         sys.exit(
             f"m3bind: {error.name} is not installed; this command needs the extra 'train': "
             "pip install 'm3bind[train]'   (m3bind info works without it)"
         )
-    try:
-        app()
     except Interrupted as stop:
         print(f"m3bind: {stop}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -120,3 +120,14 @@ def test_too_little_memory_is_one_line(tmp_path):
     ).write()
     line = one_line(m3bind("pretrain", "-c", str(settings)))
     assert "not enough memory" in line and "width" in line
+
+
+@pytest.mark.parametrize("missing", ["omegaconf", "yaml"])
+def test_a_part_of_the_extra_that_is_missing_is_named(tmp_path, missing):
+    """Modules that a command imports only when it comes to need them."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+    settings = tmp_path / "mine.yaml"
+    settings.write_text("seed: 1\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    line = one_line(m3bind("align", "-c", str(settings), PYTHONPATH=path))
+    assert missing in line and "m3bind[train]" in line
