@@ -181,13 +181,16 @@ class Trained:
         return self.config.experts.get(modality) or ExpertConfig()
 
     def _build(self, modality: str) -> Expert:
-        return build_expert(
-            self._config_of(modality),
-            modality,
-            width=self.config.width,
-            seed=self.config.seed,
-            kind=self.dataset.modalities[modality].kind,
-        )
+        try:
+            return build_expert(
+                self._config_of(modality),
+                modality,
+                width=self.config.width,
+                seed=self.config.seed,
+                kind=self.dataset.modalities[modality].kind,
+            )
+        except (ValueError, M3BindError) as error:  # which of several experts, it cannot know
+            raise M3BindError(f"experts.{modality}: {error}") from None
 
     def _build_student(self) -> TextEncoder:
         # The shared encoder is built like the first expert's text tower, and trained anew.

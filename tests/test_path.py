@@ -111,6 +111,12 @@ def test_stage_1_moves_heads_but_not_image_trunks(finished):
         )
 
 
+def test_a_tower_that_cannot_be_built_is_named_by_its_expert(settings):
+    config = load_config(settings, ["experts.ecg.image.size=[48, 48]"])
+    with pytest.raises(M3BindError, match=r"experts\.ecg: size .* needs 1 axes"):
+        Run(config).experts("before")
+
+
 def test_experts_do_not_start_bound(settings):
     experts = Run(load_config(settings)).experts("before")
     heads = [expert.text.head.weight for expert in experts.values()]
