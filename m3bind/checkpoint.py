@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from m3bind.errors import M3BindError
-from m3bind.files import atomic_write
+from m3bind.files import atomic_write, write_tensors
 
 FORMAT = "m3bind-checkpoint-1"
 CONFIG = "m3bind_config.json"  # beside published weights
@@ -32,7 +32,7 @@ def save_checkpoint(
         for section, part in sections.items()
         for name, tensor in part.items()
     }
-    _write(path, tensors, {"format": FORMAT, "data": json.dumps(data)})
+    write_tensors(path, tensors, {"format": FORMAT, "data": json.dumps(data)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -49,7 +49,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 def export_weights(path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Publish weights: plain safetensors, with ``m3bind_config.json`` in the same folder."""
-    _write(path, {name: _bare(tensor) for name, tensor in weights.items()}, {"format": "pt"})
+    write_tensors(path, {name: _bare(tensor) for name, tensor in weights.items()}, {"format": "pt"})
     target = path.parent / CONFIG
     with atomic_write(target) as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n")
@@ -63,7 +63,10 @@ def import_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def import_config(path: Path) -> dict[str, Any]:
     """The configuration alone of what `export_weights` wrote; {} where its file is missing."""
     config = path.parent / CONFIG
-    return json.loads(config.read_text()) if config.is_file() else {}
+    try:
+        return json.loads(config.read_text()) if config.is_file() else {}
+    except ValueError as error:
+        raise M3BindError(f"{config} is damaged ({error}): train again, or restore it") from None
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -133,16 +136,6 @@ def unpack_bytes(tensor: Tensor) -> bytes:
 def _bare(tensor: Tensor) -> Tensor:
     # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    try:
-        with atomic_write(path) as partial:
-            save_file(dict(tensors), partial, metadata=metadata)
-    except OSError as error:
-        raise M3BindError(f"cannot write {path}: {error}") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -332,6 +332,9 @@ def _check_value(value: Any, hint: Any, source: str, key: str) -> None:
     section = any(dataclasses.is_dataclass(o) or typing.get_origin(o) is dict for o in options)
     if section and not isinstance(value, dict) and not (value is None and type(None) in options):
         raise M3BindError(f"{source}: {key}: expected keys and values (or {{}}), found {value!r}")
+    listed = any(typing.get_origin(option) is list for option in options)
+    if listed and not isinstance(value, list) and not (value is None and type(None) in options):
+        raise M3BindError(f"{source}: {key}: expected a list such as [1, 2], found {value!r}")
     for option in options:
         _check_keys(value, option, source, f"{key}.")
 

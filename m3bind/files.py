@@ -1,10 +1,16 @@
 """Files that appear under their name only when they are whole."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m3bind.errors import M3BindError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def partial_path(path: Path) -> Path:
@@ -32,6 +38,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, atomically. Raises M3BindError where it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with atomic_write(path) as partial:
+            save_file(dict(tensors), partial, metadata=dict(metadata))
+    except (OSError, SafetensorError) as error:  # it wraps those of the system
+        raise M3BindError(
+            f"cannot write {path}: {error}: choose another folder, or see to its permissions and "
+            "the space that is left"
+        ) from None
 
 
 def _sweep(path: Path) -> None:

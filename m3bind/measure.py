@@ -4,16 +4,18 @@ A stage that is stopped and resumed counts with all its parts: while it runs, wh
 is written down every few seconds, so that not even a kill loses more than that.
 """
 
+import errno
 import fcntl
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from m3bind.errors import Interrupted
+from m3bind.errors import Interrupted, M3BindError
 from m3bind.files import atomic_write
 
 SAMPLE_SECONDS = 0.2
@@ -47,7 +49,8 @@ class PeakMemory(threading.Thread):
                     continue
             self.peak_mib = max(self.peak_mib, total / 2**20)
             if time.monotonic() >= due:
-                self.tick(self.peak_mib)
+                with suppress(OSError):  # what was measured last is written by the block's end
+                    self.tick(self.peak_mib)
                 due = time.monotonic() + WRITE_SECONDS
             self._ended.wait(SAMPLE_SECONDS)
 
@@ -71,9 +74,14 @@ def measured(folder: Path, stage: str, *, resume: bool = False) -> Iterator[None
 
     ``resume`` adds to what its earlier parts took; the peak is the highest of all parts. A block
     that raises counts as a part of a stage that has not ended: only what `Interrupted` stopped, or
-    what ran for some seconds, as a mistake that is found at once is none.
+    what ran for some seconds, as a mistake that is found at once is none. Raises at once, before
+    any work is done, where the folder cannot be written to.
     """
-    earlier = _entries(folder).get(stage, {}) if resume else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    entries = _entries(folder)
+    earlier = entries.get(stage, {}) if resume else {}
     start = time.perf_counter() - earlier.get("seconds", 0.0)
     peak = earlier.get("peak_rss_mib", 0.0)
 
@@ -99,11 +107,19 @@ def measured(folder: Path, stage: str, *, resume: bool = False) -> Iterator[None
 
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / "stages.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        for entry in found.values():
+            float(entry["seconds"]), float(entry["peak_rss_mib"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{path} is damaged ({error!r}): remove it, only times are lost"
+        raise M3BindError(reason) from None
+    return found
 
 
 def _write(folder: Path, stage: str, entry: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".stages.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # stages of one run may end in several processes at once
         stages = {**_entries(folder), stage: entry}

@@ -57,15 +57,16 @@ class Tracker:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a last line that was cut by a crash is left out."""
+    """The records of a ``metrics.jsonl``, up to the first damaged line (of a crash)."""
     path = Path(path)
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            records.append({**record, "step": int(record["step"])})
+        except (ValueError, KeyError, TypeError):
             break
     return records
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from m3bind.config import Config, ExpertConfig
-from m3bind.data.shards import Dataset, check_patients, shard_paths, shards_content
+from m3bind.data.audit import check_patients
+from m3bind.data.dataset import Dataset
+from m3bind.data.shards import shard_paths, shards_content
 from m3bind.errors import M3BindError
 from m3bind.eval.store import EmbeddingSet, load_stage, stage_path
 from m3bind.models.expert import Expert, build_expert, build_text_encoder
@@ -179,13 +181,16 @@ class Trained:
         return self.config.experts.get(modality) or ExpertConfig()
 
     def _build(self, modality: str) -> Expert:
-        return build_expert(
-            self._config_of(modality),
-            modality,
-            width=self.config.width,
-            seed=self.config.seed,
-            kind=self.dataset.modalities[modality].kind,
-        )
+        try:
+            return build_expert(
+                self._config_of(modality),
+                modality,
+                width=self.config.width,
+                seed=self.config.seed,
+                kind=self.dataset.modalities[modality].kind,
+            )
+        except (ValueError, M3BindError) as error:  # which of several experts, it cannot know
+            raise M3BindError(f"experts.{modality}: {error}") from None
 
     def _build_student(self) -> TextEncoder:
         # The shared encoder is built like the first expert's text tower, and trained anew.

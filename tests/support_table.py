@@ -15,7 +15,7 @@ import pytest
 BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 # Of a test's parameters these tell what it shows; the others are cases of it.
-SHOWN = ("feature", "reduction", "kind", "name")
+SHOWN = ("operator", "feature", "reduction", "kind", "name")
 
 HEAD = """# What works, by test
 

@@ -134,3 +134,11 @@ def test_every_generator_goes_on(tmp_path) -> None:
 def test_bytes_survive_as_tensors() -> None:
     for data in (b"", b"\x00\xff\n", os.urandom(1000)):
         assert cp.unpack_bytes(cp.pack_bytes(data)) == data
+
+
+def test_a_damaged_description_of_weights_is_named(tmp_path) -> None:
+    from m3bind.checkpoint import import_config
+
+    (tmp_path / "m3bind_config.json").write_text("{")
+    with pytest.raises(M3BindError, match=r"m3bind_config\.json is damaged"):
+        import_config(tmp_path / "model.safetensors")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from m3bind.data.dataset import Dataset, ModalityInfo
 from m3bind.errors import M3BindError
 
 COMMANDS = (
@@ -95,3 +96,38 @@ def test_damaged_metrics_are_named(tmp_path):
     path.write_text('{"seed": ')
     with pytest.raises(M3BindError, match=r"metrics\.json is damaged .*: run m3bind eval again"):
         load_metrics(path)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path):
+    code = (
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        f"sys.argv = ['m3bind', 'phantom', {str(tmp_path)!r}, '--train', '4', '--workers', '1']\n"
+        "from m3bind.cli import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "the space that is left" in done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_too_little_memory_is_one_line(tmp_path):
+    settings = tmp_path / "mine.yaml"
+    shards = tmp_path / "shards"
+    settings.write_text(f"data: {shards}\nwidth: 1000000000000\noutput: {tmp_path}/run\n")
+    info = ModalityInfo(kind="image2d", labels=["none"])
+    Dataset(
+        root=shards, name="t", simulated=True, labels=["none"], modalities={"xray": info}
+    ).write()
+    line = one_line(m3bind("pretrain", "-c", str(settings)))
+    assert "not enough memory" in line and "width" in line
+
+
+@pytest.mark.parametrize("missing", ["omegaconf", "yaml"])
+def test_a_part_of_the_extra_that_is_missing_is_named(tmp_path, missing):
+    """Modules that a command imports only when it comes to need them."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+    settings = tmp_path / "mine.yaml"
+    settings.write_text("seed: 1\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    line = one_line(m3bind("align", "-c", str(settings), PYTHONPATH=path))
+    assert missing in line and "m3bind[train]" in line

@@ -52,6 +52,7 @@ def test_the_defaults_are_valid_and_an_empty_file_gives_them(tmp_path) -> None:
         ("experts: {xray: {lora: {zzz: 1}}}", ["'experts.xray.lora.zzz'", "known keys: alpha"]),
         ("align: {steps: many}", ["align.steps", "'many'"]),
         ("align: {steps: 1.5}", ["align.steps", "1.5"]),
+        ("experts: {xray: {image: {size: 48}}}", ["experts.xray.image.size: expected a list"]),
         ("align: {lr: -1}", ["align.lr = -1.0", "above 0"]),
         ("align: {lr: .nan}", ["align.lr = nan", "above 0"]),
         ("align: {agreement: l2}", ["align.agreement = 'l2'", "mse, cosine, infonce, relational"]),

@@ -1,12 +1,15 @@
 """Files appear whole or not at all, whoever is killed or fails."""
 
+import resource
 import stat
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from m3bind.files import atomic_write
+from m3bind.errors import M3BindError
+from m3bind.files import atomic_write, write_tensors
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -44,3 +47,20 @@ def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
     with atomic_write(tmp_path / "x") as partial:
         partial.write_text("whole")
     assert not left.exists() and living.exists() and (tmp_path / "x").read_text() == "whole"
+
+
+@pytest.fixture
+def no_space():
+    """No file may grow beyond a few bytes: as on a full disk, but for this process alone."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_tensors_that_find_no_space_leave_the_old_file_and_say_so(tmp_path, no_space):
+    path = tmp_path / "last.safetensors"
+    path.write_text("old")
+    with pytest.raises(M3BindError, match=r"cannot write .*last\.safetensors: .*the space"):
+        write_tensors(path, {"x": torch.zeros(100)}, {})
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

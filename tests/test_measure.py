@@ -54,3 +54,16 @@ def test_a_mistake_that_is_found_at_once_changes_nothing(tmp_path):
     with pytest.raises(M3BindError):
         part(tmp_path, error=M3BindError("no such file"))
     assert read_stages(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"align": {}}', '{"align": {"seconds": "x"}}'])
+def test_damaged_times_are_named_before_any_work(tmp_path, content):
+    (tmp_path / "stages.json").write_text(content)
+    with pytest.raises(M3BindError, match=r"stages\.json is damaged .*: remove it"):
+        part(tmp_path, error=AssertionError("the work began"))
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/run"):
+        part(tmp_path / "file" / "run", error=AssertionError("the work began"))

@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m3bind.config import load_config
-from m3bind.data.shards import Dataset, ShardWriter, iter_records
+from m3bind.data.dataset import Dataset
+from m3bind.data.shard_writer import ShardWriter
+from m3bind.data.shards import iter_records
 from m3bind.errors import M3BindError
 from m3bind.eval.store import load_stage
 from m3bind.models import load_expert, load_text_encoder
@@ -107,6 +109,12 @@ def test_stage_1_moves_heads_but_not_image_trunks(finished):
         assert not torch.equal(
             before[modality].image_head.weight, after[modality].image_head.weight
         )
+
+
+def test_a_tower_that_cannot_be_built_is_named_by_its_expert(settings):
+    config = load_config(settings, ["experts.ecg.image.size=[48, 48]"])
+    with pytest.raises(M3BindError, match=r"experts\.ecg: size .* needs 1 axes"):
+        Run(config).experts("before")
 
 
 def test_experts_do_not_start_bound(settings):

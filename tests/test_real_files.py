@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3bind.data.audit import audit
 from m3bind.data.constants import LEADS, MODALITIES, SPLITS
+from m3bind.data.dataset import Dataset
 from m3bind.data.records import Record
-from m3bind.data.shards import Dataset, audit, iter_records
+from m3bind.data.shards import iter_records
 from m3bind.eval.store import load_stage
 
 SETTINGS = Path(__file__).parents[1] / "configs" / "samples.yaml"

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3bind.tracking import Tracker, read_history
@@ -42,3 +43,14 @@ def test_a_resumed_log_drops_what_came_after_its_step(tmp_path) -> None:
     with Tracker(tmp_path) as tracker:  # from the beginning
         tracker.log(1, {"loss": 9.0})
     assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 9)]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b'{"loss": 1}\n', b"[1]\n", b"3\n"])
+def test_a_resume_goes_on_over_a_damaged_line(tmp_path, damage) -> None:
+    with Tracker(tmp_path) as tracker:
+        tracker.log(1, {"loss": 2.5})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(damage)
+    with Tracker(tmp_path, step=2) as tracker:
+        tracker.log(3, {"loss": 1.5})
+    assert [line["step"] for line in read_history(tmp_path / "metrics.jsonl")] == [1, 3]

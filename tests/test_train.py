@@ -18,7 +18,7 @@ from m3bind.checkpoint import load_checkpoint
 from m3bind.config import TrainConfig
 from m3bind.data.loader import Batch
 from m3bind.data.records import Record
-from m3bind.data.shards import ShardWriter
+from m3bind.data.shard_writer import ShardWriter
 from m3bind.errors import Interrupted, M3BindError
 from m3bind.tracking import read_history
 from m3bind.train import fit, load_best, schedule

@@ -14,10 +14,9 @@ YAML; every part may be left out:
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from m3bind.data.constants import KIND, KINDS
-from m3bind.data.shards import Dataset, ModalityInfo
+from m3bind.data.constants import KIND
+from m3bind.data.dataset import Dataset, ModalityInfo, mapping, texts
 from m3bind.errors import M3BindError
 
 NONE = "none"  # the label of a sample without a finding
@@ -40,42 +39,23 @@ class Description:
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise M3BindError(f"{path}: the description cannot be read: {error}") from None
-        _known(raw, ("labels", "modalities"), f"{path}")
-        found = cls(labels=_strings(raw.get("labels", []), f"{path}: labels"))
-        specs = raw.get("modalities") or {}
-        _known(specs, None, f"{path}: modalities")
-        for name, spec in specs.items():
+            reason = " ".join(str(error).split())
+            raise M3BindError(f"{path}: the description cannot be read: {reason}") from None
+        mapping(raw, f"{path}", ("labels", "modalities"))
+        found = cls(labels=texts(raw.get("labels", []), f"{path}: labels"))
+        for name, spec in mapping(raw.get("modalities") or {}, f"{path}: modalities").items():
             where = f"{path}: modalities.{name}"
-            spec = spec or {}
-            _known(spec, ("kind", "labels", "prompts"), where)
-            kind = spec.get("kind", KIND.get(name))
-            if kind not in KINDS or kind != KIND.get(name, kind):
-                wanted = KIND.get(name, f"one of {', '.join(KINDS)}")
-                raise M3BindError(f"{where}.kind: {kind!r} must be {wanted}")
-            prompts = spec.get("prompts") or {}
-            _known(prompts, None, f"{where}.prompts")
-            found.modalities[name] = ModalityInfo(
-                kind=kind,
-                labels=_strings(spec.get("labels", []), f"{where}.labels"),
-                prompts={
-                    group: {
-                        label: _strings(texts, f"{where}.prompts.{group}.{label}")
-                        for label, texts in _known(
-                            by_label, None, f"{where}.prompts.{group}"
-                        ).items()
-                    }
-                    for group, by_label in prompts.items()
-                },
-            )
-            missing = sorted(set(found.modalities[name].labels) - set(found.labels))
+            info = found.modalities[name] = ModalityInfo.parse(spec or {}, where, KIND.get(name))
+            if info.kind != KIND.get(name, info.kind):
+                raise M3BindError(f"{where}.kind: {info.kind!r} must be {KIND[name]}")
+            missing = sorted(set(info.labels) - set(found.labels))
             if found.labels and missing:
                 raise M3BindError(f"{where}.labels: {missing[0]!r} is not among 'labels'")
-            for group, by_label in found.modalities[name].prompts.items():
+            for group, by_label in info.prompts.items():
                 for label in by_label:
                     if fault := found._unknown(name, label):
                         raise M3BindError(f"{where}.prompts.{group}: {fault}")
-            for label in found.modalities[name].labels:
+            for label in info.labels:
                 if fault := found.check(name, label):
                     raise M3BindError(f"{path}: {fault}")
         return found
@@ -129,18 +109,3 @@ def _ordered(labels: set[str]) -> list[str]:
 
 def _phrase(label: str) -> str:
     return "no abnormality" if label == NONE else label.replace("_", " ")
-
-
-def _known(raw: Any, keys: tuple[str, ...] | None, where: str) -> dict[str, Any]:
-    if not isinstance(raw, dict):
-        raise M3BindError(f"{where}: must be a mapping, not {raw!r}")
-    unknown = [key for key in raw if keys is not None and key not in keys]
-    if unknown:
-        raise M3BindError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(keys or ())}")
-    return raw
-
-
-def _strings(raw: Any, where: str) -> list[str]:
-    if not isinstance(raw, list) or not all(isinstance(item, str) and item.strip() for item in raw):
-        raise M3BindError(f"{where}: must be a list of texts, not {raw!r}")
-    return list(raw)

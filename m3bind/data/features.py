@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m3bind.data.loader import Batch
 from m3bind.errors import M3BindError
-from m3bind.files import atomic_write
+from m3bind.files import write_tensors
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,15 +51,12 @@ class Features:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
-        from safetensors.torch import save_file
-
         text = json.dumps({"reports": self.reports, "meta": self.meta})
         tensors = {
             "values": self.values.contiguous(),
             "text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8),
         }
-        with atomic_write(path) as partial:
-            save_file(tensors, partial, metadata={"fingerprint": self.fingerprint})
+        write_tensors(path, tensors, {"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, path: Path, modality: str, fingerprint: str) -> "Features | None":

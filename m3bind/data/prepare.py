@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from m3bind.data.constants import SPLITS
+from m3bind.data.dataset import Dataset
 from m3bind.data.description import Description
 from m3bind.data.manifest import Entry, read_manifest
 from m3bind.data.records import Record
-from m3bind.data.shards import Dataset, ShardWriter
+from m3bind.data.shard_writer import ShardWriter
 from m3bind.data.workers import Job, Outcome, run
 from m3bind.errors import M3BindError
 from m3bind.files import atomic_write

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from m3bind.errors import M3BindError
-from m3bind.files import atomic_write
+from m3bind.files import write_tensors
 
 __all__ = ["EmbeddingSet", "Prompts", "as_unit", "load_stage", "save_stage", "stage_path"]
 
@@ -89,7 +89,7 @@ class EmbeddingSet:
 
     def save(self, path: Path | str) -> None:
         """Write atomically, so that a killed run leaves no half file behind."""
-        from safetensors.numpy import save_file
+        import torch
 
         # safetensors stores raw memory: a view with strides would be written in the wrong order
         arrays = {
@@ -108,8 +108,8 @@ class EmbeddingSet:
             "origin": self.origin,
         }
         header = {"format": _FORMAT, "m3bind": json.dumps(meta)}
-        with atomic_write(Path(path)) as partial:
-            save_file(arrays, partial, metadata=header)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        write_tensors(Path(path), tensors, header)
 
     @classmethod
     def load(cls, path: Path | str) -> "EmbeddingSet":

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m3bind.files import atomic_write
+from m3bind.files import write_tensors
 from m3bind.models.bert import Packed
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,6 @@ class HiddenCache:
 
     def save(self, path: Path, texts: Iterable[str]) -> None:
         """Write the states of ``texts`` to a safetensors file, atomically."""
-        from safetensors.torch import save_file
-
         texts = sorted(set(texts))
         if not texts:
             return
@@ -90,8 +88,7 @@ class HiddenCache:
             "lengths": torch.tensor([len(state) for state in states]),
             "texts": torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8),
         }
-        with atomic_write(path) as partial:
-            save_file(tensors, partial, metadata={"fingerprint": self.fingerprint})
+        write_tensors(path, tensors, {"fingerprint": self.fingerprint})
 
     def load(self, path: Path) -> bool:
         """Take the states of a saved cache; False if there is none, or one of other weights."""

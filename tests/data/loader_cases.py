@@ -7,7 +7,7 @@ import numpy as np
 
 from m3bind.data.constants import KIND
 from m3bind.data.records import Record
-from m3bind.data.shards import ShardWriter
+from m3bind.data.shard_writer import ShardWriter
 
 
 def record(modality: str, number: int, array: np.ndarray, **values: Any) -> Record:

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3bind.data.audit import audit
+from m3bind.data.dataset import Dataset
 from m3bind.data.phantom import cohort as cohort_module
 from m3bind.data.phantom import make_cohort, make_patient, make_record, simulate, table
 from m3bind.data.phantom.patients import patient_number
 from m3bind.data.phantom.reports import write_report
 from m3bind.data.reports import sections
-from m3bind.data.shards import Dataset, audit, iter_records, shard_paths
+from m3bind.data.shards import iter_records, shard_paths
 from m3bind.errors import M3BindError
 
 MODALITIES = ("xray", "ct", "retina", "ecg", "pathology")

@@ -10,19 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3bind.data.audit import audit, check_patients, shared_patients
 from m3bind.data.constants import KIND
+from m3bind.data.dataset import Dataset, ModalityInfo
+from m3bind.data.shard_writer import ShardWriter
 from m3bind.data.shards import (
-    Dataset,
-    ModalityInfo,
-    ShardWriter,
-    audit,
-    check_patients,
     iter_records,
     iter_reports,
     read_index,
     shard_paths,
     shards_content,
-    shared_patients,
     whole_samples,
 )
 from m3bind.errors import M3BindError
@@ -233,14 +230,23 @@ def test_description_round_trip_and_faults(tmp_path) -> None:
     path = tmp_path / "dataset.yaml"
     good = path.read_text(encoding="utf-8")
     for bad, words in [
-        (good.replace("kind: image2d", "kind: film"), "kind 'film'"),
+        (good.replace("kind: image2d", "kind: film"), r"modalities\.xray\.kind: 'film'"),
         (good.replace("modalities:", "modality:"), "modalities"),
-        ("labels: [", "description"), ("", "description"),
+        ("labels: [", "not YAML"), ("", "must be a mapping"),
+        (good.replace("name: t", ""), "the key 'name' is missing"),
+        (good.replace("labels:\n- none", "labels: none", 1), "labels: must be a list of texts"),
+        (good.replace("xray:", "3:"), "the key 3 is no text"),
+        (good.replace("xray:\n", "xray:\n    colour: red\n"), "unknown key 'colour'"),
+        (good.replace("- no abnormality", "- 3"), r"prompts\.name\.none: must be a list"),
+        (good[: good.index("prompts:")] + "prompts:", r"xray\.prompts: must be a mapping"),
         (good.replace("labels:\n- none", "labels: [some]", 1), "'none' is not among"),
     ]:  # fmt: skip
         path.write_text(bad, encoding="utf-8")
         with pytest.raises(M3BindError, match=words):
             Dataset.load(tmp_path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(M3BindError, match=r"dataset\.yaml is not YAML"):
+        Dataset.load(tmp_path)
     path.unlink()
     with pytest.raises(M3BindError, match=r"no dataset\.yaml"):
         Dataset.load(tmp_path)

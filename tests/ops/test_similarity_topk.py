@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_oracle import ALL, FAST, TYPED, check, integers, orders, some_ids, want_topk
 
-from m3bind import chunked, use_backend
+from m3bind import chunked
 from m3bind.ops import similarity_rank, similarity_topk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -271,79 +271,6 @@ def test_gradient_of_what_was_not_found_is_zero(backend):
     assert empty.grad.shape == (0, 3)
 
 
-def test_gradcheck_and_the_refusal_of_a_second():
-    queries, gallery = (t.double().requires_grad_() for t in unit_pairs(6, 4, seed=0))
-    for backend in ("reference", "chunked"):
-        assert torch.autograd.gradcheck(
-            lambda q, g, b=backend: similarity_topk(q, g, 3, backend=b)[0], (queries, gallery)
-        )
-    assert torch.autograd.gradgradcheck(
-        lambda q, g: similarity_topk(q, g, 3, backend="reference")[0], (queries, gallery)
-    )
-    values, _ = similarity_topk(queries, gallery, 3, backend="chunked")
-    (grad,) = torch.autograd.grad(values.sum(), queries, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward; pass backend='reference'"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_opcheck(backend):
-    queries, gallery = (t.requires_grad_() for t in unit_pairs(9, 5, seed=0))
-    ids = some_ids(9, seed=0)
-    forward = torch.ops.m3bind.similarity_topk_fwd.default
-    torch.library.opcheck(forward, (queries, gallery, 4, ids, ids, backend))
-    torch.library.opcheck(forward, (queries, gallery, 12, None, None, backend))
-    queries, gallery = queries.detach(), gallery.detach()
-    values, indices = forward(queries, gallery, 12, ids, ids, backend)
-    backward = torch.ops.m3bind.similarity_topk_bwd.default
-    for need in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(backward, (queries, gallery, indices, values, *need))
-
-
-@pytest.mark.parametrize("backend", ALL)
-def test_compile_without_graph_breaks(backend):
-    torch._dynamo.reset()
-    ids = torch.arange(30)
-
-    def step(q, g):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            values, indices = similarity_topk(q, g, 4, exclude_ids=ids[: len(q)], backend=backend)
-        return values, indices
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for n in (20, 30):
-        x = integers(n, 6, seed=n).requires_grad_()
-        got, want = compiled(x, x), step(x, x)
-        assert got[0].dtype == torch.float32
-        check(got, (want[0].double(), want[1]))
-        grads = [torch.autograd.grad(values.sum(), x)[0] for values in (got[0], want[0])]
-        torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("backend", ALL)
-def test_autocast_rounds_the_features(backend):
-    queries, gallery = unit_pairs(30, 16, seed=0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = similarity_topk(queries, gallery, 5, backend=backend)
-    want = similarity_topk(queries.bfloat16(), gallery.bfloat16(), 5, backend=backend)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    assert got[0].dtype == torch.float32
-
-
-@needs_native
-def test_bit_equal_for_any_threads():
-    queries, gallery = unit_pairs(1000, 200, seed=0)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(similarity_topk(queries, gallery, 20, backend="cpp"))
-    finally:
-        torch.set_num_threads(before)
-    for values, indices in results[1:]:
-        assert torch.equal(values, results[0][0]) and torch.equal(indices, results[0][1])
-
-
 @pytest.mark.parametrize("backend", FAST)
 def test_memory_is_not_that_of_the_matrix(backend):
     # 3000 x 60,000 scores would be 687 MiB; a fresh process may grow by 250 MiB.
@@ -358,33 +285,3 @@ def test_memory_is_not_that_of_the_matrix(backend):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 250 * 1024
-
-
-BAD_CALLS = {
-    "matrix": (lambda x, y: similarity_topk(x[0], y, 1), r"queries has shape \(7,\)"),
-    "features": (lambda x, y: similarity_topk(x, y[:, :3], 1), "gallery has 3; they must be"),
-    "dtypes": (lambda x, y: similarity_topk(x, y.half(), 1), "gallery is torch.float16"),
-    "device": (lambda x, y: similarity_topk(x, y.to("meta"), 1), "gallery on meta"),
-    "k": (lambda x, y: similarity_topk(x, y, 0), "k=0; pass an integer from 1 to 1024"),
-    "large k": (lambda x, y: similarity_topk(x, y, 1025), "k=1025; pass an integer from 1"),
-    "k's type": (lambda x, y: similarity_topk(x, y, 1.0), "k must be an integer, not float"),
-    "one id": (lambda x, y: similarity_topk(x, y, 1, exclude_ids=torch.arange(5)), "exclude_ids"),
-    "id type": (lambda x, y: similarity_topk(x, y, 1, exclude_ids=torch.ones(6)), "int64 tensor"),
-    "ids": (lambda x, y: similarity_topk(x, y, 1, exclude_ids="x"), "not str"),
-    "float64": (lambda x, y: similarity_topk(x.double(), y.double(), 1, backend="cpp"), "float64"),
-    "backend": (lambda x, y: similarity_topk(x, y, 1, backend="fast"), "reference, chunked, cpp"),
-}
-
-
-@needs_native
-@pytest.mark.parametrize("name", BAD_CALLS)
-def test_wrong_arguments_give_one_clear_error(name):
-    call, message = BAD_CALLS[name]
-    with pytest.raises(ValueError, match=message):
-        call(*unit_pairs(6, 7, seed=0))
-
-
-def test_use_backend_is_heeded():
-    x = integers(3, 2, seed=0)
-    with use_backend("triton"), pytest.raises(ValueError, match="cannot run similarity_topk"):
-        similarity_topk(x, x, 1)

@@ -19,20 +19,22 @@ from PIL import Image
 from tqdm import tqdm
 
 from m3bind.data.constants import SPLITS
+from m3bind.data.dataset import Dataset, ModalityInfo
 from m3bind.data.phantom.canvas import Simulated
 from m3bind.data.phantom.patients import Patient, make_patient
 from m3bind.data.phantom.reports import plain_facts, write_report
 from m3bind.data.phantom.table import table
 from m3bind.data.records import Record
 from m3bind.data.reports import compose
-from m3bind.data.shards import Dataset, ModalityInfo, ShardWriter, shard_paths, whole_samples
+from m3bind.data.shard_writer import ShardWriter
+from m3bind.data.shards import shard_paths, whole_samples
 from m3bind.errors import M3BindError
 from m3bind.processes import spawned_pool
 
 NAME = "simulated"
 _JPEG_QUALITY = 90
 # The modules of m3bind.data, besides those of the phantom, that shape a shard's bytes.
-_SHAPES_BYTES = ("constants", "records", "reports", "shards")
+_SHAPES_BYTES = ("constants", "records", "reports", "shard_writer")
 _CHUNK = 8  # patients that a process simulates at a time
 
 _Job = tuple[str, str, int, int]  # the arguments of make_record
