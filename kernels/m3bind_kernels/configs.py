@@ -37,6 +37,12 @@ _HALF_90 = (
     Config(128, 256, 64, 8, 4),
     Config(128, 128, 64, 8, 4),
 )
+# What is computed of a pair of siglip takes more registers.
+_SIGMOID_90 = (
+    Config(128, 256, 64, 8, 3, piece=16),
+    Config(128, 256, 64, 8, 4, piece=16),
+    Config(128, 128, 64, 8, 4),
+)
 _FLOAT = (Config(64, 64, 32, 4, 3, programs=2),)
 # (kernel, 16-bit features, from this compute capability on) -> candidates, the safest guess first.
 TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
@@ -48,6 +54,14 @@ TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("stats_bwd", True, 90): _HALF_90,
     ("stats_bwd", True, 120): _HALF_80,
     ("stats_bwd", False, 80): _FLOAT,
+    ("siglip_loss", True, 80): _HALF_80,
+    ("siglip_loss", True, 90): _HALF_90,
+    ("siglip_loss", True, 120): _HALF_80,
+    ("siglip_loss", False, 80): _FLOAT,
+    ("siglip", True, 80): _HALF_80,
+    ("siglip", True, 90): _SIGMOID_90,
+    ("siglip", True, 120): _HALF_80,
+    ("siglip", False, 80): _FLOAT,
 }
 
 
