@@ -85,19 +85,19 @@ class Gradients:
 
 
 @triton.jit
-def _rescale_kernel(values, ratio, count, BLOCK: tl.constexpr):
+def _rescale_kernel(total, ratio, count, BLOCK: tl.constexpr):
     by = tl.load(ratio)
     if by != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        found = tl.load(values + at, mask=at < count, other=0.0)
-        tl.store(values + at, found * by, mask=at < count)
+        found = tl.load(total + at, mask=at < count, other=0.0)
+        tl.store(total + at, found * by, mask=at < count)
 
 
-def rescale_kernel(values: Tensor, ratio: Tensor) -> None:
-    """values *= ratio [1] float32, which costs a launch and nothing else where it is 1."""
-    if values.numel() > 0:
-        _rescale_kernel[(triton.cdiv(values.numel(), 4096),)](
-            values, ratio, values.numel(), BLOCK=4096, num_warps=4
+def rescale_kernel(total: Tensor, ratio: Tensor) -> None:
+    """total *= ratio [1] float32, which costs a launch and nothing else where it is 1."""
+    if total.numel() > 0:
+        _rescale_kernel[(triton.cdiv(total.numel(), 4096),)](
+            total, ratio, total.numel(), BLOCK=4096, num_warps=4
         )
 
 
@@ -110,7 +110,7 @@ class Boost:
     comes to the host. As the largest derivative so far never falls, the boost never rises.
     """
 
-    # Derivatives are below 2^14. What is 18 binary digits below a largest of 2^4 is still normal.
+    # What is 17 binary digits below a largest derivative of 2^3 is still normal in float16.
     ENOUGH = LARGEST_EXPONENT - 10
 
     def __init__(self, like: Tensor) -> None:

@@ -10,7 +10,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from m3bind_kernels import merge, siglip, stats_bwd, stats_far, stats_fwd, tiles, waves
+from m3bind_kernels import (
+    distill_bwd,
+    distill_far,
+    distill_fwd,
+    distill_merge,
+    merge,
+    siglip,
+    stats_bwd,
+    stats_far,
+    stats_fwd,
+    tiles,
+    waves,
+)
 from m3bind_kernels.configs import Config
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -24,12 +36,16 @@ KERNELS = {
     "merge": merge._merge_kernel,
     "ranges": tiles._ranges_kernel,
     "siglip": siglip._siglip_kernel,
+    "distill_fwd": distill_fwd._distill_fwd_kernel,
+    "distill_far": distill_far._distill_far_kernel,
+    "distill_bwd": distill_bwd._distill_bwd_kernel,
+    "distill_merge": distill_merge._distill_merge_kernel,
     "rescale": waves._rescale_kernel,
 }
 POINTERS = dict.fromkeys(
     ("factor", "row_parts", "col_parts", "row_vectors", "col_vectors", "scale_parts", "parts",
      "row_shift_ranges", "col_shift_ranges", "logits", "losses", "weights", "boost", "lone", "sums",
-     "ratio"), "*fp32",
+     "ratio", "factors", "total"), "*fp32",
 ) | {"state": "*fp64", "values": "*i32", "far": "*i32", "wanted": "*i32"}  # fmt: skip
 SCALARS = {"margin": "fp32", "row_plane": "i64", "col_plane": "i64", "plane": "i64"}
 
@@ -83,7 +99,7 @@ def signature(
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
-        elif name in ("x", "y"):
+        elif name in ("x", "y", "teacher_x", "teacher_y"):
             kinds[name] = f"*{dtype}"
         elif name == "out":
             kinds[name] = f"*{out}"
@@ -99,12 +115,14 @@ def compile_for(
     num_warps: int = 4, num_stages: int = 3, **constants: Any,
 ) -> Any:  # fmt: skip
     kernel = KERNELS[name]
-    if out is None:
+    if out is None and "out" in kernel.arg_names:
         constants["out"] = None
     kinds = signature(kernel, dtype, out, constants)
     # Whole allocations, a padded stride, and as many features as models have: Triton is told that
     # these are multiples of 16.
-    multiples = ("out_stride", "num_features") if constants.get("EVEN_K") else ("out_stride",)
+    multiples = ["out_stride"]
+    if constants.get("EVEN_K"):
+        multiples += ["num_features", "teacher_features"]
     aligned = [
         i for i, (arg, kind) in enumerate(kinds.items()) if kind.startswith("*") or arg in multiples
     ]

@@ -8,6 +8,7 @@ from compiled import KERNELS, SHARED_LIMIT, compile_for, compile_kernel
 from triton.backends.compiler import GPUTarget
 
 from m3bind_kernels.configs import _ROCM, Config, candidates
+from m3bind_kernels.merge import BLOCK_ENTRIES, BLOCK_PARTS
 
 CAPABILITIES = (80, 90, 100)
 # name -> kernel, the row of the table of configurations, what the launcher makes constant.
@@ -15,6 +16,10 @@ PASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "siglip_loss": ("siglip", "siglip_loss", {"LOSS": True, "GRADIENT": False}),
     "siglip_both": ("siglip", "siglip", {"LOSS": True, "GRADIENT": True}),
     "siglip_gradient": ("siglip", "siglip", {"LOSS": False, "GRADIENT": True}),
+    "distill_kl": ("distill_fwd", "distill_fwd", {"KL": True}),
+    "distill_ce": ("distill_fwd", "distill_fwd", {"KL": False}),
+    "distill_far": ("distill_far", "distill_fwd", {"KL": True}),
+    "distill_gradient": ("distill_bwd", "distill_bwd", {}),
 }
 # What the default asks for, and everything at once.
 USUAL, EVERYTHING = {"classes": True, "masks": False}, {"classes": True, "masks": True}
@@ -27,8 +32,8 @@ def constants_of(
     """The constants of the launchers, as `stats_constants` gives them for similarity_stats."""
     kernel, _, fixed = PASSES[name]
     arguments = KERNELS[kernel].arg_names
-    described = dtype != "fp32" and even and capability >= 90
-    gradient = fixed.get("GRADIENT", False)
+    described = dtype != "fp32" and even and capability >= 90 and name != "distill_far"
+    gradient = fixed.get("GRADIENT", kernel == "distill_bwd")
     apart = gradient and classes and dtype == out == "fp16"
     known = fixed | {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
@@ -45,8 +50,7 @@ def constants_of(
         missing.append("losses")
     if not gradient:
         missing += ["weights", "boost", "wanted", "sums"]
-    known |= dict.fromkeys(missing)
-    return {n: value for n, value in known.items() if n in arguments}
+    return {n: v for n, v in (known | dict.fromkeys(missing)).items() if n in arguments}
 
 
 def check(name, capability, config, given, dtype, out, tmp_path, *, even=True, **fixed):
@@ -65,7 +69,7 @@ def configurations(name: str, dtype: str, capability: int) -> list[Config]:
 
 def outs(name: str, dtype: str) -> tuple[str | None, ...]:
     """The types of derivatives that a pass may store."""
-    if not PASSES[name][2].get("GRADIENT", False):
+    if PASSES[name][0] not in ("siglip", "distill_bwd") or name == "siglip_loss":
         return (None,)
     return ("fp32",) if dtype == "fp32" else ("fp16", "fp32")
 
@@ -95,6 +99,9 @@ FAST = (
     ("siglip_loss", 80, EVERYTHING, "bf16", None),
     ("siglip_both", 90, USUAL, "bf16", "fp16"),
     ("siglip_gradient", 80, USUAL, "fp32", "fp32"),
+    ("distill_kl", 90, USUAL, "bf16", None),
+    ("distill_far", 80, EVERYTHING, "fp32", None),
+    ("distill_gradient", 90, EVERYTHING, "bf16", "fp16"),
 )
 
 
@@ -102,7 +109,7 @@ FAST = (
 def test_first_configuration(name, capability, given, dtype, out, tmp_path):
     config = configurations(name, dtype, capability)[0]
     result = check(name, capability, config, given, dtype, out, tmp_path)
-    if capability == 90:
+    if capability == 90 and dtype != "fp32":
         assert result.count("UTMALDG") > 0  # features come by the tensor memory accelerator
         assert out != "fp16" or result.count("UTMASTG") > 0
 
@@ -131,6 +138,17 @@ def test_sizes_of_one_are_constants(name, tmp_path):
     config = Config(64, 64, 32, 4, 3)
     out = outs(name, "fp32")[0]
     check(name, 80, config, EVERYTHING, "fp32", out, tmp_path, even=False, **ones)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_merge_and_rescale(capability, tmp_path):
+    merged = compile_kernel(
+        "distill_merge", capability, tmp_path, KL=True, BLOCK_PARTS=BLOCK_PARTS,
+        BLOCK_ENTRIES=BLOCK_ENTRIES,
+    )  # fmt: skip
+    rescaled = compile_kernel("rescale", capability, tmp_path, BLOCK=4096)
+    for result in (merged, rescaled):
+        assert result.stack == result.count("STL") == result.count("LDL") == 0
 
 
 @pytest.mark.parametrize("name", PASSES)
