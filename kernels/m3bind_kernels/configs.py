@@ -54,6 +54,7 @@ _DISTILL_90 = (Config(128, 128, 64, 8, 3, piece=16), Config(128, 128, 64, 8, 4, 
 # registers; sm_100 has memory of their own for them.
 _DIVERGENCE_90 = (Config(128, 64, 64, 8, 3, piece=16), Config(128, 64, 64, 8, 4, piece=16))
 _FLOAT = (Config(64, 64, 32, 4, 3, programs=2),)
+_DISTILL_FLOAT = (Config(64, 64, 16, 4, 3, piece=16, programs=2),)
 # (kernel, 16-bit features, from this compute capability on) -> candidates, the safest guess first.
 TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("stats_fwd", True, 80): _HALF_80,
@@ -76,11 +77,11 @@ TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("distill_fwd", True, 90): _DIVERGENCE_90,
     ("distill_fwd", True, 100): _DISTILL_90,
     ("distill_fwd", True, 120): _DISTILL_80,
-    ("distill_fwd", False, 80): _FLOAT,
+    ("distill_fwd", False, 80): _DISTILL_FLOAT,
     ("distill_bwd", True, 80): _DISTILL_80,
     ("distill_bwd", True, 90): _DISTILL_90,
     ("distill_bwd", True, 120): _DISTILL_80,
-    ("distill_bwd", False, 80): _FLOAT,
+    ("distill_bwd", False, 80): _DISTILL_FLOAT,
 }
 
 

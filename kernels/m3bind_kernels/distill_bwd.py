@@ -254,13 +254,14 @@ def _fill(
         return sides.rows(band), ranges, sums
 
     def attempt(_: Inputs, config: Config) -> None:
+        config = sides.fitting(config)
         band, out = grads.waves(config)[0]
         part, ranges, sums = prepare(band, config)
         distill_bwd_kernel(
             part, rows.rows(band), cols, ranges, boost.one, boost.always, out, sums, config
         )
 
-    config = choose("distill_bwd", sides.student, attempt)
+    config = sides.fitting(choose("distill_bwd", sides.student, attempt))
     back, by_scale = sides.student.scale / factor, []
     for band, out in grads.waves(config):
         part, ranges, sums = prepare(band, config)

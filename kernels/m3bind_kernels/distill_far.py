@@ -4,6 +4,8 @@ As stats_far: it runs on the tiles that the forward kernel named (usually none),
 row and every column by its own maxima.
 """
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -80,10 +82,16 @@ def _distill_far_kernel(
             )  # fmt: skip
 
 
+def far_config(config: Config) -> Config:
+    """The forward kernel's tiles, in steps over the features that do not spill."""
+    return replace(config, block_k=min(config.block_k, 32))
+
+
 def distill_far_kernel(
     part: Sides, row_parts: Tensor, col_parts: Tensor, far: Tensor, kl: bool, config: Config
 ) -> None:
     """Corrects the partial sums in the tiles that `far` names."""
+    config = far_config(config)
     launch(
         _distill_far_kernel, config, *part.student.shape,
         *part.pointers(), *part.masks(config), row_parts, col_parts, far, *part.sizes(),

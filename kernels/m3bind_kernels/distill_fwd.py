@@ -188,9 +188,9 @@ def _fill(sides: Sides, kl: bool, row_state: Tensor, col_state: Tensor) -> None:
         return row_parts, col_parts
 
     def attempt(part: Inputs, config: Config) -> None:
-        partial(sides.rows(slice(0, part.shape[0])), config)
+        partial(sides.rows(slice(0, part.shape[0])), sides.fitting(config))
 
-    config = choose("distill_fwd", sides.student, attempt)
+    config = sides.fitting(choose("distill_fwd", sides.student, attempt))
     for band in bands(sides.student, config, PLANES):
         row_parts, col_parts = partial(sides.rows(band), config)
         distill_merge_kernel(row_parts, row_state[:, band], kl)

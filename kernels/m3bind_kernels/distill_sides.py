@@ -1,12 +1,18 @@
 """Student and teacher as the kernels of similarity_distill want them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from m3bind_kernels.configs import Config
 from m3bind_kernels.launch import Inputs, descriptors_fit
+
+
+def narrowed(config: Config) -> Config:
+    """For features that are no multiple of a step: their masks and addresses would make two tiles
+    of 128 columns spill."""
+    return replace(config, block_n=min(config.block_n, 64))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +57,15 @@ class Sides:
         """Rows, columns, features of the student and of the teacher."""
         return (*self.student.shape, self.student.x.shape[1], self.teacher.x.shape[1])
 
+    def is_even(self, config: Config) -> bool:
+        return all(side.x.shape[1] % config.block_k == 0 for side in (self.student, self.teacher))
+
+    def fitting(self, config: Config) -> Config:
+        return config if self.is_even(config) else narrowed(config)
+
     def constants(self, config: Config) -> dict[str, bool]:
-        widths = (self.student.x.shape[1], self.teacher.x.shape[1])
         return {
-            "EVEN_K": all(width % config.block_k == 0 for width in widths),
+            "EVEN_K": self.is_even(config),
             "HAS_MASKS": self.student.row_mask is not None,
             "DESCRIPTORS": descriptors_fit(self.student) and descriptors_fit(self.teacher),
         }

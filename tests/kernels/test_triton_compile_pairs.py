@@ -8,6 +8,8 @@ from compiled import KERNELS, SHARED_LIMIT, compile_for, compile_kernel
 from triton.backends.compiler import GPUTarget
 
 from m3bind_kernels.configs import _ROCM, Config, candidates
+from m3bind_kernels.distill_far import far_config
+from m3bind_kernels.distill_sides import narrowed
 from m3bind_kernels.merge import BLOCK_ENTRIES, BLOCK_PARTS
 
 CAPABILITIES = (80, 90, 100)
@@ -64,7 +66,8 @@ def check(name, capability, config, given, dtype, out, tmp_path, *, even=True, *
 
 
 def configurations(name: str, dtype: str, capability: int) -> list[Config]:
-    return candidates(PASSES[name][1], dtype != "fp32", capability, SHARED_LIMIT[capability])
+    found = candidates(PASSES[name][1], dtype != "fp32", capability, SHARED_LIMIT[capability])
+    return [far_config(config) for config in found] if name == "distill_far" else found
 
 
 def outs(name: str, dtype: str) -> tuple[str | None, ...]:
@@ -126,6 +129,8 @@ def test_every_configuration(case, tmp_path):
 def test_odd_number_of_features(name, dtype, tmp_path):
     capability = 90 if dtype == "bf16" else 80
     config = configurations(name, dtype, capability)[0]
+    if name.startswith("distill"):
+        config = narrowed(config)
     out = outs(name, dtype)[-1]
     check(name, capability, config, EVERYTHING, dtype, out, tmp_path, even=False)
 
@@ -135,7 +140,7 @@ def test_sizes_of_one_are_constants(name, tmp_path):
     """Triton makes a constant of every integer argument that is 1."""
     sizes = ("num_rows", "num_cols", "num_features", "teacher_features", "plane")
     ones = {n: 1 for n in sizes if n in KERNELS[PASSES[name][0]].arg_names}
-    config = Config(64, 64, 32, 4, 3)
+    config = configurations(name, "fp32", 80)[0]
     out = outs(name, "fp32")[0]
     check(name, 80, config, EVERYTHING, "fp32", out, tmp_path, even=False, **ones)
 
