@@ -113,8 +113,8 @@ _NARROW = _native(_FLOATS, "bfloat16 products where the processor has them; floa
 _SEARCH = _native(_FLOATS, "equal rows have equal scores, bit for bit")
 TABLE: dict[str, dict[str, Entry]] = {
     "similarity_stats": _row(cpp=_NARROW, triton=_triton(_FLOATS, "float32 without TF32")),
-    "siglip": _row(cpp=_NARROW),
-    "similarity_distill": _row(cpp=_NARROW),
+    "siglip": _row(cpp=_NARROW, triton=_triton(_FLOATS, "float32 without TF32")),
+    "similarity_distill": _row(cpp=_NARROW, triton=_triton(_FLOATS, "float32 without TF32")),
     "similarity_topk": _row(cpp=_SEARCH),
     "similarity_rank": _row(cpp=_SEARCH),
 }

@@ -14,6 +14,8 @@ import pytest
 
 BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+# Files whose tests are all of the triton backend.
+INTERPRETED = ("test_triton_distill", "test_triton_siglip", "test_triton_stats")
 # Of a test's parameters these tell what it shows; the others are cases of it.
 SHOWN = ("operator", "feature", "reduction", "kind", "name")
 
@@ -37,7 +39,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     report = yield
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     # The kernels under Triton's interpreter are tested in a process of their own.
-    own = "triton" if item.path.stem == "test_triton_stats" else None
+    own = "triton" if item.path.stem in INTERPRETED else None
     backend = parameters.get("backend", own)
     if backend in BACKENDS and (report.when == "call" or report.outcome != "passed"):
         dtype = str(parameters.get("dtype", "")).removeprefix("torch.")

@@ -37,7 +37,24 @@ _HALF_90 = (
     Config(128, 256, 64, 8, 4),
     Config(128, 128, 64, 8, 4),
 )
+# What is computed of a pair of siglip takes more registers.
+_SIGMOID_80 = (
+    Config(128, 128, 32, 8, 4, piece=16),
+    Config(128, 128, 64, 8, 3, piece=16),
+)
+_SIGMOID_90 = (
+    Config(128, 256, 64, 8, 3, piece=16),
+    Config(128, 256, 64, 8, 4, piece=16),
+    Config(128, 128, 64, 8, 4),
+)
+# Two tiles of dot products at a time, of student and teacher.
+_DISTILL_80 = (Config(128, 128, 32, 8, 3, piece=16),)
+_DISTILL_90 = (Config(128, 128, 64, 8, 3, piece=16), Config(128, 128, 64, 8, 4, piece=16))
+# The sums of both directions beside two tiles of 128 x 128 would spill where accumulators are
+# registers; sm_100 has memory of their own for them.
+_DIVERGENCE_90 = (Config(128, 64, 64, 8, 3, piece=16), Config(128, 64, 64, 8, 4, piece=16))
 _FLOAT = (Config(64, 64, 32, 4, 3, programs=2),)
+_DISTILL_FLOAT = (Config(64, 64, 16, 4, 3, piece=16, programs=2),)
 # (kernel, 16-bit features, from this compute capability on) -> candidates, the safest guess first.
 TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("stats_fwd", True, 80): _HALF_80,
@@ -48,6 +65,23 @@ TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("stats_bwd", True, 90): _HALF_90,
     ("stats_bwd", True, 120): _HALF_80,
     ("stats_bwd", False, 80): _FLOAT,
+    ("siglip_loss", True, 80): _HALF_80,
+    ("siglip_loss", True, 90): _HALF_90,
+    ("siglip_loss", True, 120): _HALF_80,
+    ("siglip_loss", False, 80): _FLOAT,
+    ("siglip", True, 80): _SIGMOID_80,
+    ("siglip", True, 90): _SIGMOID_90,
+    ("siglip", True, 120): _SIGMOID_80,
+    ("siglip", False, 80): _FLOAT,
+    ("distill_fwd", True, 80): _DISTILL_80,
+    ("distill_fwd", True, 90): _DIVERGENCE_90,
+    ("distill_fwd", True, 100): _DISTILL_90,
+    ("distill_fwd", True, 120): _DISTILL_80,
+    ("distill_fwd", False, 80): _DISTILL_FLOAT,
+    ("distill_bwd", True, 80): _DISTILL_80,
+    ("distill_bwd", True, 90): _DISTILL_90,
+    ("distill_bwd", True, 120): _DISTILL_80,
+    ("distill_bwd", False, 80): _DISTILL_FLOAT,
 }
 
 

@@ -5,7 +5,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3bind_kernels.configs import Config
+from m3bind_kernels.launch import Inputs
+
+# Partial sums of one band of rows, which is what the memory beyond the features is spent on.
+PART_BYTES = 64 << 20
 BLOCK_PARTS, BLOCK_ENTRIES = 16, 64
+
+
+def new_parts(like: Tensor, planes: int, across: int, block: int, count: int) -> Tensor:
+    """Memory for partial sums of `count` rows or columns, one a tile across: [planes, tiles, L]."""
+    return like.new_empty((planes, triton.cdiv(across, block), count), dtype=torch.float32)
+
+
+def bands(inputs: Inputs, config: Config, planes: int) -> list[slice]:
+    """Rows whose partial sums fit PART_BYTES; whole tiles, and at least one."""
+    num_rows, num_cols = inputs.shape
+    a_row = 4 * planes * num_cols * (1 / config.block_m + 1 / config.block_n)
+    step = max(1, int(PART_BYTES / a_row) // config.block_m) * config.block_m
+    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
 
 @triton.jit

@@ -1,11 +1,8 @@
 """similarity_stats, backward: gradients of features and scale from the statistics.
 
 In waves of rows: a kernel recomputes the tiles' logits and stores the derivative by every dot
-product, as float16 where features are 16-bit; two library GEMMs make gradients of it, accumulated
-in float32.
+product, of which `waves` makes gradients.
 """
-
-import math
 
 import torch
 import triton
@@ -14,18 +11,10 @@ from torch import Tensor
 
 from m3bind_kernels.configs import Config
 from m3bind_kernels.launch import INTERPRETED, Inputs, block_ranges, descriptors_fit, launch
-from m3bind_kernels.products import add_product, as_float16, product
 from m3bind_kernels.tiles import dot_products, is_special, pair_rules, pieces_of, tile_at
 from m3bind_kernels.tuning import choose
-from m3bind_kernels.upstream import Upstream, add_partners, partners
-
-# Derivatives of one wave. The float32 gradient of y is read and written once a wave, so a wave that
-# stays in L2 costs more than it saves where it has few rows.
-WAVE_BYTES = 128 << 20
-WAVE_ROWS = 1024
-# Up to this many pairs the derivatives stay float32: the time is that of the launches anyway, and
-# few pairs do not average the rounding to 16 bit out.
-PRECISE_PAIRS = 1 << 20
+from m3bind_kernels.upstream import Upstream, partner_derivatives
+from m3bind_kernels.waves import Gradients
 
 
 @triton.jit
@@ -203,73 +192,42 @@ def similarity_stats_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D], [M, D], [] float32
     """Gradients of x, y and the scale; one that is not needed comes back empty, [0, D]."""
     inputs = Inputs.of(x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals)
-    grad_x = inputs.x.new_zeros((inputs.shape[0] if need_x else 0, x.shape[1]))
-    total_y = y.new_zeros((inputs.shape[1] if need_y else 0, x.shape[1]), dtype=torch.float32)
+    grads = Gradients(inputs, need_x, need_y, x.dtype)
     if 0 in inputs.shape:
-        return grad_x, total_y.to(y.dtype), total_y.new_zeros(())
+        return grads.x, grads.y.to(y.dtype), grads.y.new_zeros(())
     upstream = Upstream.of(row_lse, col_lse, grad_rows, grad_cols, inputs.nats())
     with torch.cuda.device_of(x):
-        grad_scale = _fill(inputs, upstream, grad_x, total_y)
-    return grad_x, total_y.to(y.dtype), grad_scale
+        grad_scale = _fill(grads, upstream)
+    return grads.x, grads.y.to(y.dtype), grad_scale
 
 
-def _fill(inputs: Inputs, upstream: Upstream, grad_x: Tensor, grad_y: Tensor) -> Tensor:
-    """Fills the gradients of the features, where they have rows; returns that of the scale."""
-    precise = inputs.x.dtype == torch.float32 or math.prod(inputs.shape) <= PRECISE_PAIRS
-    back_x = back_y = inputs.scale / upstream.factor
-    if precise:
-        other_x, other_y = inputs.x.float(), inputs.y.float()
-    else:
-        other_x, factor_x = as_float16(inputs.x)
-        other_y, factor_y = as_float16(inputs.y)
-        back_x, back_y = back_x / factor_y, back_y / factor_x
-    row_partner = col_partner = None
-    if not precise and inputs.x.dtype == torch.float16:
-        # Rounded like the gradient itself, the largest derivatives would be most of its error.
-        row_partner = partners(inputs.row_class, inputs.col_class)
-        col_partner = partners(inputs.col_class, inputs.row_class)
+def _fill(grads: Gradients, upstream: Upstream) -> Tensor:
+    """Fills the gradients of the features; returns that of the scale."""
+    inputs = grads.inputs
+    back = inputs.scale / upstream.factor
 
     def derive(band: slice, out: Tensor, config: Config) -> Tensor:
         """The derivatives by some rows' dot products; returns the scale's gradient from them."""
         row_ranges = block_ranges(upstream.rows[0, band], config.block_m)
         ranges = [row_ranges, block_ranges(upstream.cols[0], config.block_n)]
         scale_parts = upstream.cols.new_empty(row_ranges.shape[0] * ranges[1].shape[0])
-        apart = row_partner is not None
-        stats_bwd_kernel(inputs, band, upstream, ranges, apart, out, scale_parts, config)
+        stats_bwd_kernel(inputs, band, upstream, ranges, grads.apart, out, scale_parts, config)
         return scale_parts.sum(dtype=torch.float64)
 
     def first_wave(_: Inputs, config: Config) -> None:
-        derive(*_waves(inputs, other_x.dtype, config)[0], config)
+        derive(*grads.waves(config)[0], config)
 
     config = choose("stats_bwd", inputs, first_wave)
     by_scale = []
-    for band, out in _waves(inputs, other_x.dtype, config):
+    for band, out in grads.waves(config):
         by_scale.append(derive(band, out, config))
-        if grad_x.shape[0] > 0:
-            part = product(out, other_y)
-            if row_partner is not None:
-                add_partners(
-                    part, row_partner[band], upstream.rows[:, band], upstream.cols, inputs.y
-                )
-            grad_x[band] = part.mul_(back_x)
-        if grad_y.shape[0] > 0:
-            add_product(grad_y, out.T, other_x[band])
-    if grad_y.shape[0] > 0:
-        if col_partner is not None:
-            add_partners(grad_y, col_partner, upstream.cols, upstream.rows, inputs.x)
-        grad_y.mul_(back_y)
+        lone = None
+        if grads.row_partner is not None:
+            rows = upstream.rows[:, band]
+            lone = partner_derivatives(grads.row_partner[band], rows, upstream.cols)
+        grads.add(band, out, back, lone)
+    lone = None
+    if grads.col_partner is not None:
+        lone = partner_derivatives(grads.col_partner, upstream.cols, upstream.rows)
+    grads.finish(back, lone)
     return (torch.stack(by_scale).sum() / upstream.factor).float()
-
-
-def _waves(inputs: Inputs, dtype: torch.dtype, config: Config) -> list[tuple[slice, Tensor]]:
-    """Bands of rows, and the buffer for the derivatives of each: the same memory every time."""
-    num_rows, num_cols = inputs.shape
-    stride = triton.cdiv(num_cols, 16) * 16  # so that rows are aligned for wide stores
-    fitting = WAVE_BYTES // (stride * dtype.itemsize)
-    step = max(fitting, WAVE_ROWS) // config.block_m * config.block_m
-    buffer = inputs.x.new_empty((min(step, num_rows), stride), dtype=dtype)
-    return [
-        (slice(i, end), buffer[: end - i, :num_cols])
-        for i in range(0, num_rows, step)
-        for end in (min(i + step, num_rows),)
-    ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m3bind_kernels.configs import Config
 from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, launch
-from m3bind_kernels.merge import empty_state, merge_kernel
+from m3bind_kernels.merge import bands, empty_state, merge_kernel, new_parts
 from m3bind_kernels.stats_far import stats_far_kernel
 from m3bind_kernels.tiles import (
     dot_products,
@@ -23,9 +23,6 @@ from m3bind_kernels.tiles import (
     tile_at,
 )
 from m3bind_kernels.tuning import choose
-
-# Partial sums of one band of rows, which is what the memory beyond the features is spent on.
-PART_BYTES = 64 << 20
 
 
 @triton.jit
@@ -183,8 +180,8 @@ def _fill(inputs: Inputs, num_sums: int, row_state: Tensor, col_state: Tensor) -
 
     def partial(part: Inputs, config: Config) -> tuple[Tensor, Tensor]:
         num_rows, num_cols = part.shape
-        row_parts = _parts(part.x, 2 + num_sums, num_cols, config.block_n, num_rows)
-        col_parts = _parts(part.x, 2 + num_sums, num_rows, config.block_m, num_cols)
+        row_parts = new_parts(part.x, 2 + num_sums, num_cols, config.block_n, num_rows)
+        col_parts = new_parts(part.x, 2 + num_sums, num_rows, config.block_m, num_cols)
         tiles = row_parts.shape[1] * col_parts.shape[1]
         far = part.x.new_empty(tiles, dtype=torch.int32)
         stats_fwd_kernel(part, row_parts, col_parts, far, config)
@@ -192,22 +189,10 @@ def _fill(inputs: Inputs, num_sums: int, row_state: Tensor, col_state: Tensor) -
         return row_parts, col_parts
 
     config = choose("stats_fwd", inputs, partial)
-    for band in _bands(inputs, config, 2 + num_sums):
+    for band in bands(inputs, config, 2 + num_sums):
         row_parts, col_parts = partial(inputs.rows(band), config)
         merge_kernel(row_parts, row_state[:, band])
         merge_kernel(col_parts, col_state)
-
-
-def _parts(like: Tensor, planes: int, across: int, block: int, count: int) -> Tensor:
-    return like.new_empty((planes, triton.cdiv(across, block), count), dtype=torch.float32)
-
-
-def _bands(inputs: Inputs, config: Config, planes: int) -> list[slice]:
-    """Rows whose partial sums fit PART_BYTES; whole tiles, and at least one."""
-    num_rows, num_cols = inputs.shape
-    a_row = 4 * planes * num_cols * (1 / config.block_m + 1 / config.block_n)
-    step = max(1, int(PART_BYTES / a_row) // config.block_m) * config.block_m
-    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
 
 def _statistics(state: Tensor, inputs: Inputs) -> Tensor:

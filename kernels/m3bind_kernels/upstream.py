@@ -10,6 +10,14 @@ from torch import Tensor
 LARGEST_EXPONENT = 14
 
 
+def factor_for(largest: Tensor) -> Tensor:
+    """The power of two that brings `largest` [] float64 just below 2^LARGEST_EXPONENT."""
+    exponent = LARGEST_EXPONENT - torch.frexp(largest).exponent
+    # A float64 holds it, as it does its inverse.
+    factor = torch.ldexp(torch.ones_like(largest), exponent.clamp(-1000, 1000))
+    return factor.where(largest > 0, 1)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Upstream:
     """Vectors of the rows and columns, [4, N] and [4, M] float32: shift, an integer above the
@@ -28,10 +36,7 @@ class Upstream:
         # No element of the derivative exceeds the sum of what can meet in it.
         largest = sum(g.abs().nan_to_num(0, 0, 0).amax(1).sum() for g in grads)
         assert isinstance(largest, Tensor)
-        exponent = LARGEST_EXPONENT - torch.frexp(largest).exponent
-        # A power of two that a float64 holds, as it does its inverse.
-        factor = torch.ldexp(torch.ones_like(largest), exponent.clamp(-1000, 1000))
-        factor = factor.where(largest > 0, 1)
+        factor = factor_for(largest)
         rows, cols = (
             _vectors(lse.detach().double() / nats, grad * factor)
             for lse, grad in zip((row_lse, col_lse), grads, strict=True)
@@ -57,14 +62,18 @@ def partners(own: Tensor | None, others: Tensor | None) -> Tensor | None:
     return order[at].where(found, -1)
 
 
-def add_partners(
-    grad: Tensor, partner: Tensor, own: Tensor, others: Tensor, features: Tensor
-) -> None:
-    """grad[i] += (derivative at the pair of i and its partner) * features[partner], in float32.
-
-    `own` and `others` are vectors as in `Upstream`. The derivative by the only positive's logit is
-    the largest of its row; rounded to 16 bit it would be most of the gradient's error.
-    """
+def partner_derivatives(partner: Tensor, own: Tensor, others: Tensor) -> Tensor:
+    """Of vectors as in `Upstream`: the derivative at the pair of each row and its partner."""
     at = partner.clamp(min=0)
-    derivative = (own[2] + others[2, at] + own[3] + others[3, at]).where(partner >= 0, 0)
-    grad.addcmul_(derivative[:, None], features[at].float().where((partner >= 0)[:, None], 0))
+    return own[2] + others[2, at] + own[3] + others[3, at]
+
+
+def add_partners(grad: Tensor, partner: Tensor, derivative: Tensor, features: Tensor) -> None:
+    """grad[i] += derivative[i] * features[partner[i]], in float32, where i has a partner.
+
+    The derivative by the only positive's logit is the largest of its row; rounded to 16 bit it
+    would be most of the gradient's error.
+    """
+    found = partner >= 0
+    theirs = features[partner.clamp(min=0)].float().where(found[:, None], 0)
+    grad.addcmul_(derivative.where(found, 0)[:, None], theirs)

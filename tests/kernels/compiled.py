@@ -10,7 +10,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from m3bind_kernels import merge, stats_bwd, stats_far, stats_fwd, tiles
+from m3bind_kernels import (
+    distill_bwd,
+    distill_far,
+    distill_fwd,
+    distill_merge,
+    merge,
+    siglip,
+    stats_bwd,
+    stats_far,
+    stats_fwd,
+    tiles,
+    waves,
+)
 from m3bind_kernels.configs import Config
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -23,11 +35,18 @@ KERNELS = {
     "stats_bwd": stats_bwd._stats_bwd_kernel,
     "merge": merge._merge_kernel,
     "ranges": tiles._ranges_kernel,
+    "siglip": siglip._siglip_kernel,
+    "distill_fwd": distill_fwd._distill_fwd_kernel,
+    "distill_far": distill_far._distill_far_kernel,
+    "distill_bwd": distill_bwd._distill_bwd_kernel,
+    "distill_merge": distill_merge._distill_merge_kernel,
+    "rescale": waves._rescale_kernel,
 }
 POINTERS = dict.fromkeys(
     ("factor", "row_parts", "col_parts", "row_vectors", "col_vectors", "scale_parts", "parts",
-     "row_shift_ranges", "col_shift_ranges"), "*fp32",
-) | {"state": "*fp64", "values": "*i32", "far": "*i32"}  # fmt: skip
+     "row_shift_ranges", "col_shift_ranges", "logits", "losses", "weights", "boost", "lone", "sums",
+     "ratio", "factors", "total"), "*fp32",
+) | {"state": "*fp64", "values": "*i32", "far": "*i32", "wanted": "*i32"}  # fmt: skip
 SCALARS = {"margin": "fp32", "row_plane": "i64", "col_plane": "i64", "plane": "i64"}
 
 
@@ -40,6 +59,13 @@ class Compiled:
 
     def count(self, instruction: str) -> int:
         return len(re.findall(rf"\b{instruction}", self.code))
+
+    def check(self, capability: int, half: bool) -> None:
+        """No spills, shared memory that there is, and tensor cores for 16-bit features."""
+        assert self.stack == 0
+        assert self.count("STL") == self.count("LDL") == 0
+        assert self.shared <= SHARED_LIMIT[capability]
+        assert (self.count(TENSOR_CORE[capability]) > 0) == half
 
 
 def stats_constants(
@@ -65,13 +91,15 @@ def stats_constants(
     return constants
 
 
-def signature(kernel: Any, dtype: str, out: str, constants: dict[str, Any]) -> dict[str, str]:
+def signature(
+    kernel: Any, dtype: str, out: str | None, constants: dict[str, Any]
+) -> dict[str, str]:
     """The types that the launchers' arguments have."""
     kinds = {}
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
-        elif name in ("x", "y"):
+        elif name in ("x", "y", "teacher_x", "teacher_y"):
             kinds[name] = f"*{dtype}"
         elif name == "out":
             kinds[name] = f"*{out}"
@@ -83,14 +111,18 @@ def signature(kernel: Any, dtype: str, out: str, constants: dict[str, Any]) -> d
 
 
 def compile_for(
-    target: GPUTarget, name: str, *, dtype: str = "fp32", out: str = "fp32", num_warps: int = 4,
-    num_stages: int = 3, **constants: Any,
+    target: GPUTarget, name: str, *, dtype: str = "fp32", out: str | None = "fp32",
+    num_warps: int = 4, num_stages: int = 3, **constants: Any,
 ) -> Any:  # fmt: skip
     kernel = KERNELS[name]
+    if out is None and "out" in kernel.arg_names:
+        constants["out"] = None
     kinds = signature(kernel, dtype, out, constants)
     # Whole allocations, a padded stride, and as many features as models have: Triton is told that
     # these are multiples of 16.
-    multiples = ("out_stride", "num_features") if constants.get("EVEN_K") else ("out_stride",)
+    multiples = ["out_stride"]
+    if constants.get("EVEN_K"):
+        multiples += ["num_features", "teacher_features"]
     aligned = [
         i for i, (arg, kind) in enumerate(kinds.items()) if kind.startswith("*") or arg in multiples
     ]

@@ -8,7 +8,7 @@ for 256, 512, 768 and 1024, which differ in nothing that Triton looks at.
 import re
 
 import pytest
-from compiled import SHARED_LIMIT, TENSOR_CORE, compile_for, compile_kernel, stats_constants
+from compiled import SHARED_LIMIT, compile_for, compile_kernel, stats_constants
 from triton.backends.compiler import GPUTarget
 
 from m3bind_kernels.configs import _ROCM, Config, candidates
@@ -35,10 +35,7 @@ def check(kernel, capability, config, given, dtype, out, tmp_path, *, even=True,
             totals=totals, even=even,
         ), **fixed,
     )  # fmt: skip
-    assert result.stack == 0
-    assert result.count("STL") == result.count("LDL") == 0
-    assert result.shared <= SHARED_LIMIT[capability]
-    assert (result.count(TENSOR_CORE[capability]) > 0) == half
+    result.check(capability, half)
     return result
 
 

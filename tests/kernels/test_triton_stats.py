@@ -15,7 +15,7 @@ from test_clip_features import features, widened
 from test_clip_loss import HARD, rows_with_logits
 
 from m3bind.ops import clip_loss, similarity_lse
-from m3bind_kernels import launch, stats_bwd, stats_fwd
+from m3bind_kernels import launch, merge, waves
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,10 +120,10 @@ def test_shape_against_float64(n, d, scale, noise, dtype):
 @pytest.fixture
 def many_waves(monkeypatch):
     """As for very large matrices: rounded derivatives, several bands of rows, several waves."""
-    monkeypatch.setattr(stats_bwd, "PRECISE_PAIRS", 0)
-    monkeypatch.setattr(stats_bwd, "WAVE_BYTES", 0)
-    monkeypatch.setattr(stats_bwd, "WAVE_ROWS", 64)
-    monkeypatch.setattr(stats_fwd, "PART_BYTES", 64 * 64)
+    monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
+    monkeypatch.setattr(waves, "WAVE_BYTES", 0)
+    monkeypatch.setattr(waves, "WAVE_ROWS", 64)
+    monkeypatch.setattr(merge, "PART_BYTES", 64 * 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
