@@ -115,7 +115,7 @@ TABLE: dict[str, dict[str, Entry]] = {
     "siglip": _row(cpp=_NARROW),
     "similarity_distill": _row(cpp=_NARROW),
     "similarity_topk": _row(cpp=_SEARCH),
-    "similarity_rank": _row(cpp=_SEARCH),
+    "similarity_rank": _row(cpp=_SEARCH, triton=_triton(_FLOATS, "float32 without TF32")),
 }
 # Public operators: a primitive of the table, alone or plus terms of O((N + M) * D).
 BUILT_ON = {

@@ -37,6 +37,8 @@ _HALF_90 = (
     Config(128, 256, 64, 8, 4),
     Config(128, 128, 64, 8, 4),
 )
+# With 256 columns the searches' epilogues spill.
+_SEARCH_90 = (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3))
 _FLOAT = (Config(64, 64, 32, 4, 3, programs=2),)
 # (kernel, 16-bit features, from this compute capability on) -> candidates, the safest guess first.
 TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
@@ -48,6 +50,10 @@ TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("stats_bwd", True, 90): _HALF_90,
     ("stats_bwd", True, 120): _HALF_80,
     ("stats_bwd", False, 80): _FLOAT,
+    ("search", True, 80): _HALF_80,
+    ("search", True, 90): _SEARCH_90,
+    ("search", True, 120): _HALF_80,
+    ("search", False, 80): _FLOAT,
 }
 
 

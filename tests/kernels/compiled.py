@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from m3bind_kernels import merge, stats_bwd, stats_far, stats_fwd, tiles
+from m3bind_kernels import merge, rank, stats_bwd, stats_far, stats_fwd, tiles
 from m3bind_kernels.configs import Config
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -22,12 +22,16 @@ KERNELS = {
     "stats_far": stats_far._stats_far_kernel,
     "stats_bwd": stats_bwd._stats_bwd_kernel,
     "merge": merge._merge_kernel,
+    "rank_own": rank._rank_own_kernel,
+    "rank": rank._rank_kernel,
     "ranges": tiles._ranges_kernel,
 }
 POINTERS = dict.fromkeys(
     ("factor", "row_parts", "col_parts", "row_vectors", "col_vectors", "scale_parts", "parts",
      "row_shift_ranges", "col_shift_ranges"), "*fp32",
-) | {"state": "*fp64", "values": "*i32", "far": "*i32"}  # fmt: skip
+) | {"state": "*fp64", "values": "*i32", "far": "*i32"} | dict.fromkeys(
+    ("labels", "own", "better"), "*i32"
+)  # fmt: skip
 SCALARS = {"margin": "fp32", "row_plane": "i64", "col_plane": "i64", "plane": "i64"}
 
 
