@@ -114,7 +114,7 @@ TABLE: dict[str, dict[str, Entry]] = {
     "similarity_stats": _row(cpp=_NARROW, triton=_triton(_FLOATS, "float32 without TF32")),
     "siglip": _row(cpp=_NARROW),
     "similarity_distill": _row(cpp=_NARROW),
-    "similarity_topk": _row(cpp=_SEARCH),
+    "similarity_topk": _row(cpp=_SEARCH, triton=_triton(_FLOATS, "float32 without TF32")),
     "similarity_rank": _row(cpp=_SEARCH, triton=_triton(_FLOATS, "float32 without TF32")),
 }
 # Public operators: a primitive of the table, alone or plus terms of O((N + M) * D).

@@ -3,5 +3,11 @@
 from m3bind_kernels.rank import similarity_rank_fwd
 from m3bind_kernels.stats_bwd import similarity_stats_bwd
 from m3bind_kernels.stats_fwd import similarity_stats_fwd
+from m3bind_kernels.topk import similarity_topk_fwd
 
-__all__ = ["similarity_rank_fwd", "similarity_stats_bwd", "similarity_stats_fwd"]
+__all__ = [
+    "similarity_rank_fwd",
+    "similarity_stats_bwd",
+    "similarity_stats_fwd",
+    "similarity_topk_fwd",
+]

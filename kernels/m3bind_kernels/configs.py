@@ -37,8 +37,10 @@ _HALF_90 = (
     Config(128, 256, 64, 8, 4),
     Config(128, 128, 64, 8, 4),
 )
-# With 256 columns the searches' epilogues spill.
-_SEARCH_90 = (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3))
+# The searches' epilogues spill with larger tiles, larger pieces or fewer warps.
+_SEARCH_80 = (Config(128, 128, 32, 8, 4, piece=16), Config(128, 128, 64, 8, 3, piece=16))
+_SEARCH_90 = (Config(128, 128, 64, 8, 4, piece=16), Config(128, 128, 64, 8, 3, piece=16))
+_SEARCH_SMALL = (Config(64, 64, 32, 8, 3, piece=8, programs=2),)
 _FLOAT = (Config(64, 64, 32, 4, 3, programs=2),)
 # (kernel, 16-bit features, from this compute capability on) -> candidates, the safest guess first.
 TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
@@ -50,10 +52,13 @@ TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("stats_bwd", True, 90): _HALF_90,
     ("stats_bwd", True, 120): _HALF_80,
     ("stats_bwd", False, 80): _FLOAT,
-    ("search", True, 80): _HALF_80,
+    ("search", True, 80): _SEARCH_80,
     ("search", True, 90): _SEARCH_90,
-    ("search", True, 120): _HALF_80,
-    ("search", False, 80): _FLOAT,
+    ("search", True, 120): _SEARCH_80,
+    ("search", False, 80): _SEARCH_SMALL,
+    # Features read one by one take the registers that larger tiles need. Not a multiple of 64.
+    ("search_ragged", True, 80): (Config(64, 64, 64, 8, 3, piece=8),),
+    ("search_ragged", False, 80): _SEARCH_SMALL,
 }
 
 

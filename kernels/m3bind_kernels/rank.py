@@ -12,9 +12,8 @@ from torch import Tensor
 
 from m3bind_kernels.configs import Config
 from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, launch
-from m3bind_kernels.search import ordered, search_inputs
+from m3bind_kernels.search import choose_search, ordered, search_inputs
 from m3bind_kernels.tiles import dot_products, is_special, listed_products, pair_rules, tile_at
-from m3bind_kernels.tuning import choose
 
 
 @triton.jit
@@ -142,5 +141,5 @@ def similarity_rank_fwd(
         return better
 
     with torch.cuda.device_of(inputs.x):
-        better = attempt(inputs, choose("search", inputs, attempt))
+        better = attempt(inputs, choose_search(inputs, attempt))
     return (better.long() + 1).where(known, 0)

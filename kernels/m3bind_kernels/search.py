@@ -1,11 +1,15 @@
 """What both searches share: their inputs, and scores as integers in the order of the search."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3bind_kernels.configs import Config
 from m3bind_kernels.launch import Inputs
+from m3bind_kernels.tuning import choose
 
 # Columns are int32, those of a last tile that reaches beyond the gallery among them.
 MOST_COLUMNS = 2**31 - 1024
@@ -34,6 +38,12 @@ def search_inputs(
         row_mask, col_mask = _numbered(query_ids, gallery_ids)
     one = torch.ones((), device=queries.device)
     return Inputs.of(queries, gallery, one, None, None, row_mask, col_mask, 0.0, False)
+
+
+def choose_search(inputs: Inputs, attempt: Callable[[Inputs, Config], object]) -> Config:
+    """The configuration: of both searches from the same ones, so that their scores are the same."""
+    whole = inputs.x.shape[1] % 64 == 0
+    return choose("search" if whole else "search_ragged", inputs, attempt)
 
 
 def _numbered(ids: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

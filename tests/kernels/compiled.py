@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from m3bind_kernels import merge, rank, stats_bwd, stats_far, stats_fwd, tiles
+from m3bind_kernels import merge, rank, stats_bwd, stats_far, stats_fwd, tiles, topk
 from m3bind_kernels.configs import Config
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -24,14 +24,15 @@ KERNELS = {
     "merge": merge._merge_kernel,
     "rank_own": rank._rank_own_kernel,
     "rank": rank._rank_kernel,
+    "topk": topk._topk_kernel,
     "ranges": tiles._ranges_kernel,
 }
 POINTERS = dict.fromkeys(
     ("factor", "row_parts", "col_parts", "row_vectors", "col_vectors", "scale_parts", "parts",
      "row_shift_ranges", "col_shift_ranges"), "*fp32",
 ) | {"state": "*fp64", "values": "*i32", "far": "*i32"} | dict.fromkeys(
-    ("labels", "own", "better"), "*i32"
-)  # fmt: skip
+    ("labels", "own", "better", "counts"), "*i32"
+) | {"keys": "*i64", "limits": "*fp32"}  # fmt: skip
 SCALARS = {"margin": "fp32", "row_plane": "i64", "col_plane": "i64", "plane": "i64"}
 
 

@@ -13,7 +13,7 @@ CONFIGS = [Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3), Config(64, 128, 
 
 
 def test_only_by_choice_before_it_has_run_on_a_gpu():
-    for op in ("clip_loss", "similarity_lse", "similarity_rank"):
+    for op in ("clip_loss", "similarity_lse", "similarity_topk", "similarity_rank"):
         assert backends.resolve(op, "cuda", torch.bfloat16) == "chunked"
         assert backends.resolve(op, "cuda", torch.bfloat16, "triton") == "triton"
         with pytest.raises(ValueError, match="it takes float32, bfloat16, float16, not float64"):
@@ -81,7 +81,7 @@ def test_nothing_is_measured_where_it_is_not_wanted(monkeypatch, inputs):
     assert measured == []
 
 
-@pytest.mark.parametrize("kernel", ("stats_fwd", "stats_bwd", "search"))
+@pytest.mark.parametrize("kernel", ("stats_fwd", "stats_bwd", "search", "search_ragged"))
 def test_there_is_a_configuration_for_every_device(kernel):
     """99 KiB of shared memory: sm_86, sm_89 and sm_120."""
     for capability, limit in ((80, 163), (86, 99), (89, 99), (90, 227), (103, 227), (120, 99)):

@@ -4,6 +4,7 @@ import pytest
 from compiled import KERNELS, SHARED_LIMIT, TENSOR_CORE, compile_kernel
 from test_triton_compile import CAPABILITIES
 
+from m3bind_kernels import topk
 from m3bind_kernels.configs import Config, candidates
 
 # (kernel, are pairs masked, what is constant): Triton makes constants of integers that are 1.
@@ -13,6 +14,12 @@ VARIANTS = (
     ("rank", False, {"num_slots": 1}),
     ("rank", True, {"num_slots": 1}),
     ("rank", True, {}),
+    ("topk", True, {"CAPACITY": 256}),
+    ("topk", False, {"CAPACITY": 256, "k": 1, "num_parts": 1}),
+    ("topk", True, {"CAPACITY": 128}),  # small k, where tiles have 64 columns
+    ("topk", True, {"CAPACITY": 512}),
+    ("topk", True, {"CAPACITY": 1024}),
+    ("topk", True, {"CAPACITY": 2048}),  # k = 1024
 )
 
 
@@ -46,8 +53,9 @@ def check(kernel, capability, config, dtype, masks, fixed, tmp_path, *, even=Tru
     assert (result.count("UTMALDG") > 0) == given["DESCRIPTORS"]
 
 
-def configurations(capability: int, dtype: str) -> list[Config]:
-    return candidates("search", dtype != "fp32", capability, SHARED_LIMIT[capability])
+def configurations(capability: int, dtype: str, *, ragged: bool = False) -> list[Config]:
+    kernel = "search_ragged" if ragged else "search"
+    return candidates(kernel, dtype != "fp32", capability, SHARED_LIMIT[capability])
 
 
 def every_case():
@@ -56,6 +64,8 @@ def every_case():
             configs = configurations(capability, dtype)
             if dtype == "fp32" and capability != 80:
                 configs = []  # no instruction of later processors in it
+            if dtype == "bf16" and capability >= 90:  # by descriptors: ragged, but whole 16 bytes
+                configs = configs + configurations(capability, dtype, ragged=True)
             if dtype == "fp16":
                 configs = configs[:1]  # the same code as bf16 but for one letter
             for config in configs:
@@ -70,7 +80,7 @@ def describe(case):
     return f"{kernel}-sm{capability}-{tile}-{dtype}-{'masks' if masks else 'plain'}-{which}"
 
 
-@pytest.mark.parametrize("variant", (VARIANTS[0], VARIANTS[3]), ids=lambda v: v[0])
+@pytest.mark.parametrize("variant", (VARIANTS[0], VARIANTS[3], VARIANTS[5]), ids=lambda v: v[0])
 @pytest.mark.parametrize(("capability", "dtype"), ((80, "fp32"), (80, "bf16"), (90, "bf16")))
 def test_first_configuration(capability, dtype, variant, tmp_path):
     kernel, masks, fixed = variant
@@ -90,13 +100,29 @@ def test_every_configuration(case, tmp_path):
 @pytest.mark.parametrize(("capability", "dtype"), ((80, "fp32"), (80, "bf16"), (90, "bf16")))
 def test_odd_number_of_features(capability, dtype, variant, tmp_path):
     kernel, masks, fixed = variant
-    config = configurations(capability, dtype)[0]
+    (config,) = configurations(capability, dtype, ragged=True)
     check(kernel, capability, config, dtype, masks, fixed, tmp_path, even=False)
 
 
-@pytest.mark.parametrize("kernel", ("rank_own", "rank"))
-def test_sizes_of_one_are_constants(kernel, tmp_path):
+@pytest.mark.parametrize(
+    ("kernel", "more"), (("rank_own", {}), ("rank", {}), ("topk", {"CAPACITY": 128}))
+)
+def test_sizes_of_one_are_constants(kernel, more, tmp_path):
     """Triton makes a constant of every integer argument that is 1."""
-    names = ("num_rows", "num_cols", "num_pairs", "num_features", "num_slots")
+    names = (
+        "num_rows", "num_cols", "num_pairs", "num_features", "num_slots", "num_parts",
+        "tiles_a_part", "k",
+    )  # fmt: skip
     ones = {name: 1 for name in names if name in KERNELS[kernel].arg_names}
-    check(kernel, 80, Config(64, 64, 32, 4, 3), "fp32", True, ones, tmp_path, even=False)
+    config = Config(64, 64, 32, 4, 3, piece=16)
+    check(kernel, 80, config, "fp32", True, ones | more, tmp_path, even=False)
+
+
+def test_every_capacity_is_compiled():
+    compiled = {fixed["CAPACITY"] for kernel, _, fixed in VARIANTS if kernel == "topk"}
+    for capability in CAPABILITIES:
+        for dtype in ("bf16", "fp32"):
+            ragged = configurations(capability, dtype, ragged=True)
+            for config in configurations(capability, dtype) + ragged:
+                used = {topk.capacity(k, config) for k in range(1, 1025)}
+                assert used <= compiled, used
