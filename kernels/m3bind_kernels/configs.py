@@ -40,7 +40,7 @@ _HALF_90 = (
 # The searches' epilogues spill with larger tiles, larger pieces or fewer warps.
 _SEARCH_80 = (Config(128, 128, 32, 8, 4, piece=16), Config(128, 128, 64, 8, 3, piece=16))
 _SEARCH_90 = (Config(128, 128, 64, 8, 4, piece=16), Config(128, 128, 64, 8, 3, piece=16))
-_SEARCH_SMALL = (Config(64, 64, 32, 8, 3, piece=8, programs=2),)
+_SEARCH_FLOAT = (Config(64, 64, 16, 8, 3, piece=16),)
 _FLOAT = (Config(64, 64, 32, 4, 3, programs=2),)
 # (kernel, 16-bit features, from this compute capability on) -> candidates, the safest guess first.
 TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
@@ -55,10 +55,10 @@ TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("search", True, 80): _SEARCH_80,
     ("search", True, 90): _SEARCH_90,
     ("search", True, 120): _SEARCH_80,
-    ("search", False, 80): _SEARCH_SMALL,
+    ("search", False, 80): _SEARCH_FLOAT,
     # Features read one by one take the registers that larger tiles need. Not a multiple of 64.
     ("search_ragged", True, 80): (Config(64, 64, 64, 8, 3, piece=8),),
-    ("search_ragged", False, 80): _SEARCH_SMALL,
+    ("search_ragged", False, 80): _SEARCH_FLOAT,
 }
 
 

@@ -114,7 +114,7 @@ def test_sizes_of_one_are_constants(kernel, more, tmp_path):
         "tiles_a_part", "k",
     )  # fmt: skip
     ones = {name: 1 for name in names if name in KERNELS[kernel].arg_names}
-    config = Config(64, 64, 32, 4, 3, piece=16)
+    (config,) = configurations(80, "fp32")
     check(kernel, 80, config, "fp32", True, ones | more, tmp_path, even=False)
 
 
