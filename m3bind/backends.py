@@ -111,12 +111,13 @@ def _triton(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NARROW = _native(_FLOATS, "bfloat16 products where the processor has them; float16 is widened")
 _SEARCH = _native(_FLOATS, "equal rows have equal scores, bit for bit")
+_TRITON = _triton(_FLOATS, "float32 without TF32")
 TABLE: dict[str, dict[str, Entry]] = {
-    "similarity_stats": _row(cpp=_NARROW, triton=_triton(_FLOATS, "float32 without TF32")),
-    "siglip": _row(cpp=_NARROW, triton=_triton(_FLOATS, "float32 without TF32")),
-    "similarity_distill": _row(cpp=_NARROW, triton=_triton(_FLOATS, "float32 without TF32")),
-    "similarity_topk": _row(cpp=_SEARCH),
-    "similarity_rank": _row(cpp=_SEARCH),
+    "similarity_stats": _row(cpp=_NARROW, triton=_TRITON),
+    "siglip": _row(cpp=_NARROW, triton=_TRITON),
+    "similarity_distill": _row(cpp=_NARROW, triton=_TRITON),
+    "similarity_topk": _row(cpp=_SEARCH, triton=_TRITON),
+    "similarity_rank": _row(cpp=_SEARCH, triton=_TRITON),
 }
 # Public operators: a primitive of the table, alone or plus terms of O((N + M) * D).
 BUILT_ON = {

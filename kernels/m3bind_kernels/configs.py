@@ -53,6 +53,10 @@ _DISTILL_90 = (Config(128, 128, 64, 8, 3, piece=16), Config(128, 128, 64, 8, 4, 
 # The sums of both directions beside two tiles of 128 x 128 would spill where accumulators are
 # registers; sm_100 has memory of their own for them.
 _DIVERGENCE_90 = (Config(128, 64, 64, 8, 3, piece=16), Config(128, 64, 64, 8, 4, piece=16))
+# The searches' epilogues spill with larger tiles, larger pieces or fewer warps.
+_SEARCH_80 = (Config(128, 128, 32, 8, 4, piece=16), Config(128, 128, 64, 8, 3, piece=16))
+_SEARCH_90 = (Config(128, 128, 64, 8, 4, piece=16), Config(128, 128, 64, 8, 3, piece=16))
+_SEARCH_FLOAT = (Config(64, 64, 16, 8, 3, piece=16),)
 _FLOAT = (Config(64, 64, 32, 4, 3, programs=2),)
 _DISTILL_FLOAT = (Config(64, 64, 16, 4, 3, piece=16, programs=2),)
 # (kernel, 16-bit features, from this compute capability on) -> candidates, the safest guess first.
@@ -82,6 +86,13 @@ TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("distill_bwd", True, 90): _DISTILL_90,
     ("distill_bwd", True, 120): _DISTILL_80,
     ("distill_bwd", False, 80): _DISTILL_FLOAT,
+    ("search", True, 80): _SEARCH_80,
+    ("search", True, 90): _SEARCH_90,
+    ("search", True, 120): _SEARCH_80,
+    ("search", False, 80): _SEARCH_FLOAT,
+    # Features read one by one take the registers that larger tiles need. Not a multiple of 64.
+    ("search_ragged", True, 80): (Config(64, 64, 64, 8, 3, piece=8),),
+    ("search_ragged", False, 80): _SEARCH_FLOAT,
 }
 
 

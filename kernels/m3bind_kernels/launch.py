@@ -121,12 +121,17 @@ def launch(
 ) -> None:
     """Starts a persistent kernel over the tiles of num_rows x num_cols."""
     tiles = triton.cdiv(num_rows, config.block_m) * triton.cdiv(num_cols, config.block_n)
-    grid = (min(tiles, multiprocessors(args[0].device) * config.programs),)
+    programs = min(tiles, multiprocessors(args[0].device) * config.programs)
+    start(kernel, config, programs, *args, **constants)
 
-    def start() -> None:
+
+def start(kernel: Any, config: Config, programs: int, *args: Any, **constants: Any) -> None:
+    """Starts so many programs of a kernel over tiles."""
+
+    def run() -> None:
         if constants["DESCRIPTORS"] and not INTERPRETED:
             triton.set_allocator(_scratch)
-        kernel[grid](
+        kernel[(programs,)](
             *args, **constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, PIECE=config.piece, num_warps=config.num_warps,
             num_stages=config.num_stages, enable_fp_fusion=True,
@@ -134,4 +139,4 @@ def launch(
 
     with torch.cuda.device_of(args[0]):
         # In a context of its own: the caller's allocator stays as it was.
-        contextvars.copy_context().run(start)
+        contextvars.copy_context().run(run)

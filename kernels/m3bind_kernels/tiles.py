@@ -15,6 +15,18 @@ def tile_at(tile, tiles_n, tiles_m, GROUP: tl.constexpr):
 
 
 @triton.jit
+def listed_features(x, rows, k, num_features, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """Features [rows, BLOCK_K] of listed rows, int64; beyond the last feature zeros."""
+    at = k + tl.arange(0, BLOCK_K)
+    pointers = x + rows[:, None] * num_features + at[None, :]
+    if EVEN_K:
+        found = tl.load(pointers)
+    else:
+        found = tl.load(pointers, mask=(at < num_features)[None, :], other=0.0)
+    return found
+
+
+@triton.jit
 def features(
     x, first_row, num_rows, k, num_features,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -25,12 +37,7 @@ def features(
         found = x.load([first_row, k])
     else:
         rows = tl.minimum(first_row + tl.arange(0, BLOCK), num_rows - 1).to(tl.int64)
-        at = k + tl.arange(0, BLOCK_K)
-        pointers = x + rows[:, None] * num_features + at[None, :]
-        if EVEN_K:
-            found = tl.load(pointers)
-        else:
-            found = tl.load(pointers, mask=(at < num_features)[None, :], other=0.0)
+        found = listed_features(x, rows, k, num_features, BLOCK_K, EVEN_K)
     return found
 
 
@@ -45,10 +52,31 @@ def dot_products(
     for k in range(0, num_features, BLOCK_K):
         a = features(x, first_row, num_rows, k, num_features, BLOCK_M, BLOCK_K, EVEN_K, DESCRIPTORS)
         b = features(y, first_col, num_cols, k, num_features, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS)
-        if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        dots = tl.dot(a, b.T, dots, input_precision="ieee")
+        dots = _add_product(dots, a, b, INTERPRETED)
     return dots
+
+
+@triton.jit
+def listed_products(
+    x, y, rows, cols, num_features,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The same bits as `dot_products` gives for these rows [BLOCK_M] and columns [BLOCK_N], int64,
+    which may lie anywhere."""
+    dots = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, num_features, BLOCK_K):
+        a = listed_features(x, rows, k, num_features, BLOCK_K, EVEN_K)
+        b = listed_features(y, cols, k, num_features, BLOCK_K, EVEN_K)
+        dots = _add_product(dots, a, b, INTERPRETED)
+    return dots
+
+
+@triton.jit
+def _add_product(dots, a, b, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b.T, dots, input_precision="ieee")
 
 
 @triton.jit

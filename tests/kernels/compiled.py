@@ -16,11 +16,13 @@ from m3bind_kernels import (
     distill_fwd,
     distill_merge,
     merge,
+    rank,
     siglip,
     stats_bwd,
     stats_far,
     stats_fwd,
     tiles,
+    topk,
     waves,
 )
 from m3bind_kernels.configs import Config
@@ -34,6 +36,9 @@ KERNELS = {
     "stats_far": stats_far._stats_far_kernel,
     "stats_bwd": stats_bwd._stats_bwd_kernel,
     "merge": merge._merge_kernel,
+    "rank_own": rank._rank_own_kernel,
+    "rank": rank._rank_kernel,
+    "topk": topk._topk_kernel,
     "ranges": tiles._ranges_kernel,
     "siglip": siglip._siglip_kernel,
     "distill_fwd": distill_fwd._distill_fwd_kernel,
@@ -45,8 +50,10 @@ KERNELS = {
 POINTERS = dict.fromkeys(
     ("factor", "row_parts", "col_parts", "row_vectors", "col_vectors", "scale_parts", "parts",
      "row_shift_ranges", "col_shift_ranges", "logits", "losses", "weights", "boost", "lone", "sums",
-     "ratio", "factors", "total"), "*fp32",
-) | {"state": "*fp64", "values": "*i32", "far": "*i32", "wanted": "*i32"}  # fmt: skip
+     "ratio", "factors", "total", "limits"), "*fp32",
+) | dict.fromkeys(
+    ("values", "far", "wanted", "labels", "own", "better", "counts"), "*i32",
+) | {"state": "*fp64", "keys": "*i64"}  # fmt: skip
 SCALARS = {"margin": "fp32", "row_plane": "i64", "col_plane": "i64", "plane": "i64"}
 
 
