@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from demands import KEPT
 from floor import gemm_floor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -18,8 +19,7 @@ from m3bind.ops import clip_loss
 
 SCALE = 100.0
 PANEL_ROWS = 512
-# Bytes in which clip_loss may keep exponentials (its argument memory_budget); None: not compared.
-KEPT_BYTES: int | None = None
+AMPLE_MIB = 1 << 20
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -73,12 +73,9 @@ def cut_cross_entropy() -> Loss:
 # What makes the loss, and its setting. Made when its turn comes: a peer may be missing.
 OURS: dict[str, tuple[Callable[[], Loss], str]] = {
     "m3bind": (lambda: clip_loss, ""),
+    KEPT: (lambda: partial(clip_loss, memory_budget=AMPLE_MIB), "memory_budget for all of them"),
     "m3bind chunked": (lambda: partial(clip_loss, backend="chunked"), "plain PyTorch in panels"),
 }
-if KEPT_BYTES is not None:
-    OURS["m3bind, exponentials kept"] = (
-        lambda: partial(clip_loss, memory_budget=KEPT_BYTES), f"{KEPT_BYTES >> 20} MiB kept",
-    )  # fmt: skip
 PEERS: dict[str, tuple[Callable[[], Loss], str]] = {
     "open_clip": (lambda: peer("open_clip.loss", "open_clip_torch").ClipLoss(), "eager"),
     "torch.compile": (

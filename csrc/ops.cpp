@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(m3bind_native, m) {
       " Tensor cols, Tensor kept, Tensor grad, bool need_x, bool need_y)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
+      "info_nce_rows_fwd(Tensor x, Tensor y, Tensor logit_scale, float margin, bool mean,"
+      " bool need_x, bool need_y) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "siglip_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? row_class,"
       " Tensor? col_class, Tensor? row_mask, Tensor? col_mask) -> Tensor");
   m.def(
@@ -60,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(m3bind_native, CPU, m) {
   m.impl("similarity_stats_bwd", TORCH_BOX(&m3bind::cpu::similarity_stats_bwd));
   m.impl("info_nce_fwd", TORCH_BOX(&m3bind::cpu::info_nce_fwd));
   m.impl("info_nce_bwd", TORCH_BOX(&m3bind::cpu::info_nce_bwd));
+  m.impl("info_nce_rows_fwd", TORCH_BOX(&m3bind::cpu::info_nce_rows_fwd));
   m.impl("siglip_fwd", TORCH_BOX(&m3bind::cpu::siglip_fwd));
   m.impl("siglip_bwd", TORCH_BOX(&m3bind::cpu::siglip_bwd));
   m.impl("siglip_total_fwd", TORCH_BOX(&m3bind::cpu::siglip_total_fwd));

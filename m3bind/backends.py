@@ -38,6 +38,7 @@ class Entry:
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
     note: str = ""
     missing: Callable[[], str | None] = lambda: None  # why it cannot run at all, or None
+    one_way: bool = False  # it forms the gradient of a single direction in the forward pass
     keeps: bool = True  # it can keep dot products from forward to backward (memory_budget)
     unverified: str = ""  # why it runs only where it is asked for; empty: it may be automatic
 
@@ -93,10 +94,11 @@ def _row(**others: Entry) -> dict[str, Entry]:
     return {name: (always | others).get(name, _UNWRITTEN) for name in BACKENDS}
 
 
-def _native(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
+def _native(dtypes: tuple[torch.dtype, ...], note: str, one_way: bool = False) -> Entry:
     return Entry(
-        load=_native_ops, devices=("cpu",), dtypes=dtypes, note=note, missing=_native_missing
-    )
+        load=_native_ops, devices=("cpu",), dtypes=dtypes, note=note, missing=_native_missing,
+        one_way=one_way,
+    )  # fmt: skip
 
 
 def _triton(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
@@ -109,11 +111,13 @@ def _triton(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_NARROW = _native(_FLOATS, "bfloat16 products where the processor has them; float16 is widened")
+_NOTE = "bfloat16 products where the processor has them; float16 is widened"
+_NARROW = _native(_FLOATS, _NOTE)
+_STATS = _native(_FLOATS, _NOTE, one_way=True)
 _SEARCH = _native(_FLOATS, "equal rows have equal scores, bit for bit")
 _TRITON = _triton(_FLOATS, "float32 without TF32")
 TABLE: dict[str, dict[str, Entry]] = {
-    "similarity_stats": _row(cpp=_NARROW, triton=_TRITON),
+    "similarity_stats": _row(cpp=_STATS, triton=_TRITON),
     "siglip": _row(cpp=_NARROW, triton=_TRITON),
     "similarity_distill": _row(cpp=_NARROW, triton=_TRITON),
     "similarity_topk": _row(cpp=_SEARCH, triton=_TRITON),
@@ -182,6 +186,11 @@ def implementation(op: str, backend: str) -> Any:
 def keeps(op: str, backend: str) -> bool:
     """Whether a primitive can spend memory on dot products to save a matrix product."""
     return TABLE[op][backend].keeps
+
+
+def one_way(op: str, backend: str) -> bool:
+    """Whether a primitive takes a single direction with three matrix products instead of four."""
+    return TABLE[op][backend].one_way
 
 
 @contextmanager

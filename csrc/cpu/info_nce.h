@@ -22,4 +22,10 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y
                                                 const Tensor& kept, const Tensor& grad, bool need_x,
                                                 bool need_y);
 
+// The rows' direction alone, and its gradients in float.
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_rows_fwd(const Tensor& x, const Tensor& y,
+                                                             const Tensor& logit_scale,
+                                                             double margin, bool mean, bool need_x,
+                                                             bool need_y);
+
 }  // namespace m3bind::cpu

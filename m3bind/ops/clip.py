@@ -8,6 +8,7 @@ from m3bind.dtypes import accumulation_dtype
 from m3bind.ops import arguments, pairs, soft
 from m3bind.ops.direction import Side, direction_loss
 from m3bind.ops.info_nce import info_nce
+from m3bind.ops.info_nce_rows import info_nce_rows
 from m3bind.ops.lse import similarity_lse
 from m3bind.ops.stats import rows_to_keep, similarity_stats
 from m3bind.reference import reduce
@@ -68,7 +69,8 @@ def clip_loss(
             positive. Nothing to average has the mean NaN and the sum 0, as in torch.
         memory_budget: MiB in which the forward pass may leave dot products of x and y for the
             backward pass, which forms the others again; N * M * 4 bytes hold all of them, and save
-            one of four matrix products. Results differ by no more than the order of sums. Not with
+            one of four matrix products. A single direction has three anyway, where it is plain and
+            the backend "cpp". Results differ by no more than the order of sums. Not with
             `backend="triton"`, which keeps nothing, and "reference", which keeps everything.
         backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
 
@@ -115,7 +117,7 @@ def clip_loss(
         )
     extras = (bias, labels, positive_ids, mask_ids, negatives, soft_targets)
     plain = all(extra is None for extra in extras) and not label_smoothing and not z_loss
-    plain = plain and directions == "both" and reduction != "none"
+    plain = plain and reduction != "none"
     chosen = backends.resolve(op, x.device.type, x.dtype, backend)
     with arguments.without_autocast(x):
         if chosen == "reference":
@@ -125,10 +127,18 @@ def clip_loss(
                 label_smoothing=label_smoothing, z_loss=z_loss, margin=margin,
                 directions=directions, reduction=reduction,
             )  # fmt: skip
+        one_way = plain and directions != "both" and backends.one_way("similarity_stats", chosen)
+        if one_way and arguments.gradient_wanted(x, y, scale):
+            if directions == "columns":
+                # The columns beyond have no positive.
+                x, y = (y if x.shape[0] == y.shape[0] else y[: x.shape[0]]), x
+            return info_nce_rows(
+                x, y, scale, margin=margin, mean=reduction == "mean", backend=chosen
+            )
         kept_rows = 0
         if memory_budget and arguments.gradient_wanted(x, y, scale):
             kept_rows = rows_to_keep(x, y, memory_budget, chosen)
-        if plain:
+        if plain and directions == "both":
             return info_nce(
                 x, y, scale, margin=margin, mean=reduction == "mean", kept_rows=kept_rows,
                 backend=chosen,

@@ -10,9 +10,12 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-def run_interpreted(marked: str) -> str:
+FILES = tuple(f"test_triton_{name}.py" for name in ("stats", "siglip", "distill", "search"))
+
+
+def run_interpreted(marked: str, file: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", marked, FOLDER],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", marked, FOLDER / file],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=FOLDER.parents[1],
         capture_output=True,
@@ -22,12 +25,14 @@ def run_interpreted(marked: str) -> str:
     return done.stdout
 
 
-def test_kernels_under_the_interpreter():
-    output = run_interpreted("not slow")
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_under_the_interpreter(file):
+    output = run_interpreted("not slow", file)
     assert " passed" in output and "skipped" not in output
 
 
 @pytest.mark.slow
-def test_every_case_under_the_interpreter():
-    output = run_interpreted("slow")
+@pytest.mark.parametrize("file", ("test_triton_stats.py", "test_triton_distill.py"))
+def test_every_case_under_the_interpreter(file):
+    output = run_interpreted("slow", file)
     assert " passed" in output and "skipped" not in output
