@@ -116,7 +116,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_rows_fwd(const Tensor& x, co
                                                              bool need_y) {
   Panels panels(x, y, logit_scale, PairRules(x.size(0)), margin);
   const int64_t features = panels.x().size(1);
-  const double weight = mean ? 1.0 / static_cast<double>(panels.rows()) : 1.0;
+  // Without rows the mean is NaN, as in torch, and the gradients are 0.
+  const double divisor = mean ? static_cast<double>(panels.rows()) : 1;
+  const double weight = 1 / std::max(divisor, 1.0);
   Tensor grad_x = torch::stable::new_empty(panels.x(), {need_x ? panels.rows() : 0, features});
   Tensor grad_y = torch::stable::new_zeros(panels.y(), {need_y ? panels.cols() : 0, features});
   RowsLoss rows(panels);
@@ -128,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_rows_fwd(const Tensor& x, co
   add_apart(panels, rows.apart(), grad_x, grad_y);
   multiply(grad_x, weight * panels.scale());
   multiply(grad_y, weight * panels.scale());
-  return {number(panels.x(), weight * rows.loss()), grad_x, grad_y,
+  return {number(panels.x(), rows.loss() / divisor), grad_x, grad_y,
           number(panels.x(), weight * panels.sign() * rows.by_dot())};
 }
 

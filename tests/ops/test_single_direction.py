@@ -76,6 +76,20 @@ def test_logits_far_apart_margin_and_sum(backend, direction):
         assert error < 3e-6, name
 
 
+@pytest.mark.parametrize("reduction", ("mean", "sum"))
+@pytest.mark.parametrize("direction", ("rows", "columns"))
+@pytest.mark.parametrize("backend", FAST)
+def test_without_rows_the_gradients_are_zero_as_in_torch(backend, direction, reduction):
+    results = []
+    for name in (backend, "reference"):
+        leaves = torch.empty(0, 8), torch.ones(3, 8), torch.tensor(10.0)
+        leaves = [t.requires_grad_() for t in leaves]
+        loss = clip_loss(*leaves, directions=direction, reduction=reduction, backend=name)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    assert results[1][2].abs().sum() == 0
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
 @pytest.mark.parametrize("direction", ("rows", "columns"))
 @pytest.mark.parametrize("backend", FAST)
 def test_nan_upstream_factors_and_wanted_gradients(backend, direction):
