@@ -81,7 +81,10 @@ def install_and_use(wheel: Path, tmp_path: Path) -> str:
         "assert list(resources.configs_dir().glob('*.yaml'));"
         "sys.argv = ['m3bind', 'info']; runpy.run_module('m3bind', run_name='__main__')"
     )
-    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert target in done.stdout
     return done.stdout

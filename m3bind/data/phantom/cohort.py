@@ -34,7 +34,7 @@ from m3bind.processes import spawned_pool
 NAME = "simulated"
 _JPEG_QUALITY = 90
 # The modules of m3bind.data, besides those of the phantom, that shape a shard's bytes.
-_SHAPES_BYTES = ("constants", "records", "reports", "shard_writer")
+_SHAPES_BYTES = ("constants", "dataset", "records", "reports", "shard_writer", "shards")
 _CHUNK = 8  # patients that a process simulates at a time
 
 _Job = tuple[str, str, int, int]  # the arguments of make_record
