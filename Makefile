@@ -62,7 +62,8 @@ bench: setup
 
 # docs/support.md: what works in which backend, out of the outcomes of the tests.
 support: setup
-	M3BIND_SUPPORT_TABLE=docs/support.md $(BIN)/python -m pytest -q -m "not slow" tests/ops tests/kernels
+	M3BIND_SUPPORT_TABLE=$(CURDIR)/docs/support.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 \
+	    --dist loadfile --no-loadscope-reorder -m "not slow" tests/kernels tests/ops
 	rm -f docs/support.md.json
 
 lint: setup

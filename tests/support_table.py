@@ -4,6 +4,7 @@ A row is what a test shows (with the feature it shows it of), a column a backend
 dtypes of the test, or says that it failed or was skipped.
 """
 
+import fcntl
 import json
 import os
 from collections import defaultdict
@@ -14,8 +15,13 @@ import pytest
 
 BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
-# Files whose tests are all of the triton backend.
-INTERPRETED = ("test_triton_distill", "test_triton_siglip", "test_triton_stats")
+# Files of tests/kernels whose tests are all of the triton backend.
+INTERPRETED = (
+    "test_triton_distill",
+    "test_triton_search",
+    "test_triton_siglip",
+    "test_triton_stats",
+)
 # Of a test's parameters these tell what it shows; the others are cases of it.
 SHOWN = ("operator", "feature", "reduction", "kind", "name")
 
@@ -41,7 +47,8 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     # The kernels under Triton's interpreter are tested in a process of their own.
     own = "triton" if item.path.stem in INTERPRETED else None
     backend = parameters.get("backend", own)
-    if backend in BACKENDS and (report.when == "call" or report.outcome != "passed"):
+    shown_here = item.path.parent.name in ("ops", "kernels") and backend in BACKENDS
+    if shown_here and (report.when == "call" or report.outcome != "passed"):
         dtype = str(parameters.get("dtype", "")).removeprefix("torch.")
         passed = DTYPES.get(dtype, "yes") if report.outcome == "passed" else report.outcome
         row = item.originalname.removeprefix("test_").replace("_", " ")
@@ -60,12 +67,16 @@ def pytest_sessionfinish(session: Any) -> None:
     # What other processes found, while `make support` runs, stands beside the table.
     kept = Path(f"{target}.json")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(kept.read_text()) if kept.is_file() else {}
-    for file, rows in _found.items():
-        cells = {row: {b: sorted(c) for b, c in by.items()} for row, by in rows.items()}
-        found[file] = {"title": _titles[file], "rows": cells}
-    kept.write_text(json.dumps(found))
-    Path(target).write_text(_markdown(found), encoding="utf-8")
+    with kept.open("a+") as file_of_all:
+        fcntl.flock(file_of_all, fcntl.LOCK_EX)
+        file_of_all.seek(0)
+        found = json.loads(file_of_all.read() or "{}")
+        for file, rows in _found.items():
+            cells = {row: {b: sorted(c) for b, c in by.items()} for row, by in rows.items()}
+            found[file] = {"title": _titles[file], "rows": cells}
+        file_of_all.truncate(0)
+        file_of_all.write(json.dumps(found))
+        Path(target).write_text(_markdown(found), encoding="utf-8")
 
 
 def _markdown(found: dict[str, Any]) -> str:

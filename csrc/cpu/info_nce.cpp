@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "direction.h"
 #include "panel.h"
@@ -11,17 +12,20 @@
 namespace m3bind::cpu {
 namespace {
 
-// The rows (or columns) of a tensor of statistics: its first `count` have a positive.
+// The rows (or columns) of a tensor of statistics [3, size].
 struct Statistics {
-  const double *lse, *positive;
-  int64_t size;
-  explicit Statistics(const Tensor& t)
-      : lse(static_cast<const double*>(t.const_data_ptr())),
-        positive(lse + t.size(1)),
-        size(t.size(1)) {}
+  std::vector<double> lse, positive;
+  Statistics(const Tensor& t, int64_t size) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == 3 && t.size(1) == size,
+                    "statistics are three for each row and each column");
+    const std::vector<double> all = read(t);
+    lse.assign(all.begin(), all.begin() + size);
+    positive.assign(all.begin() + size, all.begin() + 2 * size);
+  }
 };
 
-// Unlike LSE - positive, softplus(LSE of negatives - positive) does not cancel.
+// Of the first `count`, which have a positive. Unlike LSE - positive, softplus(LSE of negatives -
+// positive) does not cancel.
 double losses(const Statistics& stats, int64_t count) {
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -35,7 +39,7 @@ double losses(const Statistics& stats, int64_t count) {
 double weight(int64_t count, bool mean) { return 0.5 / (mean ? static_cast<double>(count) : 1.0); }
 
 Direction direction(const Statistics& stats, int64_t count, double upstream) {
-  Direction out({stats.lse, stats.lse + stats.size});
+  Direction out(stats.lse);
   for (int64_t i = 0; i < count; ++i) {
     out.grad[i] = upstream / (1 + std::exp(stats.positive[i] - stats.lse[i]));
     out.positive[i] = -out.grad[i];
@@ -53,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const T
   const Tensor kept = torch::stable::new_empty(panels.x(), {kept_rows, panels.cols()});
   panels.keep_in(kept);
   const auto [rows, cols] = statistics(panels, false);
-  const double sum = losses(Statistics(rows), count) + losses(Statistics(cols), count);
+  const double sum = losses(Statistics(rows, panels.rows()), count) +
+                     losses(Statistics(cols, panels.cols()), count);
   return {number(panels.x(), sum * weight(count, mean)), rows, cols, kept};
 }
 
@@ -66,9 +71,9 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y
   Panels panels(x, y, logit_scale, PairRules(count), margin);
   panels.take_from(kept);
   const double upstream = read_scalar(grad) * weight(count, mean);
-  const StatsGradients grads =
-      stats_gradients(panels, direction(Statistics(rows), count, upstream),
-                      direction(Statistics(cols), count, upstream), false, need_x, need_y);
+  const StatsGradients grads = stats_gradients(
+      panels, direction(Statistics(rows, panels.rows()), count, upstream),
+      direction(Statistics(cols, panels.cols()), count, upstream), false, need_x, need_y);
   return {torch::stable::to(grads.x, x.scalar_type()), torch::stable::to(grads.y, y.scalar_type()),
           number(panels.x(), grads.scale)};
 }

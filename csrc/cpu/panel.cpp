@@ -99,7 +99,7 @@ void Panels::keep_in(const Tensor& kept) {
 }
 
 void Panels::take_from(const Tensor& kept) {
-  keep_in(kept);
+  keep_in(torch::stable::contiguous(kept));
   filled_ = true;
 }
 

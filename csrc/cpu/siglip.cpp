@@ -176,11 +176,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_total_fwd(
     const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, bool mean,
     bool need_x, bool need_y) {
   Siglip siglip(x, y, logit_scale, logit_bias, rules(x, row_class, col_class, row_mask, col_mask));
-  const double factor = mean ? 1.0 / static_cast<double>(x.size(0)) : 1.0;
+  // Without rows the mean is NaN, as in torch, and the gradients are 0.
+  const double divisor = mean ? static_cast<double>(x.size(0)) : 1;
+  const double factor = 1 / std::max(divisor, 1.0);
   const Gradients grads = siglip.with_gradients(nullptr, factor, need_x, need_y);
   double total = 0;
   for (const double loss : siglip.losses()) total += loss;
-  return {number(x, total * factor), grads.x, grads.y, number(x, grads.scale),
+  return {number(x, total / divisor), grads.x, grads.y, number(x, grads.scale),
           number(x, grads.bias)};
 }
 

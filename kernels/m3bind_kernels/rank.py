@@ -1,7 +1,8 @@
 """similarity_rank: counts what is found before each query's positives, in one pass of the tiles.
 
-First the positives' own scores, from tiles of listed pairs: the same instructions in the same order
-over the features as in the tiles that they are then compared with, hence the same bits. Then every
+First the positives' own scores, from tiles of listed pairs: the same products in the same order
+over the features as in the tiles that they are then compared with, so that they should have the
+same bits (they have in the interpreter; it has not yet run on a GPU). Then every
 tile adds its counts, as integers, so that the order of the additions does not matter.
 """
 
@@ -14,6 +15,9 @@ from m3bind_kernels.configs import Config
 from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, launch
 from m3bind_kernels.search import choose_search, ordered, search_inputs
 from m3bind_kernels.tiles import dot_products, is_special, listed_products, pair_rules, tile_at
+
+# Of one launch, which counts its tiles in 32 bits.
+MOST_TILES = 1 << 30
 
 
 @triton.jit
@@ -133,13 +137,17 @@ def similarity_rank_fwd(
     if query_ids is not None and gallery_ids is not None:
         known &= query_ids[:, None] != gallery_ids[wanted.clamp(min=0)]
 
-    def attempt(part: Inputs, config: Config) -> Tensor:
-        slots = wanted[: part.shape[0]].int().contiguous()
+    def attempt(part: Inputs, config: Config, first: int = 0) -> Tensor:
+        slots = wanted[first : first + part.shape[0]].int().contiguous()
         own, better = torch.empty_like(slots), torch.zeros_like(slots)
         _own_kernel(part, slots, own, config)
         rank_kernel(part, slots, own, better, config)
         return better
 
     with torch.cuda.device_of(inputs.x):
-        better = attempt(inputs, choose_search(inputs, attempt))
+        config = choose_search(inputs, attempt)
+        tiles_m = triton.cdiv(gallery.shape[0], config.block_n)
+        step = max(1, MOST_TILES // tiles_m) * config.block_m
+        bands = [slice(i, min(i + step, len(labels))) for i in range(0, len(labels), step)]
+        better = torch.cat([attempt(inputs.rows(b), config, b.start) for b in bands])
     return (better.long() + 1).where(known, 0)

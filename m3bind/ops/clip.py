@@ -127,11 +127,11 @@ def clip_loss(
                 label_smoothing=label_smoothing, z_loss=z_loss, margin=margin,
                 directions=directions, reduction=reduction,
             )  # fmt: skip
-        one_way = plain and directions != "both" and backends.one_way("similarity_stats", chosen)
+        # Columns beyond the rows have no loss, but their NaN reaches what they stand beside.
+        one_way = directions == "rows" or (directions == "columns" and x.shape[0] == y.shape[0])
+        one_way = one_way and plain and backends.one_way("similarity_stats", chosen)
         if one_way and arguments.gradient_wanted(x, y, scale):
-            if directions == "columns":
-                # The columns beyond have no positive.
-                x, y = (y if x.shape[0] == y.shape[0] else y[: x.shape[0]]), x
+            x, y = (x, y) if directions == "rows" else (y, x)
             return info_nce_rows(
                 x, y, scale, margin=margin, mean=reduction == "mean", backend=chosen
             )

@@ -56,7 +56,7 @@ def similarity_rank(
     query_ids, gallery_ids = arguments.excluded(op, exclude_ids, queries, gallery)
     chosen = backends.resolve(op, queries.device.type, queries.dtype, backend)
     queries, gallery = queries.detach(), gallery.detach()
-    with torch.autocast(queries.device.type, enabled=False):
+    with arguments.without_autocast(queries):
         if chosen == "reference":
             ranks = reference.similarity_rank(queries, gallery, lists, query_ids, gallery_ids)
         else:

@@ -55,8 +55,8 @@ def rows_to_keep(x: Tensor, y: Tensor, memory_budget: float, backend: str) -> in
         return 0
     num_rows, num_cols = x.shape[0], y.shape[0]
     row_bytes = accumulation_dtype(x.dtype).itemsize * max(1, num_cols)
-    fitting = int(memory_budget * 2**20) // row_bytes
-    return num_rows if fitting >= num_rows else fitting // 64 * 64
+    fitting = memory_budget * 2**20 / row_bytes
+    return num_rows if fitting >= num_rows else int(fitting) // 64 * 64
 
 
 def fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

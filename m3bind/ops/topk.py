@@ -33,8 +33,9 @@ def similarity_topk(
         return values[:, :k], indices[:, :k]
 
     Equal scores come in the order of the gallery, at the k-th place too; -0 equals 0. In the "cpp"
-    backend equal rows have equal scores wherever they stand; the others take the scores of a
-    library's matrix product, whose last bit may depend on the place. NaN is the largest value, as
+    and "triton" backends equal rows have equal scores wherever they stand (the latter has not yet
+    run on a GPU); the others take the scores of a library's matrix product, whose last bit may
+    depend on the place. NaN is the largest value, as
     in `torch.topk`: a gallery row with NaN comes first, and a query with NaN has the values NaN and
     the indices 0 to k - 1 (those that are not left out).
 
@@ -60,7 +61,7 @@ def similarity_topk(
     k = arguments.integer(op, "k", k, 1, LARGEST_K)
     query_ids, gallery_ids = arguments.excluded(op, exclude_ids, queries, gallery)
     chosen = backends.resolve(op, queries.device.type, queries.dtype, backend)
-    with torch.autocast(queries.device.type, enabled=False):
+    with arguments.without_autocast(queries):
         if chosen == "reference":
             return reference.similarity_topk(queries, gallery, k, query_ids, gallery_ids)
         return torch.ops.m3bind.similarity_topk_fwd(

@@ -212,7 +212,10 @@ def test_empty():
     x = torch.empty(0, 5, device=DEVICE, requires_grad=True)
     y = torch.ones(3, 5, device=DEVICE, requires_grad=True)
     for columns in (y, y[:0]):
-        assert siglip_loss(x, columns, 1.0, backend="triton").isnan()
+        mean = siglip_loss(x, columns, 1.0, backend="triton")
+        assert mean.isnan()
+        mean.backward()
+        assert x.grad.shape == (0, 5) and (y.grad == 0).all()
         assert siglip_loss(x, columns, 1.0, reduction="none", backend="triton").shape == (0,)
         total = siglip_loss(x, columns, 1.0, reduction="sum", backend="triton")
         assert total == 0

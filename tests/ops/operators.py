@@ -115,6 +115,9 @@ SEARCH = {"make": searched, "rounded": ("queries", "gallery")}
 
 OPERATORS = {
     "clip_loss": Operator(make=partial(pairs, logit_scale=10.0), call=clip_loss),
+    "clip_loss of rows": Operator(
+        make=partial(more_columns, logit_scale=10.0), call=partial(clip_loss, directions="rows")
+    ),
     "similarity_lse": Operator(make=partial(more_columns, logit_scale=3.0), call=lse),
     "siglip_loss": Operator(
         make=partial(pairs, logit_scale=10.0, logit_bias=-3.0), call=siglip,

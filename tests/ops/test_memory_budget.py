@@ -36,6 +36,42 @@ def kept_of(loss: torch.Tensor) -> torch.Tensor:
     return nodes[-1].saved_tensors[-1]
 
 
+@pytest.mark.parametrize("budget", (float("inf"), 1e308))
+def test_any_budget_is_a_number(budget):
+    x, y = (t.requires_grad_() for t in unit_pairs(20, 5, seed=0))
+    assert kept_of(clip_loss(x, y, 10.0, memory_budget=budget)).shape == (20, 20)
+
+
+@pytest.mark.parametrize("budget", (0.0, 1.0))
+@pytest.mark.parametrize("backend", FAST)
+def test_saved_tensors_may_come_back_in_another_layout(backend, budget):
+    x, y = unit_pairs(20, 5, seed=0)
+
+    def loss(*args):
+        return clip_loss(*args, backend=backend, memory_budget=budget)
+
+    def columns_first(t):
+        return t.T.contiguous().T if t.dim() == 2 else t
+
+    want = run(loss, x, y, 10.0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, columns_first):
+        found = run(loss, x, y, 10.0)
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+@needs_native
+def test_statistics_of_another_batch_are_refused():
+    x, y = unit_pairs(6, 8, seed=0)
+    scale = torch.tensor(5.0)
+    _, rows, cols, kept = torch.ops.m3bind.info_nce_fwd(x, y, scale, 0.0, True, 0, "cpp")
+    for wrong in ((rows[:, :2], cols), (rows, cols[:, :2]), (rows[:2], cols)):
+        with pytest.raises(RuntimeError, match="statistics are three for each row"):
+            torch.ops.m3bind.info_nce_bwd(
+                x, y, scale, 0.0, True, *wrong, kept, torch.ones(()), True, True, "cpp"
+            )
+
+
 # Nothing, two blocks (part of a panel), exactly one panel, part of a second, all.
 @pytest.mark.parametrize(
     ("rows", "kept"), [(63, 0), (150, 128), (1024, 1024), (1099, 1088), (N, N)]

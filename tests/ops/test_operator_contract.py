@@ -171,11 +171,12 @@ def test_only_the_wanted_gradients(backend, operator):
 
 
 @needs_native
-@pytest.mark.parametrize("n", (100, 1500), ids=("one block and a bit", "two panels"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("n", (100, 1501), ids=("one block and a bit", "two panels"))
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_bit_equal_from_run_to_run_and_for_any_threads(operator, n):
+def test_bit_equal_from_run_to_run_and_for_any_threads(operator, n, dtype):
     owed = OPERATORS[operator]
-    leaves = owed.make(n, 64)
+    leaves = owed.make(n, 33, dtype=dtype)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 1, 2, 3):

@@ -220,7 +220,12 @@ def test_empty_batch_is_as_in_torch(backend):
     x = torch.empty(0, 5, requires_grad=True)
     y = torch.randn(3, 5, requires_grad=True)
     for columns in (y, y[:0]):
-        assert siglip_loss(x, columns, 1.0, backend=backend).isnan()
+        scalars = torch.tensor(1.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+        mean = siglip_loss(x, columns, *scalars, backend=backend)
+        assert mean.isnan()
+        mean.backward()
+        assert all(scalar.grad == 0 for scalar in scalars)
+        assert x.grad.shape == (0, 5) and (y.grad == 0).all()
         assert siglip_loss(x, columns, 1.0, reduction="none", backend=backend).shape == (0,)
         total = siglip_loss(x, columns, 1.0, reduction="sum", backend=backend)
         assert total == 0

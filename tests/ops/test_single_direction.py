@@ -92,6 +92,19 @@ def test_without_rows_the_gradients_are_zero_as_in_torch(backend, direction, red
 
 @pytest.mark.parametrize("direction", ("rows", "columns"))
 @pytest.mark.parametrize("backend", FAST)
+def test_nan_in_a_column_without_a_positive(backend, direction):
+    x, y = features(4, 6, 8, 1.0, 0)
+    y[5] = torch.nan
+    found, want = (
+        run(partial(clip_loss, directions=direction, backend=name), x, y, 5.0)
+        for name in (backend, "reference")
+    )
+    assert found["x"].isnan().all() and want["x"].isnan().all()
+    assert torch.equal(found["loss"].isnan(), want["loss"].isnan())
+
+
+@pytest.mark.parametrize("direction", ("rows", "columns"))
+@pytest.mark.parametrize("backend", FAST)
 def test_nan_upstream_factors_and_wanted_gradients(backend, direction):
     loss = partial(clip_loss, directions=direction, backend=backend)
     x, y = features(20, 30, 7, 1.0, 0)
@@ -150,6 +163,28 @@ def test_bit_equal_for_any_threads():
 
 
 @needs_native
+@needs_native
+@pytest.mark.slow  # fast sibling: test_error_against_float64, of more than one panel
+@pytest.mark.parametrize("directions", ("both", "rows"))
+def test_more_pairs_than_32_bits_count(directions):
+    # All logits are 0, so the results are known.
+    n, m = 46300, 46400
+    x, y = torch.ones(n, 1, requires_grad=True), torch.zeros(m, 1, requires_grad=True)
+    loss = clip_loss(x, y, 2.0, directions=directions, reduction="sum", backend="cpp")
+    loss.backward()
+    assert n * m > 2**31
+    log_m, log_n = (torch.tensor(float(k)).log() for k in (m, n))
+    want = n * log_m if directions == "rows" else n * (log_m + log_n) / 2
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    # Of y[j], from the rows: n / m - 1 where it is a positive, n / m where not; from the columns,
+    # whose softmax is over x that are all alike: 0.
+    by_rows = torch.full((m, 1), n / m)
+    by_rows[:n] -= 1
+    share = 1.0 if directions == "rows" else 0.5
+    torch.testing.assert_close(y.grad, 2.0 * share * by_rows, rtol=1e-4, atol=1e-6)
+    assert (x.grad == 0).all()
+
+
 def test_no_gradient_is_formed_where_none_is_wanted():
     x, y = features(20, 30, 7, 1.0, 0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
