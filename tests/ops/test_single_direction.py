@@ -167,8 +167,8 @@ def test_bit_equal_for_any_threads():
 @pytest.mark.slow  # fast sibling: test_error_against_float64, of more than one panel
 @pytest.mark.parametrize("directions", ("both", "rows"))
 def test_more_pairs_than_32_bits_count(directions):
-    # All logits are 0, so the results are known.
-    n, m = 46300, 46400
+    # All logits are 0, so the results are known; float32 holds sums of powers of two exactly.
+    n, m = 1 << 15, 1 << 17
     x, y = torch.ones(n, 1, requires_grad=True), torch.zeros(m, 1, requires_grad=True)
     loss = clip_loss(x, y, 2.0, directions=directions, reduction="sum", backend="cpp")
     loss.backward()
@@ -181,7 +181,7 @@ def test_more_pairs_than_32_bits_count(directions):
     by_rows = torch.full((m, 1), n / m)
     by_rows[:n] -= 1
     share = 1.0 if directions == "rows" else 0.5
-    torch.testing.assert_close(y.grad, 2.0 * share * by_rows, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(y.grad, 2.0 * share * by_rows, rtol=1e-5, atol=1e-6)
     assert (x.grad == 0).all()
 
 
