@@ -54,12 +54,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const T
                                                         bool mean, int64_t kept_rows) {
   const int64_t count = x.size(0);
   Panels panels(x, y, logit_scale, PairRules(count), margin);
-  const Tensor kept = torch::stable::new_empty(panels.x(), {kept_rows, panels.cols()});
+  const Tensor kept = torch::stable::new_empty(panels.x().tensor(), {kept_rows, panels.cols()},
+                                               torch::headeronly::ScalarType::Float);
   panels.keep_in(kept);
   const auto [rows, cols] = statistics(panels, false);
   const double sum = losses(Statistics(rows, panels.rows()), count) +
                      losses(Statistics(cols, panels.cols()), count);
-  return {number(panels.x(), sum * weight(count, mean)), rows, cols, kept};
+  return {number(x, sum * weight(count, mean)), rows, cols, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y,
@@ -75,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y
       panels, direction(Statistics(rows, panels.rows()), count, upstream),
       direction(Statistics(cols, panels.cols()), count, upstream), false, need_x, need_y);
   return {torch::stable::to(grads.x, x.scalar_type()), torch::stable::to(grads.y, y.scalar_type()),
-          number(panels.x(), grads.scale)};
+          number(x, grads.scale)};
 }
 
 }  // namespace m3bind::cpu

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "block_columns.h"
+#include "feature_gradients.h"
 #include "info_nce.h"
 #include "panel.h"
 #include "whole_tensors.h"
@@ -115,23 +116,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_rows_fwd(const Tensor& x, co
                                                              double margin, bool mean, bool need_x,
                                                              bool need_y) {
   Panels panels(x, y, logit_scale, PairRules(x.size(0)), margin);
-  const int64_t features = panels.x().size(1);
   // Without rows the mean is NaN, as in torch, and the gradients are 0.
   const double divisor = mean ? static_cast<double>(panels.rows()) : 1;
   const double weight = 1 / std::max(divisor, 1.0);
-  Tensor grad_x = torch::stable::new_empty(panels.x(), {need_x ? panels.rows() : 0, features});
-  Tensor grad_y = torch::stable::new_zeros(panels.y(), {need_y ? panels.cols() : 0, features});
+  FeatureGradients grads(panels, need_x, need_y);
   RowsLoss rows(panels);
   panels.for_each([&](int64_t first, int64_t count) {
     rows.derive(first, count);
-    panels.gradients(first, count, grad_x, grad_y);
+    grads.take(first, count);
   });
-  panels.finish(grad_y);
-  add_apart(panels, rows.apart(), grad_x, grad_y);
-  multiply(grad_x, weight * panels.scale());
-  multiply(grad_y, weight * panels.scale());
-  return {number(panels.x(), rows.loss() / divisor), grad_x, grad_y,
-          number(panels.x(), weight * panels.sign() * rows.by_dot())};
+  grads.finish();
+  grads.add(rows.apart());
+  grads.multiply(weight * panels.scale());
+  return {number(x, rows.loss() / divisor), grads.x(), grads.y(),
+          number(x, weight * panels.sign() * rows.by_dot())};
 }
 
 }  // namespace m3bind::cpu

@@ -20,18 +20,23 @@ constexpr int64_t kFewPairs = 128 * 128;
 constexpr double kSmallestFactor = 1e-30;
 constexpr double kLargestLog2Sum = 126.0;  // float32 overflows at 128
 
-Tensor as_float_rows(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2, "features must be matrices");
-  return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+bool narrow_products(const Tensor& x, const Tensor& y) {
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1),
+                  "x and y must be matrices of the same number of features");
+  return x.scalar_type() == ScalarType::BFloat16 && y.scalar_type() == ScalarType::BFloat16 &&
+         x.size(0) * y.size(0) >= kFewPairs && bf16_products_available();
 }
 
-double largest_norm(const Tensor& t) {
-  const int64_t rows = t.size(0), cols = t.size(1);
-  const float* data = static_cast<const float*>(t.const_data_ptr());
-  std::vector<double> squares(rows);
-  for_row_blocks(rows, [&](int64_t begin, int64_t end) {
-    row_kernels().row_dots(data + begin * cols, data + begin * cols, end - begin, cols,
-                           squares.data() + begin);
+Tensor prepared(const Tensor& t, bool narrow) {
+  return torch::stable::contiguous(narrow ? t : torch::stable::to(t, ScalarType::Float));
+}
+
+double largest_norm(const FloatRows& t) {
+  std::vector<double> squares(t.rows());
+  for_row_blocks(t.rows(), [&](int64_t begin, int64_t end) {
+    std::vector<float> space;
+    const float* rows = t.read(begin, end - begin, space);
+    row_kernels().row_dots(rows, rows, end - begin, t.features(), squares.data() + begin);
   });
   double largest = 0;
   for (const double square : squares) {
@@ -55,14 +60,18 @@ Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, Pair
     : Panels(x, y, read_scalar(logit_scale), std::move(rules), margin) {}
 
 Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin)
-    : x_(as_float_rows(x)),
-      y_(as_float_rows(y)),
+    : Panels(x, y, scale, std::move(rules), margin, narrow_products(x, y)) {}
+
+Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
+               bool narrow)
+    : x_(prepared(x, narrow)),
+      y_(prepared(y, narrow)),
+      products_((narrow ? bf16_products : float_products)(x_.tensor(), y_.tensor())),
       rules_(std::move(rules)),
-      rows_(x_.size(0)),
-      cols_(y_.size(0)),
+      rows_(x_.rows()),
+      cols_(y_.rows()),
       scale_(scale),
       margin_(margin) {
-  STD_TORCH_CHECK(x_.size(1) == y_.size(1), "x and y must have the same number of features");
   rules_.check(rows_, cols_);
   log2_longest_ = std::log2(static_cast<double>(std::max({rows_, cols_, int64_t{1}})));
   const int64_t wanted = kPanelElements / std::max<int64_t>(1, cols_);
@@ -75,11 +84,6 @@ Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
   factor_.high = static_cast<float>(factor);
   if (factor_.high >= factor) factor_.high = std::nextafter(factor_.high, 0.0f);
   factor_.low = static_cast<float>(factor - factor_.high);
-  const bool narrow = x.scalar_type() == ScalarType::BFloat16 &&
-                      y.scalar_type() == ScalarType::BFloat16 && rows_ * cols_ >= kFewPairs;
-  products_ = narrow && bf16_products_available()
-                  ? bf16_products(torch::stable::contiguous(x), torch::stable::contiguous(y))
-                  : float_products(x_, y_);
 }
 
 float Panels::common_shift() const {
@@ -113,7 +117,8 @@ void Panels::dots(int64_t first, int64_t count) {
   if (kept && !filled_) {
     use(*kept_, first, count);
   } else {
-    if (!buffer_) buffer_ = torch::stable::new_empty(x_, {step_, cols_});
+    if (!buffer_)
+      buffer_ = torch::stable::new_empty(x_.tensor(), {step_, cols_}, ScalarType::Float);
     use(*buffer_, 0, count);
   }
   if (kept && filled_) {
@@ -141,21 +146,6 @@ void Panels::dots(int64_t first, int64_t count) {
 void Panels::put_back() {
   for (const auto& [to, value] : to_put_back_) *to = value;
   to_put_back_.clear();
-}
-
-void add_apart(const Panels& panels, const std::vector<Apart>& apart, const Tensor& grad_x,
-               const Tensor& grad_y) {
-  const int64_t features = panels.x().size(1);
-  const auto add = [&](const Tensor& to, int64_t i, const Tensor& from, int64_t j, float grad) {
-    if (to.size(0) == 0) return;
-    float* out = static_cast<float*>(to.mutable_data_ptr()) + i * features;
-    const float* in = static_cast<const float*>(from.const_data_ptr()) + j * features;
-    for (int64_t d = 0; d < features; ++d) out[d] += grad * in[d];
-  };
-  for (const Apart& a : apart) {
-    add(grad_x, a.row, panels.y(), a.col, a.grad);
-    add(grad_y, a.col, panels.x(), a.row, a.grad);
-  }
 }
 
 }  // namespace m3bind::cpu

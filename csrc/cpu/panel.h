@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "float_rows.h"
 #include "gemm.h"
 #include "pair_rules.h"
 #include "products.h"
@@ -33,8 +34,8 @@ void for_row_blocks(int64_t rows, const F& f) {
 // The one value of a tensor.
 double read_scalar(const Tensor& t);
 
-// x, y and scale of one call, float32 and contiguous, with a buffer for one panel. Where both are
-// bfloat16 and the processor multiplies that, their products do.
+// x, y and scale of one call, contiguous, with a buffer for one panel. Where both are bfloat16 and
+// the processor multiplies that, their products do; otherwise they are float32.
 class Panels {
  public:
   Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
@@ -64,8 +65,8 @@ class Panels {
   double margin() const { return margin_; }
   double sign() const { return sign_; }  // a panel holds dot products times this
   Factor factor() const { return factor_; }
-  const Tensor& x() const { return x_; }
-  const Tensor& y() const { return y_; }
+  const FloatRows& x() const { return x_; }
+  const FloatRows& y() const { return y_; }
 
   // One shift, in base 2, with which no sum of a row or column overflows; not finite where an input
   // is not. Forward and backward use the same, so that the rounding of `logit - shift` cancels.
@@ -92,20 +93,22 @@ class Panels {
 
   float* data() const { return data_; }
 
-  // Adds what the derivatives that now lie in the panel make of x and y; finish() after the last.
-  void gradients(int64_t first, int64_t count, const Tensor& grad_x, const Tensor& grad_y) {
-    products_->gradients(first, count, panel_, grad_x, grad_y);
+  // What the derivatives that now lie in the panel make of x and y: see Products.
+  void gradients(int64_t first, int64_t count, const Tensor& grad_x, bool need_y) {
+    products_->gradients(first, count, panel_, grad_x, need_y);
   }
-  void finish(const Tensor& grad_y) { products_->finish(grad_y); }
+  Tensor take_grad_y() { return products_->take_grad_y(); }
   bool exact() const { return products_->exact(); }
 
  private:
   Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin);
+  Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
+         bool narrow);
   void dots(int64_t first, int64_t count);
   void use(const Tensor& memory, int64_t first, int64_t count);
   void put_back();
 
-  Tensor x_, y_;
+  FloatRows x_, y_;
   std::optional<Tensor> buffer_, kept_;
   bool filled_ = false;  // kept_ is there to be read
   int64_t kept_rows_ = 0;
@@ -120,14 +123,5 @@ class Panels {
   double sign_;
   Factor factor_;
 };
-
-// Derivatives that are not in the panel: those at lone positives are by far the largest of their
-// row, and rounding them to 16 bit would double the error of the whole gradient.
-struct Apart {
-  int64_t row, col;
-  float grad;
-};
-void add_apart(const Panels& panels, const std::vector<Apart>& apart, const Tensor& grad_x,
-               const Tensor& grad_y);
 
 }  // namespace m3bind::cpu

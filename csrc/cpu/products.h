@@ -15,12 +15,12 @@ class Products {
   virtual ~Products() = default;
   // panel [count, M] = x[first : first + count] @ y.T
   virtual void dots(int64_t first, int64_t count, const Tensor& panel) = 0;
-  // grad_x[first : first + count] = panel @ y, grad_y += panel.T @ x[first : first + count]; either
-  // is passed over where it has no rows.
+  // grad_x[first : first + count] = panel @ y, passed over where grad_x has no rows; where need_y,
+  // panel.T @ x[first : first + count] is added up.
   virtual void gradients(int64_t first, int64_t count, const Tensor& panel, const Tensor& grad_x,
-                         const Tensor& grad_y) = 0;
-  // After the last panel: what gradients() has kept back goes into grad_y.
-  virtual void finish(const Tensor&) {}
+                         bool need_y) = 0;
+  // That sum [M, D], float32. There is no panel after it: what else takes memory goes before.
+  virtual Tensor take_grad_y() = 0;
   // Whether gradients() takes the panel as it is.
   virtual bool exact() const { return true; }
 };
@@ -28,8 +28,8 @@ class Products {
 // x [N, D] and y [M, D] are float32 and contiguous.
 std::unique_ptr<Products> float_products(const Tensor& x, const Tensor& y);
 
-// The same of bfloat16 rows: the dots are as exact as in float32, the panel of derivatives is
-// rounded to bfloat16. Only where bf16_products_available().
+// The same of bfloat16 rows, of which there must be some: the dots are as exact as in float32, the
+// panel of derivatives is rounded to bfloat16. Only where bf16_products_available().
 std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y);
 bool bf16_products_available();
 

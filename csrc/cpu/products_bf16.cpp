@@ -1,3 +1,5 @@
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -58,23 +60,28 @@ class Bf16Products : public Products {
   }
 
   void gradients(int64_t first, int64_t count, const Tensor& panel, const Tensor& grad_x,
-                 const Tensor& grad_y) override {
+                 bool need_y) override {
     const int64_t inner = padded(count);
     round_panel(static_cast<const float*>(panel.const_data_ptr()), count, inner);
     if (grad_x.size(0) > 0)
       to_x(count, static_cast<float*>(grad_x.mutable_data_ptr()) + first * features_);
-    if (grad_y.size(0) > 0) to_y(first, count, inner);
+    if (need_y) to_y(first, count, inner);
   }
 
   bool exact() const override { return false; }
 
-  void finish(const Tensor& grad_y) override {
-    if (grad_y.size(0) == 0 || grad_y_turned_.empty()) return;
+  Tensor take_grad_y() override {
+    for (auto* done : {&y_turned_, &y_packed_, &x_turned_}) std::vector<uint32_t>().swap(*done);
+    for (auto* done : {&rounded_, &packed_}) std::vector<Bf16>().swap(*done);
+    Tensor grad_y =
+        torch::stable::new_empty(y_, {cols_, features_}, torch::headeronly::ScalarType::Float);
     float* out = static_cast<float*>(grad_y.mutable_data_ptr());
     over_tiles([&](int64_t first, int64_t width) {
       transpose(reinterpret_cast<const uint32_t*>(grad_y_turned_.data() + first * features_), width,
                 features_, width, reinterpret_cast<uint32_t*>(out + first * features_), features_);
     });
+    std::vector<float>().swap(grad_y_turned_);
+    return grad_y;
   }
 
  private:

@@ -1,3 +1,5 @@
+#include <optional>
+
 #include "gemm.h"
 #include "products.h"
 
@@ -14,15 +16,23 @@ class FloatProducts : public Products {
   }
 
   void gradients(int64_t first, int64_t count, const Tensor& panel, const Tensor& grad_x,
-                 const Tensor& grad_y) override {
+                 bool need_y) override {
     if (grad_x.size(0) > 0) mm_out(rows_of(grad_x, first, count), panel, y_);
-    if (grad_y.size(0) == 0) return;
-    Tensor turned = panel;
-    mm_add(grad_y, torch::stable::transpose(turned, 0, 1), rows_of(x_, first, count));
+    if (!need_y) return;
+    Tensor whole = panel;
+    const Tensor turned = torch::stable::transpose(whole, 0, 1);
+    const bool adding = grad_y_.has_value();
+    if (!adding) grad_y_ = torch::stable::new_empty(y_, {y_.size(0), y_.size(1)});
+    (adding ? mm_add : mm_out)(*grad_y_, turned, rows_of(x_, first, count));
+  }
+
+  Tensor take_grad_y() override {
+    return grad_y_ ? *grad_y_ : torch::stable::new_zeros(y_, {y_.size(0), y_.size(1)});
   }
 
  private:
   Tensor x_, y_, y_transposed_;
+  std::optional<Tensor> grad_y_;
 };
 
 }  // namespace

@@ -5,37 +5,18 @@
 namespace m3bind::cpu {
 namespace {
 
-const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-
-std::vector<double> mean_row(const Tensor& t) {
-  const int64_t rows = t.size(0), features = t.size(1);
-  const float* values = data(t);
-  std::vector<double> mean(features);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t d = 0; d < features; ++d) mean[d] += values[i * features + d];
-  for (double& value : mean) value /= static_cast<double>(std::max<int64_t>(1, rows));
-  return mean;
-}
-
 // out[i] += lost[i] * the mean of the others' rows
-void add_mean(const Tensor& out, const std::vector<double>& lost, const Tensor& others) {
+void add_mean(const Tensor& out, const std::vector<double>& lost, const FloatRows& others) {
   if (out.size(0) == 0) return;
-  const int64_t features = others.size(1);
-  const std::vector<double> mean = mean_row(others);
+  const int64_t features = others.features();
+  std::vector<double> mean = others.sum();
+  for (double& value : mean) value /= static_cast<double>(std::max<int64_t>(1, others.rows()));
   float* to = static_cast<float*>(out.mutable_data_ptr());
   for_row_blocks(out.size(0), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t d = 0; d < features; ++d)
         to[i * features + d] += static_cast<float>(lost[i] * mean[d]);
   });
-}
-
-void add_row(const Tensor& out, int64_t i, const Tensor& from, int64_t j, float grad) {
-  if (out.size(0) == 0) return;
-  const int64_t features = from.size(1);
-  float* to = static_cast<float*>(out.mutable_data_ptr()) + i * features;
-  const float* in = data(from) + j * features;
-  for (int64_t d = 0; d < features; ++d) to[d] += grad * in[d];
 }
 
 }  // namespace
@@ -70,14 +51,10 @@ void RoundingLoss::take(const Panels& panels, int64_t first, int64_t count) {
     apart_.insert(apart_.end(), block.begin(), block.end());
 }
 
-void RoundingLoss::give_back(const Panels& panels, const Tensor& grad_x,
-                             const Tensor& grad_y) const {
-  add_mean(grad_x, row_lost_, panels.y());
-  add_mean(grad_y, col_lost_, panels.x());
-  for (const Apart& a : apart_) {
-    add_row(grad_x, a.row, panels.y(), a.col, a.grad);
-    add_row(grad_y, a.col, panels.x(), a.row, a.grad);
-  }
+void RoundingLoss::give_back(const Panels& panels, FeatureGradients& gradients) const {
+  add_mean(gradients.x(), row_lost_, panels.y());
+  add_mean(gradients.y(), col_lost_, panels.x());
+  gradients.add(apart_);
 }
 
 }  // namespace m3bind::cpu

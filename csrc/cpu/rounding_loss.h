@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "block_columns.h"
+#include "feature_gradients.h"
 #include "panel.h"
 
 namespace m3bind::cpu {
@@ -21,14 +22,10 @@ class RoundingLoss {
 
   // Looks at the derivatives in the panel, and takes the large ones out of it.
   void take(const Panels& panels, int64_t first, int64_t count);
-  // Adds to the gradients, after the last panel; either may have no rows.
-  void give_back(const Panels& panels, const Tensor& grad_x, const Tensor& grad_y) const;
+  // Adds to the gradients, after the last panel.
+  void give_back(const Panels& panels, FeatureGradients& gradients) const;
 
  private:
-  struct Apart {
-    int64_t row, col;
-    float grad;
-  };
   std::vector<float> row_limit_, col_limit_;
   std::vector<double> row_lost_, col_lost_;
   std::vector<Apart> apart_;

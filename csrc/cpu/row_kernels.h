@@ -38,6 +38,8 @@ struct RowKernels {
   void (*row_dots)(const float* a, const float* b, int64_t rows, int64_t cols, double* out);
   // s *= factor, element by element.
   void (*multiply)(float* s, int64_t count, float factor);
+  // sums += values * factor, element by element.
+  void (*add_multiple)(float* sums, const float* values, int64_t count, float factor);
   // logits = dots * factor + summand, rounded once.
   void (*affine)(const float* dots, float* logits, int64_t count, float factor, float summand);
   // The sum of softplus(logits).

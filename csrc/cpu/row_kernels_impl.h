@@ -181,6 +181,16 @@ void multiply(float* s, int64_t count, float factor) {
   for (; j < count; ++j) s[j] *= factor;
 }
 
+void add_multiple(float* sums, const float* values, int64_t count, float factor) {
+  const Vec times = splat(factor);
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes)
+    store(sums + j, fma(load(values + j), times, load(sums + j)));
+  if (j == count) return;
+  const Vec last = load_part(sums + j, count - j, 0);
+  store_part(sums + j, fma(load_part(values + j, count - j, 0), times, last), count - j);
+}
+
 inline bool any(IntVec condition) {
 #if defined(__AVX512F__)
   const __m512i bits = reinterpret_cast<__m512i>(condition);
@@ -246,6 +256,7 @@ const RowKernels& M3BIND_JOIN(row_kernels_, M3BIND_NAME)() {
       gradient_own_shift,
       row_dots,
       multiply,
+      add_multiple,
       affine,
       softplus_sum,
       sigmoid,

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "feature_gradients.h"
 #include "panel.h"
 #include "whole_tensors.h"
 
@@ -16,8 +17,8 @@ namespace {
 using torch::headeronly::ScalarType;
 
 struct Gradients {
-  Tensor x, y;  // float; [0, D] where it is not needed
-  double scale, bias;
+  Tensor x, y;
+  double scale = 0, bias = 0;
 };
 
 class Siglip {
@@ -48,11 +49,10 @@ class Siglip {
   // Computes the losses, and the gradients of their sum with these weights (without: all 1), times
   // `factor`.
   Gradients with_gradients(const float* weights, double factor, bool need_x, bool need_y) {
-    const int64_t rows = panels_.rows(), cols = panels_.cols(), features = panels_.x().size(1);
-    Gradients out{torch::stable::new_empty(panels_.x(), {need_x ? rows : 0, features}),
-                  torch::stable::new_zeros(panels_.y(), {need_y ? cols : 0, features}), 0, 0};
-    by_scale_.assign(rows, 0);
-    by_bias_.assign(rows, 0);
+    const int64_t cols = panels_.cols();
+    FeatureGradients grads(panels_, need_x, need_y);
+    by_scale_.assign(panels_.rows(), 0);
+    by_bias_.assign(panels_.rows(), 0);
     std::vector<Apart> apart;
     for_panels([&](int64_t first, int64_t count) {
       for_row_blocks(count, [&](int64_t begin, int64_t end) {
@@ -63,12 +63,12 @@ class Siglip {
         }
       });
       if (!panels_.exact()) take_apart(first, count, apart);
-      panels_.gradients(first, count, out.x, out.y);
+      grads.take(first, count);
     });
-    panels_.finish(out.y);
-    add_apart(panels_, apart, out.x, out.y);
-    multiply(out.x, factor * scale_);
-    multiply(out.y, factor * scale_);
+    grads.finish();
+    grads.add(apart);
+    grads.multiply(factor * scale_);
+    Gradients out{grads.x(), grads.y()};
     for (const double sum : by_bias_) out.bias += sum;
     for (const double sum : by_scale_) out.scale += sum;
     out.bias *= factor;

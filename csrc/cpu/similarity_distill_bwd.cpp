@@ -164,9 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
   STD_TORCH_CHECK(rows.count() == student.rows() && cols.count() == student.cols(),
                   "one gradient for each row and each column");
   Gradient gradient(panels, rows, cols);
-  const int64_t features = student.x().size(1);
-  Tensor grad_x = torch::stable::new_empty(student.x(), {need_x ? student.rows() : 0, features});
-  Tensor grad_y = torch::stable::new_zeros(student.y(), {need_y ? student.cols() : 0, features});
+  FeatureGradients grads(student, need_x, need_y);
   std::optional<RoundingLoss> loss;
   if (!student.exact()) loss.emplace(student, limits(rows), limits(cols));
   for (int64_t first = 0; first < student.rows(); first += student.step()) {
@@ -174,17 +172,14 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
     panels.compute(first, count);
     gradient.apply(panels, first, count);
     if (loss) loss->take(student, first, count);
-    student.gradients(first, count, grad_x, grad_y);
+    grads.take(first, count);
   }
-  student.finish(grad_y);
-  if (loss) loss->give_back(student, grad_x, grad_y);
-  multiply(grad_x, student.scale());
-  multiply(grad_y, student.scale());
-  Tensor grad_scale = torch::stable::new_empty(student.x(), {});
-  *static_cast<float*>(grad_scale.mutable_data_ptr()) =
-      static_cast<float>(student.sign() * gradient.by_dot());
-  return {torch::stable::to(grad_x, x.scalar_type()), torch::stable::to(grad_y, y.scalar_type()),
-          torch::stable::to(grad_scale, logit_scale.scalar_type())};
+  grads.finish();
+  if (loss) loss->give_back(student, grads);
+  grads.multiply(student.scale());
+  return {
+      torch::stable::to(grads.x(), x.scalar_type()), torch::stable::to(grads.y(), y.scalar_type()),
+      torch::stable::to(number(x, student.sign() * gradient.by_dot()), logit_scale.scalar_type())};
 }
 
 }  // namespace m3bind::cpu

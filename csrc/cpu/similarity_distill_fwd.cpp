@@ -52,9 +52,14 @@ struct Side {
     const DivergenceSums<double> all = sums();
     const double offset = kl ? teacher_by - student_by : -student_by;
     all.cross[i] = (all.cross[i] + all.teacher[i] * offset) * teacher_down;
-    all.change[i] = all.change[i] * student_down + all.teacher[i] * (student_down - teacher_down);
+    // Far apart, the two sums tell the difference as well, and without the rounding that it has
+    // from a sum which has since become small.
+    const bool near = std::abs(all.change[i]) < 0.5 * all.teacher[i];
+    const double moved =
+        all.change[i] * student_down + all.teacher[i] * (student_down - teacher_down);
     all.student[i] *= student_down;
     all.teacher[i] *= teacher_down;
+    all.change[i] = near ? moved : all.student[i] - all.teacher[i];
     student_shift[i] = student_to;
     teacher_shift[i] = teacher_to;
   }
@@ -176,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distill_fwd(
   DualPanels panels(x, y, logit_scale, teacher_x, teacher_y, teacher_scale, row_mask, col_mask);
   const float shift = panels.common_shift();
   const auto result = [&](Sums& sums) {
-    const auto [row_loss, row_lse] = sums.rows.finish(panels.student.x(), kl);
-    const auto [col_loss, col_lse] = sums.cols.finish(panels.student.x(), kl);
+    const auto [row_loss, row_lse] = sums.rows.finish(x, kl);
+    const auto [col_loss, col_lse] = sums.cols.finish(x, kl);
     return std::tuple(row_loss, col_loss, row_lse, col_lse);
   };
   if (std::isfinite(shift)) {

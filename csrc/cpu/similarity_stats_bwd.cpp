@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "direction.h"
+#include "feature_gradients.h"
 #include "panel.h"
 #include "similarity_stats.h"
 #include "whole_tensors.h"
@@ -106,20 +107,12 @@ class Gradient {
 // out[i] += own[i] * (sum of all b) + (sum of other[j] * b[j]): what a derivative of own[i] +
 // other[j] by every logit makes of the features. `out` may have no rows. Returns what own[i] makes
 // of the scale: the sum of own[i] * <a[i], sum of all b>.
-double add_totals(const Tensor& out, const Tensor& a, const Tensor& b,
+double add_totals(const Tensor& out, const FloatRows& a, const FloatRows& b,
                   const std::vector<double>& own, const std::vector<double>& other) {
-  const int64_t rows = a.size(0), others = b.size(0), features = b.size(1);
-  const float* p = static_cast<const float*>(a.const_data_ptr());
-  const float* q = static_cast<const float*>(b.const_data_ptr());
-  std::vector<double> all(features), weighted(features);
-  for (int64_t j = 0; j < others; ++j)
-    for (int64_t d = 0; d < features; ++d) {
-      all[d] += q[j * features + d];
-      weighted[d] += other[j] * q[j * features + d];
-    }
+  const int64_t features = b.features();
+  const std::vector<double> all = b.sum(), weighted = b.sum(&other), dots = a.dots(all);
   double by_scale = 0;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t d = 0; d < features; ++d) by_scale += own[i] * p[i * features + d] * all[d];
+  for (int64_t i = 0; i < a.rows(); ++i) by_scale += own[i] * dots[i];
   float* data = out.size(0) > 0 ? static_cast<float*>(out.mutable_data_ptr()) : nullptr;
   for (int64_t i = 0; i < out.size(0); ++i)
     for (int64_t d = 0; d < features; ++d)
@@ -132,25 +125,22 @@ double add_totals(const Tensor& out, const Tensor& a, const Tensor& b,
 StatsGradients stats_gradients(Panels& panels, const Direction& rows, const Direction& cols,
                                bool totals, bool need_x, bool need_y) {
   Gradient gradient(panels, rows, cols, totals);
-  const int64_t features = panels.x().size(1);
-  Tensor grad_x = torch::stable::new_empty(panels.x(), {need_x ? panels.rows() : 0, features});
-  Tensor grad_y = torch::stable::new_zeros(panels.y(), {need_y ? panels.cols() : 0, features});
+  FeatureGradients grads(panels, need_x, need_y);
   panels.for_each([&](int64_t first, int64_t count) {
     panels.compute(first, count,
                    [&](int64_t i, int64_t j, float dot) { gradient.pass_over(i, j, dot); });
     gradient.apply(panels, first, count);
-    panels.gradients(first, count, grad_x, grad_y);
+    grads.take(first, count);
   });
-  panels.finish(grad_y);
-  add_apart(panels, gradient.apart(), grad_x, grad_y);
+  grads.finish();
+  grads.add(gradient.apart());
   double by_scale = panels.sign() * gradient.by_dot();
   if (totals) {
-    by_scale += add_totals(grad_x, panels.x(), panels.y(), rows.total, cols.total);
-    by_scale += add_totals(grad_y, panels.y(), panels.x(), cols.total, rows.total);
+    by_scale += add_totals(grads.x(), panels.x(), panels.y(), rows.total, cols.total);
+    by_scale += add_totals(grads.y(), panels.y(), panels.x(), cols.total, rows.total);
   }
-  multiply(grad_x, panels.scale());
-  multiply(grad_y, panels.scale());
-  return {grad_x, grad_y, by_scale};
+  grads.multiply(panels.scale());
+  return {grads.x(), grads.y(), by_scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
@@ -166,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
   const StatsGradients grads = stats_gradients(
       panels, direction(row_lse, grad_rows), direction(col_lse, grad_cols), totals, need_x, need_y);
   return {torch::stable::to(grads.x, x.scalar_type()), torch::stable::to(grads.y, y.scalar_type()),
-          number(panels.x(), grads.scale)};
+          number(x, grads.scale)};
 }
 
 }  // namespace m3bind::cpu

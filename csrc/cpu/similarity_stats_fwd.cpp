@@ -115,34 +115,20 @@ double add_exponentials(double a, double b) {
              : high + std::log2(1 + std::exp2(low - high));
 }
 
-// Scaled dot products of each row of `a` with the sum of all rows of `b`.
-std::vector<double> sums_of_all(const Tensor& a, const Tensor& b, double scale) {
-  const int64_t rows = a.size(0), others = b.size(0), features = a.size(1);
-  const float* q = static_cast<const float*>(b.const_data_ptr());
-  const float* p = static_cast<const float*>(a.const_data_ptr());
-  std::vector<double> total(features), out(rows);
-  for (int64_t j = 0; j < others; ++j)
-    for (int64_t d = 0; d < features; ++d) total[d] += q[j * features + d];
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t d = 0; d < features; ++d) out[i] += p[i * features + d] * total[d];
-    out[i] *= scale;
-  }
-  return out;
-}
-
-Tensor statistics(const Panels& panels, const Side& side, const Tensor& own, const Tensor& others,
-                  bool totals) {
+Tensor statistics(const Panels& panels, const Side& side, const FloatRows& own,
+                  const FloatRows& others, bool totals) {
   const int64_t count = static_cast<int64_t>(side.sum.size());
-  Tensor out =
-      torch::stable::new_zeros(panels.x(), {3, count}, torch::headeronly::ScalarType::Double);
+  Tensor out = torch::stable::new_zeros(panels.x().tensor(), {3, count},
+                                        torch::headeronly::ScalarType::Double);
   double* lse = static_cast<double*>(out.mutable_data_ptr());
   for (int64_t i = 0; i < count; ++i) lse[i] = std::log2(side.sum[i]) + side.shift[i];
   for (const auto& [i, logit] : side.late) lse[i] = add_exponentials(lse[i], logit);
   for (int64_t i = 0; i < count; ++i) lse[i] /= kLog2E;
   std::copy(side.positives.begin(), side.positives.end(), lse + count);
   if (!totals) return out;
-  const std::vector<double> all = sums_of_all(own, others, panels.scale());
-  for (int64_t i = 0; i < count; ++i) lse[2 * count + i] = all[i] - side.surplus[i];
+  const std::vector<double> dots = own.dots(others.sum());
+  for (int64_t i = 0; i < count; ++i)
+    lse[2 * count + i] = panels.scale() * dots[i] - side.surplus[i];
   return out;
 }
 
@@ -171,7 +157,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_stats_fwd(
     const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
     bool totals, int64_t kept_rows) {
   Panels panels(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
-  const Tensor kept = torch::stable::new_empty(panels.x(), {kept_rows, panels.cols()});
+  const Tensor kept = torch::stable::new_empty(panels.x().tensor(), {kept_rows, panels.cols()},
+                                               torch::headeronly::ScalarType::Float);
   panels.keep_in(kept);
   const auto [rows, cols] = statistics(panels, totals);
   return {rows, cols, kept};

@@ -15,7 +15,4 @@ std::vector<double> read(const Tensor& t);
 // A float32 tensor of no dimension, beside `like`.
 Tensor number(const Tensor& like, double value);
 
-// t *= factor, a float32 matrix.
-void multiply(const Tensor& t, double factor);
-
 }  // namespace m3bind::cpu

@@ -1,0 +1,42 @@
+// Features of one call, wherever they are not the operand of a product.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace m3bind::cpu {
+
+using torch::stable::Tensor;
+
+// [N, D], contiguous, float32 or bfloat16: read as float32, without a copy of all of them.
+class FloatRows {
+ public:
+  explicit FloatRows(const Tensor& t)
+      : tensor_(t), wide_(t.scalar_type() == torch::headeronly::ScalarType::Float) {}
+
+  int64_t rows() const { return tensor_.size(0); }
+  int64_t features() const { return tensor_.size(1); }
+  const Tensor& tensor() const { return tensor_; }
+
+  // Rows [first, first + count), which may lie in `space`.
+  const float* read(int64_t first, int64_t count, std::vector<float>& space) const;
+  // The sum of all rows [D], or of rows times weights [N].
+  std::vector<double> sum(const std::vector<double>* weights = nullptr) const;
+  // The dot product of every row with a vector [D].
+  std::vector<double> dots(const std::vector<double>& with) const;
+  // Uninitialised float32 [rows, D].
+  Tensor new_rows(int64_t rows) const {
+    return torch::stable::new_empty(tensor_, {rows, features()},
+                                    torch::headeronly::ScalarType::Float);
+  }
+
+ private:
+  Tensor tensor_;
+  bool wide_;
+};
+
+}  // namespace m3bind::cpu
