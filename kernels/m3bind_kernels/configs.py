@@ -1,7 +1,7 @@
 """The configurations that kernels may run with, by processor and dtype; tests compile every one."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -27,6 +27,12 @@ class Config:
         return operands + self.block_m * self.piece * 4
 
 
+def narrowed(config: Config, block_n: int) -> Config:
+    """For features that are no multiple of a step: their masks and addresses would make wider tiles
+    spill."""
+    return replace(config, block_n=min(config.block_n, block_n))
+
+
 # Small tiles, so that small matrices have several.
 _INTERPRETER = Config(64, 64, 64, 4, 1)
 # In 64 KiB of local memory, of which the pieces of a tile take as much as the tile.
@@ -47,9 +53,15 @@ _SIGMOID_90 = (
     Config(128, 256, 64, 8, 4, piece=16),
     Config(128, 128, 64, 8, 4),
 )
+_SIGMOID_100 = (
+    Config(128, 256, 64, 8, 3, piece=8),
+    Config(128, 256, 64, 8, 4, piece=8),
+    Config(128, 128, 64, 8, 4, piece=16),
+)
 # Two tiles of dot products at a time, of student and teacher.
 _DISTILL_80 = (Config(128, 128, 32, 8, 3, piece=16),)
 _DISTILL_90 = (Config(128, 128, 64, 8, 3, piece=16), Config(128, 128, 64, 8, 4, piece=16))
+_DIVERGENCE_100 = (Config(128, 128, 64, 8, 3, piece=16), Config(128, 128, 64, 8, 4, piece=8))
 # The sums of both directions beside two tiles of 128 x 128 would spill where accumulators are
 # registers; sm_100 has memory of their own for them.
 _DIVERGENCE_90 = (Config(128, 64, 64, 8, 3, piece=16), Config(128, 64, 64, 8, 4, piece=16))
@@ -75,11 +87,12 @@ TABLE: dict[tuple[str, bool, int], tuple[Config, ...]] = {
     ("siglip_loss", False, 80): _FLOAT,
     ("siglip", True, 80): _SIGMOID_80,
     ("siglip", True, 90): _SIGMOID_90,
+    ("siglip", True, 100): _SIGMOID_100,
     ("siglip", True, 120): _SIGMOID_80,
     ("siglip", False, 80): _FLOAT,
     ("distill_fwd", True, 80): _DISTILL_80,
     ("distill_fwd", True, 90): _DIVERGENCE_90,
-    ("distill_fwd", True, 100): _DISTILL_90,
+    ("distill_fwd", True, 100): _DIVERGENCE_100,
     ("distill_fwd", True, 120): _DISTILL_80,
     ("distill_fwd", False, 80): _DISTILL_FLOAT,
     ("distill_bwd", True, 80): _DISTILL_80,
@@ -114,6 +127,43 @@ def for_device(kernel: str, half: bool, device: torch.device) -> list[Config]:
         return [_ROCM]
     limit = found.shared_memory_per_block_optin
     return candidates(kernel, half, 10 * found.major + found.minor, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class SideConfig:
+    """Rows whose gradients a program keeps, columns at a time, features a step of their products,
+    all features padded, and how it is run."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def side_config(dtype: torch.dtype, features: int) -> SideConfig:
+    """For stats_side; `dtype` is that of the derivatives."""
+    block_d = max(16, 1 << (features - 1).bit_length())
+    if INTERPRETED:
+        return SideConfig(64, 64, 64, block_d, 4, 1)
+    if dtype == torch.float32:
+        if block_d <= 128:
+            return SideConfig(32, 32, 32, block_d, 4, 2)
+        return SideConfig(32, 16, 32, block_d, 8, 2)
+    if block_d <= 128:
+        return SideConfig(64, 64, 32, block_d, 4, 3)
+    # Masks of features take registers.
+    return SideConfig(64, 64 if features == block_d else 32, 32, block_d, 8, 3)
+
+
+MOST_RAGGED_COLUMNS = 128
+
+
+def fitting(configs: list[Config], features: int) -> list[Config]:
+    """The configurations as they run with so many features."""
+    narrow = (c if features % c.block_k == 0 else narrowed(c, MOST_RAGGED_COLUMNS) for c in configs)
+    return list(dict.fromkeys(narrow))
 
 
 @cache

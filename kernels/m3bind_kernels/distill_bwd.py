@@ -15,7 +15,7 @@ from m3bind_kernels.configs import Config
 from m3bind_kernels.distill_merge import LN_2
 from m3bind_kernels.distill_sides import Sides
 from m3bind_kernels.divergence import difference, pairs_left_out
-from m3bind_kernels.launch import INTERPRETED, Inputs, block_ranges, launch
+from m3bind_kernels.launch import Inputs, block_ranges, launch
 from m3bind_kernels.tiles import dot_products, is_special, pieces_of, tile_at
 from m3bind_kernels.tuning import choose
 from m3bind_kernels.upstream import LARGEST_EXPONENT
@@ -194,8 +194,8 @@ def distill_bwd_kernel(
         _distill_bwd_kernel, config, *part.student.shape,
         *part.pointers(), *part.masks(config), *ranges, rows.vectors, cols.vectors, boost, wanted,
         out, sums, *part.sizes(), rows.vectors.stride(0), cols.vectors.stride(0), out.stride(0),
-        sums.stride(0), INTERPRETED=INTERPRETED,
-        STORE_BY_DESCRIPTOR=constants["DESCRIPTORS"] and out.dtype != torch.float32, **constants,
+        sums.stride(0), STORE_BY_DESCRIPTOR=constants["DESCRIPTORS"] and out.dtype != torch.float32,
+        **constants,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from m3bind_kernels.configs import Config
 from m3bind_kernels.distill_sides import Sides
 from m3bind_kernels.divergence import moved, pairs_left_out, store_sums, sums_by_own_shifts
-from m3bind_kernels.launch import INTERPRETED, launch
+from m3bind_kernels.launch import launch
 from m3bind_kernels.tiles import dot_products, tile_at
 
 
@@ -95,6 +95,6 @@ def distill_far_kernel(
     launch(
         _distill_far_kernel, config, *part.student.shape,
         *part.pointers(), *part.masks(config), row_parts, col_parts, far, *part.sizes(),
-        row_parts.stride(0), col_parts.stride(0), KL=kl, INTERPRETED=INTERPRETED,
+        row_parts.stride(0), col_parts.stride(0), KL=kl,
         **(part.constants(config) | {"DESCRIPTORS": False}),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from m3bind_kernels.distill_merge import (
 )
 from m3bind_kernels.distill_sides import Sides
 from m3bind_kernels.divergence import pairs_left_out, shifts_above, store_sums, terms
-from m3bind_kernels.launch import INTERPRETED, Inputs, launch
+from m3bind_kernels.launch import Inputs, launch
 from m3bind_kernels.merge import bands, new_parts
 from m3bind_kernels.tiles import (
     dot_products,
@@ -145,8 +145,7 @@ def distill_fwd_kernel(
     launch(
         _distill_fwd_kernel, config, *part.student.shape,
         *part.pointers(), *part.masks(config), row_parts, col_parts, far, *part.sizes(),
-        row_parts.stride(0), col_parts.stride(0), KL=kl, INTERPRETED=INTERPRETED,
-        **part.constants(config),
+        row_parts.stride(0), col_parts.stride(0), KL=kl, **part.constants(config),
     )  # fmt: skip
 
 

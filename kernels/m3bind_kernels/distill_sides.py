@@ -1,18 +1,14 @@
 """Student and teacher as the kernels of similarity_distill want them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from m3bind_kernels.configs import Config
+from m3bind_kernels.configs import INTERPRETED, Config, narrowed
 from m3bind_kernels.launch import Inputs, descriptors_fit
 
-
-def narrowed(config: Config) -> Config:
-    """For features that are no multiple of a step: their masks and addresses would make two tiles
-    of 128 columns spill."""
-    return replace(config, block_n=min(config.block_n, 64))
+MOST_RAGGED_COLUMNS = 64  # of two tiles, student's and teacher's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +57,12 @@ class Sides:
         return all(side.x.shape[1] % config.block_k == 0 for side in (self.student, self.teacher))
 
     def fitting(self, config: Config) -> Config:
-        return config if self.is_even(config) else narrowed(config)
+        return config if self.is_even(config) else narrowed(config, MOST_RAGGED_COLUMNS)
 
     def constants(self, config: Config) -> dict[str, bool]:
         return {
             "EVEN_K": self.is_even(config),
             "HAS_MASKS": self.student.row_mask is not None,
             "DESCRIPTORS": descriptors_fit(self.student) and descriptors_fit(self.teacher),
+            "INTERPRETED": INTERPRETED,
         }

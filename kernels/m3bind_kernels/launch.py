@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from m3bind_kernels.configs import INTERPRETED, Config, multiprocessors
+from m3bind_kernels.configs import INTERPRETED, Config, SideConfig, multiprocessors
 from m3bind_kernels.tiles import _ranges_kernel
 
 LOG2_E = math.log2(math.e)
@@ -67,13 +67,21 @@ class Inputs:
     def numbers(self) -> tuple[Tensor | None, ...]:
         return self.row_class, self.col_class, self.row_mask, self.col_mask
 
-    def ranges(self, config: Config) -> list[Tensor | None]:
+    def ranges(self, config: Config | SideConfig) -> list[Tensor | None]:
         """Extremes of the classes and masks of every block of rows and columns."""
         blocks = (config.block_m, config.block_n) * 2
         return [
             None if values is None else block_ranges(values, block)
             for values, block in zip(self.numbers(), blocks, strict=True)
         ]
+
+    def constants(self, config: Config) -> dict[str, bool]:
+        return {
+            "EVEN_K": self.x.shape[1] % config.block_k == 0,
+            "HAS_MASKS": self.row_mask is not None,
+            "DESCRIPTORS": descriptors_fit(self),
+            "INTERPRETED": INTERPRETED,
+        }
 
     def nats(self) -> Tensor:
         """What a logarithm in the kernels' base is in natural ones. The factor was rounded to

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels.configs import Config
-from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, launch
+from m3bind_kernels.launch import INTERPRETED, Inputs, launch
 from m3bind_kernels.search import choose_search, ordered, search_inputs
 from m3bind_kernels.tiles import dot_products, is_special, listed_products, pair_rules, tile_at
 
@@ -110,14 +110,12 @@ def rank_kernel(
     inputs: Inputs, labels: Tensor, own: Tensor, better: Tensor, config: Config
 ) -> None:
     """Adds how many rows of the gallery come before each listed one."""
-    num_rows, num_cols = inputs.shape
     launch(
-        _rank_kernel, config, num_rows, num_cols,
+        _rank_kernel, config, *inputs.shape,
         inputs.x, inputs.y, inputs.row_mask, inputs.col_mask, *inputs.ranges(config)[2:],
-        labels, own, better, num_rows, num_cols, inputs.x.shape[1], labels.shape[1],
-        EVEN_K=inputs.x.shape[1] % config.block_k == 0, HAS_MASKS=inputs.row_mask is not None,
+        labels, own, better, *inputs.shape, inputs.x.shape[1], labels.shape[1],
         # Several slots are a second loop within that over the tiles.
-        FLATTEN=labels.shape[1] == 1, DESCRIPTORS=descriptors_fit(inputs), INTERPRETED=INTERPRETED,
+        FLATTEN=labels.shape[1] == 1, **inputs.constants(config),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels.configs import Config
-from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, launch
+from m3bind_kernels.launch import Inputs, launch
 from m3bind_kernels.sigmoid import exp_below_zero, sigmoid_of, softplus_of
 from m3bind_kernels.tiles import dot_products, is_special, pair_rules, pieces_of, tile_at
 
@@ -141,17 +141,15 @@ def siglip_kernel(
     sums: Tensor | None = None,  # [3, tiles]
 ) -> None:
     """Fills what is given, for a band of rows: `losses`, or all that belongs to derivatives."""
-    num_rows, num_cols = part.shape
-    use_descriptors = descriptors_fit(part)
+    constants = part.constants(config)
     stride = 0 if out is None else out.stride(0)
-    by_descriptor = use_descriptors and out is not None and out.dtype != torch.float32
+    by_descriptor = constants["DESCRIPTORS"] and out is not None and out.dtype != torch.float32
     launch(
-        _siglip_kernel, config, num_rows, num_cols,
+        _siglip_kernel, config, *part.shape,
         part.x, part.y, logits, *part.numbers(), *part.ranges(config), losses, weights,
         boost, wanted, out, lone, sums,
-        num_rows, num_cols, part.x.shape[1], stride, 0 if sums is None else sums.stride(0),
-        EVEN_K=part.x.shape[1] % config.block_k == 0, HAS_CLASSES=part.row_class is not None,
-        HAS_MASKS=part.row_mask is not None, LOSS=losses is not None, GRADIENT=out is not None,
-        APART=lone is not None, DESCRIPTORS=use_descriptors, STORE_BY_DESCRIPTOR=by_descriptor,
-        INTERPRETED=INTERPRETED,
+        *part.shape, part.x.shape[1], stride, 0 if sums is None else sums.stride(0),
+        HAS_CLASSES=part.row_class is not None, LOSS=losses is not None,
+        GRADIENT=out is not None, APART=lone is not None, STORE_BY_DESCRIPTOR=by_descriptor,
+        **constants,
     )  # fmt: skip

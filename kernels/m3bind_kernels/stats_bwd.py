@@ -1,7 +1,8 @@
 """similarity_stats, backward: gradients of features and scale from the statistics.
 
-In waves of rows: a kernel recomputes the tiles' logits and stores the derivative by every dot
-product, of which `waves` makes gradients.
+Of few features one side after the other, see `stats_side`. Otherwise in waves of rows: a kernel
+recomputes the tiles' logits and stores the derivative by every dot product, of which `waves` makes
+gradients.
 """
 
 import torch
@@ -10,36 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels.configs import Config
-from m3bind_kernels.launch import INTERPRETED, Inputs, block_ranges, descriptors_fit, launch
-from m3bind_kernels.tiles import dot_products, is_special, pair_rules, pieces_of, tile_at
+from m3bind_kernels.derivatives import derivatives, one_exponential
+from m3bind_kernels.launch import Inputs, block_ranges, launch
+from m3bind_kernels.stats_side import MOST_FEATURES, exchanged, stats_side_kernel
+from m3bind_kernels.tiles import dot_products, is_special, pieces_of, tile_at
 from m3bind_kernels.tuning import choose
 from m3bind_kernels.upstream import Upstream, partner_derivatives
 from m3bind_kernels.waves import Gradients
-
-
-@triton.jit
-def _softmax_terms(
-    logits, not_in_row, not_in_col, row_shift, col_shift, row_weight, col_weight, high,
-    one_exponential, SOME_OUT: tl.constexpr,
-):  # fmt: skip
-    """row_weight * 2^(logit - row_shift) + the same of the columns, where a pair is in them."""
-    if one_exponential:
-        power = tl.exp2(logits - high)
-        by_row = (row_weight * tl.exp2(high - row_shift))[:, None]
-        by_col = (col_weight * tl.exp2(high - col_shift))[None, :]
-        if SOME_OUT:
-            grad = tl.where(not_in_row, 0.0, power * by_row)
-            grad += tl.where(not_in_col, 0.0, power * by_col)
-        else:
-            grad = power * (by_row + by_col)
-    else:
-        grad = tl.exp2(logits - row_shift[:, None]) * row_weight[:, None]
-        other = tl.exp2(logits - col_shift[None, :]) * col_weight[None, :]
-        if SOME_OUT:
-            grad = tl.where(not_in_row, 0.0, grad)
-            other = tl.where(not_in_col, 0.0, other)
-        grad += other
-    return grad
 
 
 @triton.jit
@@ -91,9 +69,7 @@ def _stats_bwd_kernel(
         col_range = col_shift_ranges + 2 * col_tile
         low = tl.minimum(tl.load(row_range), tl.load(col_range))
         high = tl.maximum(tl.load(row_range + 1), tl.load(col_range + 1))
-        # No logit is then above `high`, and what underflows (at 2^-126) is below 2^-62 of its row
-        # and column. Where they are further apart one exponential would make inf * 0.
-        one_exponential = high - low <= 64.0
+        one = one_exponential(low, high)
         special = is_special(
             row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,
             row_tile, col_tile, num_rows, num_cols, BLOCK_M, BLOCK_N, HAS_CLASSES, HAS_MASKS,
@@ -101,43 +77,14 @@ def _stats_bwd_kernel(
         by_scale = tl.zeros([BLOCK_M], tl.float32)
         pieces = pieces_of(dots, BLOCK_M, BLOCK_N, PIECE)
         for p in tl.static_range(BLOCK_N // PIECE):
-            part = pieces[p]
             cols = col_tile * BLOCK_N + p * PIECE + tl.arange(0, PIECE)
-            col_at = col_vectors + cols
-            col_shift = tl.load(col_at, mask=cols < num_cols, other=0.0)
-            col_weight = tl.load(col_at + col_stride, mask=cols < num_cols, other=0.0)
-            if special:
-                left_out, positive, not_in_row, not_in_col = pair_rules(
-                    row_class, col_class, row_mask, col_mask, rows, cols, num_rows, num_cols,
-                    HAS_CLASSES, HAS_MASKS,
-                )  # fmt: skip
-                if HAS_CLASSES:
-                    part = tl.where(positive, part - margin, part)
-                grad = _softmax_terms(
-                    part * base2, left_out | not_in_row, left_out | not_in_col,
-                    row_shift, col_shift, row_weight, col_weight, high, one_exponential, True,
-                )  # fmt: skip
-                if HAS_CLASSES:
-                    row_grad = tl.load(row_at + 2 * row_stride, mask=rows < num_rows, other=0.0)
-                    col_grad = tl.load(col_at + 2 * col_stride, mask=cols < num_cols, other=0.0)
-                    grad += tl.where(positive, row_grad[:, None] + col_grad[None, :], 0.0)
-                if TOTALS:
-                    row_grad = tl.load(row_at + 3 * row_stride, mask=rows < num_rows, other=0.0)
-                    col_grad = tl.load(col_at + 3 * col_stride, mask=cols < num_cols, other=0.0)
-                    grad += tl.where(left_out, 0.0, row_grad[:, None] + col_grad[None, :])
-                by_scale += tl.sum(grad * part, 1)
-                if APART:
-                    grad = tl.where(not_in_row & not_in_col, 0.0, grad)
-            else:
-                grad = _softmax_terms(
-                    part * base2, 0, 0, row_shift, col_shift, row_weight, col_weight,
-                    high, one_exponential, False,
-                )  # fmt: skip
-                if TOTALS:
-                    row_grad = tl.load(row_at + 3 * row_stride)
-                    col_grad = tl.load(col_at + 3 * col_stride)
-                    grad += row_grad[:, None] + col_grad[None, :]
-                by_scale += tl.sum(grad * part, 1)
+            grad, by_dot = derivatives(
+                pieces[p], row_class, col_class, row_mask, col_mask, rows, cols, num_rows,
+                num_cols, row_at, col_vectors + cols, row_stride, col_stride, row_shift,
+                row_weight, base2, margin, high, one, special,
+                HAS_CLASSES, HAS_MASKS, TOTALS, APART,
+            )  # fmt: skip
+            by_scale += by_dot
             rounded = grad.to(out.dtype.element_ty)
             if STORE_BY_DESCRIPTOR:
                 first_col = col_tile * BLOCK_N + p * PIECE
@@ -156,19 +103,15 @@ def stats_bwd_kernel(
     """Fills `out` [rows of the band, M] with derivatives by the dot products, and the parts of the
     scale's gradient, one a tile. `ranges`: of the shifts of the band's rows and of the columns."""
     part = inputs.rows(band)
-    num_rows, num_cols = part.shape
-    use_descriptors = descriptors_fit(inputs)
     row_vectors = upstream.rows[:, band]
+    constants = part.constants(config)
     launch(
-        _stats_bwd_kernel, config, num_rows, num_cols,
+        _stats_bwd_kernel, config, *part.shape,
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(config), *ranges,
-        row_vectors, upstream.cols, out, scale_parts, num_rows, num_cols, part.x.shape[1],
+        row_vectors, upstream.cols, out, scale_parts, *part.shape, part.x.shape[1],
         row_vectors.stride(0), upstream.cols.stride(0), out.stride(0), part.margin,
-        EVEN_K=part.x.shape[1] % config.block_k == 0, HAS_CLASSES=part.row_class is not None,
-        HAS_MASKS=part.row_mask is not None, TOTALS=part.totals, APART=apart,
-        DESCRIPTORS=use_descriptors,
-        STORE_BY_DESCRIPTOR=use_descriptors and out.dtype != torch.float32,
-        INTERPRETED=INTERPRETED,
+        HAS_CLASSES=part.row_class is not None, TOTALS=part.totals, APART=apart,
+        STORE_BY_DESCRIPTOR=constants["DESCRIPTORS"] and out.dtype != torch.float32, **constants,
     )  # fmt: skip
 
 
@@ -196,12 +139,13 @@ def similarity_stats_bwd(
     if 0 in inputs.shape:
         return grads.x, grads.y.to(y.dtype), grads.y.new_zeros(())
     upstream = Upstream.of(row_lse, col_lse, grad_rows, grad_cols, inputs.nats())
+    fill = _fill_by_sides if x.shape[1] <= MOST_FEATURES else _fill_by_waves
     with torch.cuda.device_of(x):
-        grad_scale = _fill(grads, upstream)
+        grad_scale = fill(grads, upstream)
     return grads.x, grads.y.to(y.dtype), grad_scale
 
 
-def _fill(grads: Gradients, upstream: Upstream) -> Tensor:
+def _fill_by_waves(grads: Gradients, upstream: Upstream) -> Tensor:
     """Fills the gradients of the features; returns that of the scale."""
     inputs = grads.inputs
     back = inputs.scale / upstream.factor
@@ -231,3 +175,30 @@ def _fill(grads: Gradients, upstream: Upstream) -> Tensor:
         lone = partner_derivatives(grads.col_partner, upstream.cols, upstream.rows)
     grads.finish(back, lone)
     return (torch.stack(by_scale).sum() / upstream.factor).float()
+
+
+def _fill_by_sides(grads: Gradients, upstream: Upstream) -> Tensor:
+    """The same for few features, without waves."""
+    inputs = grads.inputs
+    back = inputs.scale / upstream.factor
+    need_x, need_y = grads.x.shape[0] > 0, grads.y.shape[0] > 0
+    by_scale = None
+    if need_x or not need_y:
+        found, by_scale = stats_side_kernel(inputs, upstream, grads.other_y, need_x, grads.apart)
+        if need_x:
+            lone = None
+            if grads.row_partner is not None:
+                lone = partner_derivatives(grads.row_partner, upstream.rows, upstream.cols)
+            grads.set_rows(slice(None), found, back, lone)
+    if need_y:
+        found, by_dot = stats_side_kernel(
+            exchanged(inputs), upstream.exchanged(), grads.other_x, True, grads.apart
+        )
+        by_scale = by_dot if by_scale is None else by_scale
+        grads.y = found
+    lone = None
+    if grads.col_partner is not None:
+        lone = partner_derivatives(grads.col_partner, upstream.cols, upstream.rows)
+    grads.finish(back, lone)
+    assert by_scale is not None
+    return (by_scale / upstream.factor).float()

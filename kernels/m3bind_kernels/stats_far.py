@@ -4,12 +4,14 @@ Runs after the forward kernel, on the few tiles that it named (usually none): ev
 column is shifted by its own maximum, with two exponentials a logit.
 """
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels.configs import Config
-from m3bind_kernels.launch import INTERPRETED, Inputs, launch
+from m3bind_kernels.launch import Inputs, launch
 from m3bind_kernels.tiles import dot_products, finite_shift, pair_rules, tile_at
 
 
@@ -72,15 +74,20 @@ def _stats_far_kernel(
             tl.store(row_at + row_plane, row_sum, mask=rows < num_rows)
 
 
+def far_config(config: Config) -> Config:
+    """The forward kernel's tiles, in pieces that do not spill."""
+    return replace(config, piece=min(config.piece, 16))
+
+
 def stats_far_kernel(
     part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, config: Config
 ) -> None:
     """Corrects shifts and sums of powers in the tiles that `far` names."""
-    num_rows, num_cols = part.shape
+    config = far_config(config)
     launch(
-        _stats_far_kernel, config, num_rows, num_cols,
+        _stats_far_kernel, config, *part.shape,
         part.x, part.y, part.factor, *part.numbers(), row_parts, col_parts, far,
-        num_rows, num_cols, part.x.shape[1], row_parts.stride(0), col_parts.stride(0), part.margin,
-        EVEN_K=part.x.shape[1] % config.block_k == 0, HAS_CLASSES=part.row_class is not None,
-        HAS_MASKS=part.row_mask is not None, DESCRIPTORS=False, INTERPRETED=INTERPRETED,
+        *part.shape, part.x.shape[1], row_parts.stride(0), col_parts.stride(0), part.margin,
+        HAS_CLASSES=part.row_class is not None,
+        **(part.constants(config) | {"DESCRIPTORS": False}),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels.configs import Config
-from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, launch
+from m3bind_kernels.launch import Inputs, launch
 from m3bind_kernels.merge import bands, empty_state, merge_kernel, new_parts
 from m3bind_kernels.stats_far import stats_far_kernel
 from m3bind_kernels.tiles import (
@@ -134,16 +134,12 @@ def stats_fwd_kernel(
 ) -> None:
     """Fills the partial statistics [planes, tiles, N or M] of a band of rows. The sums of powers
     are not good in tiles that `far` [tiles] then names."""
-    num_rows, num_cols = part.shape
-    use_descriptors = descriptors_fit(part)
     launch(
-        _stats_fwd_kernel, config, num_rows, num_cols,
+        _stats_fwd_kernel, config, *part.shape,
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(config),
-        row_parts, col_parts, far, num_rows, num_cols, part.x.shape[1],
+        row_parts, col_parts, far, *part.shape, part.x.shape[1],
         row_parts.stride(0), col_parts.stride(0), part.margin,
-        EVEN_K=part.x.shape[1] % config.block_k == 0, HAS_CLASSES=part.row_class is not None,
-        HAS_MASKS=part.row_mask is not None, TOTALS=part.totals, DESCRIPTORS=use_descriptors,
-        INTERPRETED=INTERPRETED,
+        HAS_CLASSES=part.row_class is not None, TOTALS=part.totals, **part.constants(config),
     )  # fmt: skip
 
 

@@ -80,6 +80,26 @@ def _add_product(dots, a, b, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def row_features(
+    x, rows, num_rows, num_features, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr
+):  # fmt: skip
+    """All features [rows, BLOCK_D]; zeros beyond the last one, and beyond the last row."""
+    at = tl.arange(0, BLOCK_D)
+    mask = (rows < num_rows)[:, None]
+    if not EVEN_D:
+        mask = mask & (at < num_features)[None, :]
+    return tl.load(x + rows.to(tl.int64)[:, None] * num_features + at[None, :], mask, other=0.0)
+
+
+@triton.jit
+def times(a, b, INTERPRETED: tl.constexpr):
+    """a @ b in float32."""
+    if INTERPRETED:  # see _add_product
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
 def pieces_of(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECE: tl.constexpr):
     """The tile in pieces of PIECE columns, so that what is computed of it fits the registers."""
     if BLOCK_N == PIECE:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels.configs import Config, multiprocessors
-from m3bind_kernels.launch import INTERPRETED, Inputs, descriptors_fit, start
+from m3bind_kernels.launch import Inputs, start
 from m3bind_kernels.search import choose_search, ordered, search_inputs
 from m3bind_kernels.tiles import dot_products, is_special, pair_rules, pieces_of
 from m3bind_kernels.topk_keep import NO_KEY, keep_best
@@ -135,9 +135,7 @@ def topk_kernel(inputs: Inputs, k: int, config: Config) -> Tensor:
         keys, keys.new_empty(lists, dtype=torch.int32), keys.new_empty(lists, dtype=torch.float32),
         num_rows, num_cols, inputs.x.shape[1], k, num_parts, tiles_a_part,
         min(space - config.block_n, k + max(k, 32)),
-        EVEN_K=inputs.x.shape[1] % config.block_k == 0, CAPACITY=space,
-        HAS_MASKS=inputs.row_mask is not None, DESCRIPTORS=descriptors_fit(inputs),
-        INTERPRETED=INTERPRETED,
+        CAPACITY=space, **inputs.constants(config),
     )  # fmt: skip
     return keys[:num_rows].flatten(1)
 

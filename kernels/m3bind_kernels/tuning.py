@@ -10,7 +10,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from m3bind_kernels.configs import Config, for_device
+from m3bind_kernels.configs import Config, fitting, for_device
 from m3bind_kernels.launch import Inputs
 
 # Below this many pairs the difference is less than the time of the launches.
@@ -33,7 +33,8 @@ def choose(kernel: str, inputs: Inputs, attempt: Callable[[Inputs, Config], obje
     under `torch.use_deterministic_algorithms`, since another tile adds up in another order.
     """
     device = inputs.x.device
-    configs = for_device(kernel, inputs.x.dtype != torch.float32, device)
+    features = inputs.x.shape[1]
+    configs = fitting(for_device(kernel, inputs.x.dtype != torch.float32, device), features)
     num_rows, num_cols = inputs.shape
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     fixed = capturing or torch.are_deterministic_algorithms_enabled()

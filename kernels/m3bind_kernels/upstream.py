@@ -43,6 +43,9 @@ class Upstream:
         )
         return Upstream(rows=rows, cols=cols, factor=factor)
 
+    def exchanged(self) -> "Upstream":
+        return Upstream(rows=self.cols, cols=self.rows, factor=self.factor)
+
 
 def _vectors(lse: Tensor, grad: Tensor) -> Tensor:
     # Nothing was summed: there is no logit to which this shift matters.

@@ -69,12 +69,15 @@ class Gradients:
         """A wave's products. `back` [] float64 turns derivatives into those by the features; `lone`
         [rows of the band] are those at the partners, where they are apart."""
         if self.x.shape[0] > 0:
-            part = product(wave, self.other_y)
-            if self.row_partner is not None and lone is not None:
-                add_partners(part, self.row_partner[band], lone, self.inputs.y)
-            self.x[band] = part.mul_(back / self.factor_y)
+            self.set_rows(band, product(wave, self.other_y), back, lone)
         if self.y.shape[0] > 0:
             add_product(self.y, wave.T, self.other_x[band])
+
+    def set_rows(self, band: slice, sums: Tensor, back: Tensor, lone: Tensor | None = None) -> None:
+        """The gradient of some rows of x, from their sums of derivative * other_y."""
+        if self.row_partner is not None and lone is not None:
+            add_partners(sums, self.row_partner[band], lone, self.inputs.y)
+        self.x[band] = sums.mul_(back / self.factor_y)
 
     def finish(self, back: Tensor, lone: Tensor | None = None) -> None:
         """Makes the gradient of y of the sum of all products; `lone` [M]."""

@@ -21,6 +21,7 @@ from m3bind_kernels import (
     stats_bwd,
     stats_far,
     stats_fwd,
+    stats_side,
     tiles,
     topk,
     waves,
@@ -35,6 +36,7 @@ KERNELS = {
     "stats_fwd": stats_fwd._stats_fwd_kernel,
     "stats_far": stats_far._stats_far_kernel,
     "stats_bwd": stats_bwd._stats_bwd_kernel,
+    "stats_side": stats_side._stats_side_kernel,
     "merge": merge._merge_kernel,
     "rank_own": rank._rank_own_kernel,
     "rank": rank._rank_kernel,
@@ -50,7 +52,7 @@ KERNELS = {
 POINTERS = dict.fromkeys(
     ("factor", "row_parts", "col_parts", "row_vectors", "col_vectors", "scale_parts", "parts",
      "row_shift_ranges", "col_shift_ranges", "logits", "losses", "weights", "boost", "lone", "sums",
-     "ratio", "factors", "total", "limits"), "*fp32",
+     "ratio", "factors", "total", "limits", "gradient"), "*fp32",
 ) | dict.fromkeys(
     ("values", "far", "wanted", "labels", "own", "better", "counts"), "*i32",
 ) | {"state": "*fp64", "keys": "*i64"}  # fmt: skip
@@ -108,7 +110,7 @@ def signature(
             kinds[name] = "constexpr"
         elif name in ("x", "y", "teacher_x", "teacher_y"):
             kinds[name] = f"*{dtype}"
-        elif name == "out":
+        elif name in ("out", "other"):
             kinds[name] = f"*{out}"
         elif "class" in name or "mask" in name:
             kinds[name] = "*i32"

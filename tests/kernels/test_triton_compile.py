@@ -8,12 +8,22 @@ for 256, 512, 768 and 1024, which differ in nothing that Triton looks at.
 import re
 
 import pytest
-from compiled import SHARED_LIMIT, compile_for, compile_kernel, stats_constants
+import torch
+from compiled import (
+    KERNELS,
+    SHARED_LIMIT,
+    TENSOR_CORE,
+    compile_for,
+    compile_kernel,
+    stats_constants,
+)
 from triton.backends.compiler import GPUTarget
 
-from m3bind_kernels.configs import _ROCM, Config, candidates
+from m3bind_kernels.configs import _ROCM, Config, candidates, fitting, side_config
+from m3bind_kernels.stats_far import far_config
 
 CAPABILITIES = (80, 90, 100)
+ODD = 123  # features
 # (classes, masks, totals): the default, and everything at once.
 DIAGONAL, EVERYTHING = (True, False, False), (True, True, True)
 
@@ -21,7 +31,8 @@ DIAGONAL, EVERYTHING = (True, False, False), (True, True, True)
 def configurations(kernel: str, half: bool, capability: int) -> list[Config]:
     # stats_far runs with the configuration of the forward pass.
     listed = "stats_bwd" if kernel == "stats_bwd" else "stats_fwd"
-    return candidates(listed, half, capability, SHARED_LIMIT[capability])
+    found = candidates(listed, half, capability, SHARED_LIMIT[capability])
+    return [far_config(config) for config in found] if kernel == "stats_far" else found
 
 
 def check(kernel, capability, config, given, dtype, out, tmp_path, *, even=True, **fixed):
@@ -92,8 +103,9 @@ def test_every_configuration(case, tmp_path):
 @pytest.mark.parametrize("dtype", ("bf16", "fp32"))
 def test_odd_number_of_features(kernel, dtype, tmp_path):
     capability = 90 if dtype == "bf16" else 80
-    config = configurations(kernel, dtype != "fp32", capability)[0]
-    check(kernel, capability, config, EVERYTHING, dtype, "fp32", tmp_path, even=False)
+    listed = configurations(kernel, dtype != "fp32", capability)
+    for config in fitting(listed, ODD):
+        check(kernel, capability, config, EVERYTHING, dtype, "fp32", tmp_path, even=False)
 
 
 @pytest.mark.parametrize("kernel", ("stats_fwd", "stats_far", "stats_bwd"))
@@ -120,6 +132,45 @@ def test_merge_and_ranges(capability, sums, tmp_path):
     )
     for result in (merged, ranges):
         assert result.stack == result.count("STL") == result.count("LDL") == 0
+
+
+def check_side(capability, features, given, dtype, other, tmp_path):
+    classes, masks, totals = given
+    half = other != "fp32"
+    config = side_config(torch.float16 if half else torch.float32, features)
+    constants = {
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "BLOCK_D": config.block_d, "EVEN_K": features % config.block_k == 0,
+        "EVEN_D": features == config.block_d, "HAS_CLASSES": classes,
+        "HAS_MASKS": masks, "TOTALS": totals, "GRADIENT": True, "INTERPRETED": False,
+        "APART": classes and dtype == other == "fp16",
+    }  # fmt: skip
+    arguments = KERNELS["stats_side"].arg_names
+    absent = ("class" if not classes else "-", "mask" if not masks else "-")
+    constants |= dict.fromkeys(n for n in arguments if any(kind in n for kind in absent))
+    result = compile_kernel(
+        "stats_side", capability, tmp_path, dtype=dtype, out=other,
+        num_warps=config.num_warps, num_stages=config.num_stages, **constants,
+    )  # fmt: skip
+    assert result.stack == result.count("STL") == result.count("LDL") == 0
+    assert result.shared <= SHARED_LIMIT[capability]
+    assert (result.count(TENSOR_CORE[capability]) > 0) == half
+
+
+def test_side(tmp_path):
+    check_side(90, 128, DIAGONAL, "bf16", "fp16", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", (DIAGONAL, EVERYTHING), ids=("diagonal", "everything"))
+@pytest.mark.parametrize("features", (13, 16, 32, 61, 64, 96, 123, 128, 251, 256))
+@pytest.mark.parametrize(
+    ("capability", "dtype", "other"),
+    [(c, d, "fp16") for c in CAPABILITIES for d in ("bf16", "fp16")]
+    + [(80, d, "fp32") for d in ("bf16", "fp16", "fp32")],
+)
+def test_every_side(capability, dtype, other, features, given, tmp_path):
+    check_side(capability, features, given, dtype, other, tmp_path)
 
 
 @pytest.mark.parametrize("kernel", ("stats_fwd", "stats_far", "stats_bwd"))

@@ -15,7 +15,7 @@ from test_clip_features import features, widened
 from test_clip_loss import HARD, rows_with_logits
 
 from m3bind.ops import clip_loss, similarity_lse
-from m3bind_kernels import launch, merge, waves
+from m3bind_kernels import launch, merge, stats_bwd, waves
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,7 +119,9 @@ def test_shape_against_float64(n, d, scale, noise, dtype):
 
 @pytest.fixture
 def many_waves(monkeypatch):
-    """As for very large matrices: rounded derivatives, several bands of rows, several waves."""
+    """As for very large matrices of many features: rounded derivatives, several bands of rows,
+    several waves."""
+    monkeypatch.setattr(stats_bwd, "MOST_FEATURES", 0)
     monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
     monkeypatch.setattr(waves, "WAVE_BYTES", 0)
     monkeypatch.setattr(waves, "WAVE_ROWS", 64)
@@ -129,6 +131,14 @@ def many_waves(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_waves_against_float64(many_waves, dtype):
     check_rule(list(shape_samples(140, 40, 30.0, 2.0, dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("d", (16, 33, 130))
+def test_sides_with_rounded_derivatives(monkeypatch, d, dtype):
+    """Few features, as for very large matrices."""
+    monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
+    check_rule(list(shape_samples(140, d, 30.0, 2.0, dtype)))
 
 
 @pytest.mark.parametrize("feature", ("mask_ids", "margin", "smoothing", "labels"))
