@@ -9,6 +9,7 @@ Environment:
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,7 @@ class CMakeBuild(build_ext):
         # One folder a Python version, so that builds for several do not overwrite each other.
         work = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cmake = find_tool("cmake")
+        of_native = runpy.run_path(str(ROOT / "m3bind" / "sources.py"))["of_native"]
         configure = [
             cmake,
             # An isolated build's cmake and ninja vanish with it: never trust the cached paths.
@@ -89,6 +91,8 @@ class CMakeBuild(build_ext):
             f"-DM3BIND_TORCH_DIR={torch}",
             f"-DM3BIND_TORCH_VERSION={torch_version(torch)}",
             f"-DM3BIND_CUDA={cuda}",
+            f"-DM3BIND_CPP_SOURCES_HASH={of_native(ROOT, 'cpp')}",
+            f"-DM3BIND_CUDA_SOURCES_HASH={of_native(ROOT, 'cuda')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
         ]
         for command in (configure, [cmake, "--build", str(work)]):
