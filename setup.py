@@ -70,6 +70,8 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         out.mkdir(parents=True, exist_ok=True)
+        for old in out.glob("_C_cuda.*"):  # of a build with CUDA, if this one is without
+            old.unlink()
         # One folder a Python version, so that builds for several do not overwrite each other.
         work = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cmake = find_tool("cmake")
@@ -102,6 +104,16 @@ class CMakeBuild(build_ext):
                     f"m3bind: the native build failed (see above); M3BIND_NATIVE=0 installs the "
                     f"pure-Python package without it: {' '.join(command[:3])}"
                 )
+
+    def copy_extensions_to_source(self) -> None:
+        """For `--inplace` and editable installs: _C_cuda too, which is no Extension of its own, as
+        CMake decides whether it is built."""
+        super().copy_extensions_to_source()
+        package = ROOT / "m3bind"
+        for old in package.glob("_C_cuda.*"):
+            old.unlink()
+        for module in (Path(self.build_lib) / "m3bind").glob("_C_cuda.*"):
+            shutil.copy2(module, package)
 
 
 class BuildPy(build_py):
