@@ -28,8 +28,8 @@ import record
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = Path(__file__).parent
 RESULTS = BENCHMARKS / "results"
-SECONDS = {"full": 465, "quick": 112, "cpu": 112}  # of eight and two minutes
-SANITIZED_OPS = ("clip_loss", "siglip_loss", "similarity_distill", "similarity_topk",
+SECONDS = {"full": 465, "quick": 112}  # of eight and two minutes
+OPS = ("clip_loss", "siglip_loss", "similarity_distill", "similarity_topk",
                  "similarity_rank")  # fmt: skip
 # Errors that calls of the driver return are torch's, which asks what there is.
 SANITIZERS = {
@@ -69,8 +69,11 @@ class Ended:
 
 
 class Run:
-    def __init__(self, mode: str, device: str, folder: Path, out: Path | None) -> None:
+    def __init__(
+        self, mode: str, device: str, folder: Path, out: Path | None, seconds: float
+    ) -> None:
         self.mode, self.device, self.folder, self.out = mode, device, folder, out
+        self.seconds = seconds
         self.start = time.perf_counter()
         self.parts: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
@@ -177,7 +180,7 @@ class Run:
         """What one part does not use, the later ones have."""
         waiting = list(plan)
         while waiting:
-            left = SECONDS[self.mode] - (time.perf_counter() - self.start)
+            left = self.seconds - (time.perf_counter() - self.start)
             total = sum(plan[name][0] for name in waiting)
             weight, work = plan[name := waiting.pop(0)]
             self.part(name, work, max(1.0, left * weight / total))
@@ -309,7 +312,7 @@ def warm(run: Run) -> Callable[[float], str]:
         steps = [
             run.python(f"warm-{op}", "gpu_rows.py", op, "--plan", run.mode, "--warm",
                        "--rows", str(run.folder / "none"), "--seconds", str(limit))
-            for op in SANITIZED_OPS
+            for op in OPS
         ]  # fmt: skip
         return told(run.all_at_once(steps, limit), "compiled and tuned")
 
@@ -323,7 +326,7 @@ def sanitizer(run: Run) -> Callable[[float], str]:
         if tool is None or not run.gpu:
             reason = "compute-sanitizer is not installed" if run.gpu else "it needs a GPU"
             found = [sanitized(name, op, "triton", f"not run: {reason}")
-                     for name in names for op in SANITIZED_OPS]  # fmt: skip
+                     for name in names for op in OPS]  # fmt: skip
             keep(run, found)
             return f"not run: {reason}"
         steps = [
@@ -334,12 +337,12 @@ def sanitizer(run: Run) -> Callable[[float], str]:
                 # memcheck sees what lies beyond an allocation, not beyond a part of a pool.
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )
-            for name, options in SANITIZERS.items() for op in SANITIZED_OPS
+            for name, options in SANITIZERS.items() for op in OPS
         ]  # fmt: skip
         ended = run.all_at_once(steps, limit)
         keep(run, [
             sanitized(name, op, "triton", outcome_of(ended[f"{name}-{op}"]))
-            for name in names for op in SANITIZED_OPS
+            for name in names for op in OPS
         ])  # fmt: skip
         return told(ended, "watched the Triton kernels")
 
@@ -364,16 +367,16 @@ def keep(run: Run, lines: list[dict[str, str]]) -> None:
     (run.folder / "sanitizer.jsonl").write_text(text, encoding="utf-8")
 
 
-def rows(run: Run, op: str, *more: str) -> Callable[[float], str]:
+def rows(run: Run, *what: str) -> Callable[[float], str]:
+    """Of operators, with the options of gpu_rows.py."""
+
     def work(limit: float) -> str:
-        if "--large" in more and run.mode == "quick":
-            return "not run: a quick run has no time for it"
-        name = "-".join(["rows", op, *(word.strip("-") for word in more)])
+        name = "-".join(["rows", *(word.strip("-") for word in what)])
         file = run.folder / f"{name}.jsonl"
         step = run.python(
-            name, "gpu_rows.py", op, "--plan", run.mode, "--rows", str(file),
+            name, "gpu_rows.py", *what, "--plan", run.mode, "--rows", str(file),
             "--facts", str(run.folder / "facts.json"),
-            "--seconds", f"{max(limit / 2, limit - STARTING):.1f}", *more,
+            "--seconds", f"{max(limit / 2, limit - STARTING):.1f}",
         )  # fmt: skip
         ended = run.all_at_once([step], limit)
         found = run.lines(file.name)
@@ -394,23 +397,26 @@ def loading(run: Run) -> Callable[[float], str]:
 
 
 def plan_of(run: Run) -> dict[str, tuple[float, Callable[[float], str]]]:
-    """Parts with their shares of the time (full, quick), the most wanted first."""
-    shares: dict[str, tuple[float, float, Callable[[float], str]]] = {
-        "build": (95, 40, build(run)),
-        "facts": (15, 10, facts(run)),
-        "tests": (130, 25, tests(run)),
-        "warm": (45, 10, warm(run)),
-        "clip_loss": (40, 8, rows(run, "clip_loss")),
-        "similarity_topk": (25, 6, rows(run, "similarity_topk")),
-        "siglip_loss": (25, 7, rows(run, "siglip_loss")),
-        "similarity_distill": (25, 7, rows(run, "similarity_distill")),
-        "similarity_rank": (15, 6, rows(run, "similarity_rank")),
-        "large": (35, 6, rows(run, "clip_loss", "--large")),
-        "sanitizer": (40, 10, sanitizer(run)),
-        "loading": (20, 14, loading(run)),
-    }
-    return {name: (full if run.mode == "full" else quick, work)
-            for name, (full, quick, work) in shares.items()}  # fmt: skip
+    """Parts with their shares of the time, the most wanted first."""
+    first = {"build": (95, build(run)), "facts": (15, facts(run)), "tests": (130, tests(run))}
+    last = {"sanitizer": (40, sanitizer(run)), "loading": (20, loading(run))}
+    if run.mode == "full":
+        return (
+            first
+            | {
+                "warm": (45, warm(run)),
+                "clip_loss": (40, rows(run, "clip_loss")),
+                "similarity_topk": (25, rows(run, "similarity_topk")),
+                "siglip_loss": (25, rows(run, "siglip_loss")),
+                "similarity_distill": (25, rows(run, "similarity_distill")),
+                "similarity_rank": (15, rows(run, "similarity_rank")),
+                "large": (35, rows(run, "clip_loss", "--large")),
+            }
+            | last
+        )
+    # In one process, which starts once; the case that nobody can hold needs more than a quick run.
+    large = {"large": (15, rows(run, "clip_loss", "--large"))} if run.mode == "cpu" else {}
+    return first | {"warm": (45, warm(run)), "rows": (120, rows(run, *OPS))} | large | last
 
 
 def has_gpu() -> bool:
@@ -431,7 +437,8 @@ def main() -> None:
             "make gpu: torch finds no NVIDIA GPU here; DEVICE=cpu goes the same way without one, "
             "at sizes that say nothing"
         )
-    run = Run(mode, given.device, ROOT / "build" / f"gpu-{mode}", given.out)
+    seconds = SECONDS["quick" if given.quick else "full"]
+    run = Run(mode, given.device, ROOT / "build" / f"gpu-{mode}", given.out, seconds)
     plan = plan_of(run)
     chosen = given.parts.split(",") if given.parts else list(plan)
     if unknown := set(chosen) - set(plan):

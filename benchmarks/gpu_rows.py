@@ -1,7 +1,7 @@
-"""Times and errors of one operator on the device, for `make gpu`: a line a row, as soon as it is
+"""Times and errors of operators on the device, for `make gpu`: a line a row, as soon as it is
 known. M3BIND_BENCH_DEVICE names the device.
 
-python benchmarks/gpu_rows.py OP --plan full --rows FILE --seconds 30 [--large | --warm]
+python benchmarks/gpu_rows.py OP... --plan full --rows FILE --seconds 30 [--large | --warm]
 
 --warm runs each of our kernels once, so that the compiler's and the tuner's work is on the disk;
 --large is the one case of the plan that nobody can hold.
@@ -286,7 +286,7 @@ class Worker:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("op", choices=JOBS)
+    parser.add_argument("ops", nargs="+", choices=JOBS, metavar="OP")
     parser.add_argument("--plan", choices=PLANS, required=True)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--facts", type=Path, help="JSON with the measured rates of GEMMs")
@@ -299,8 +299,12 @@ def main() -> None:
     if given.facts is not None and given.facts.is_file():
         facts = json.loads(given.facts.read_text())
         rates = {"bf16": facts["gemm_tflops"], "fp32": facts["gemm_tflops_fp32"]}
-    worker = Worker(given.op, PLANS[given.plan], given.rows, rates, given.seconds)
-    (worker.large if given.large else worker.warm if given.warm else worker.run)()
+    end = time.perf_counter() + given.seconds
+    for done, op in enumerate(given.ops):
+        # What one operator does not use, the later ones have.
+        seconds = (end - time.perf_counter()) / (len(given.ops) - done)
+        worker = Worker(op, PLANS[given.plan], given.rows, rates, seconds)
+        (worker.large if given.large else worker.warm if given.warm else worker.run)()
 
 
 if __name__ == "__main__":
