@@ -2,7 +2,7 @@
 runs once. A machine that changes its clock then favours nobody.
 
 M3BIND_BENCH_SIZES, _DTYPES, _THREADS and _SECONDS choose batches, dtypes, threads (1) and about how
-long the rounds of one group last; M3BIND_BENCH_DEVICE the device, "cpu" unless told. On a GPU,
+long the rounds of one group last; M3BIND_BENCH_DEVICE, which `make gpu` sets, the device. On a GPU,
 events on the stream tell the time. A contestant that cannot run, or fails, leaves the others alone.
 """
 

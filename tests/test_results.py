@@ -196,6 +196,32 @@ def test_limits_add_up_to_the_whole_and_pass_on_what_is_left(load, tmp_path):
     assert limits[0] == pytest.approx(75, abs=2) and limits[1] == pytest.approx(100, abs=4)
 
 
+FAKE_SANITIZER = """#!/bin/sh
+case "$*" in
+  *memcheck*similarity_topk*) echo "========= ERROR SUMMARY: 2 errors"; exit 99;;
+  *racecheck*siglip_loss*) echo "no kernel image"; exit 1;;
+  *racecheck*similarity_rank*) sleep 60;;
+esac
+"""
+
+
+def test_what_the_sanitizer_reports_is_kept_by_operator(load, tmp_path, monkeypatch):
+    gpu = load("gpu")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(FAKE_SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run = gpu.Run("full", "cuda", tmp_path / "work", tmp_path / "out", 100)
+    with pytest.raises(gpu.Incomplete, match="past the limit: racecheck-similarity_rank"):
+        gpu.sanitizer(run)(4.0)
+    found = {(s["tool"], s["op"]): s["outcome"] for s in run.record()["sanitizer"]}
+    assert len(found) == 10
+    assert found["memcheck", "similarity_topk"] == "errors: ========= ERROR SUMMARY: 2 errors"
+    assert found["racecheck", "siglip_loss"] == "failed with 1: no kernel image"
+    assert found["racecheck", "similarity_rank"] == "not finished"
+    assert found["memcheck", "clip_loss"] == found["racecheck", "clip_loss"] == "no errors"
+
+
 def test_only_a_full_run_on_a_gpu_is_a_result(load, tmp_path, monkeypatch):
     gpu = load("gpu")
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
