@@ -163,12 +163,16 @@ def with_block(text: str, content: str) -> str:
 
 
 def verified(records: list[Record]) -> dict[str, Any]:
-    """By architecture; of two devices of one architecture the later record counts."""
+    """By architecture. Speeds are compared within one record: of two devices of one architecture,
+    the later one that verified a primitive in a dtype says all of it."""
     found: dict[str, Any] = {}
     for record in sorted(records, key=lambda record: record["date"]):
         for primitive, by_backend in verify.verified(record).items():
+            at = found.setdefault(record["architecture"], {}).setdefault(primitive, {})
+            for dtype in {dtype for by_dtype in by_backend.values() for dtype in by_dtype}:
+                for earlier in at.values():
+                    earlier.pop(dtype, None)
             for backend, by_dtype in by_backend.items():
-                at = found.setdefault(record["architecture"], {}).setdefault(primitive, {})
                 at.setdefault(backend, {}).update(by_dtype)
     return found
 

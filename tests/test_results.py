@@ -343,6 +343,14 @@ def test_backends_select_by_what_a_record_verifies(load, kept, monkeypatch):
         backends.verified_for.cache_clear()
 
 
+def test_of_two_devices_of_an_architecture_the_later_one_counts(load, kept):
+    later = json.loads(json.dumps(kept)) | {"device": "NVIDIA H200", "date": "2026-02-03"}
+    later["tests"] = later["tests"][1:]  # none of triton
+    found = load("render").verified([later, kept])["sm_90"]["similarity_stats"]
+    assert not found["triton"]  # never its speed on one beside another's on the other
+    assert found["chunked"]["bf16"]["device"] == "NVIDIA H200"
+
+
 # What is made of it.
 
 
