@@ -11,13 +11,14 @@ OUT    ?= runs/demo
 
 TRITON36 := $(CURDIR)/.venv-triton36
 
-.PHONY: setup demo test test-all test-triton36 bench support lint format ablation clean help
+.PHONY: setup demo test test-all test-triton36 bench gpu support lint format ablation clean help
 
 help:
 	@echo "make demo      the whole path on a simulated cohort: $(OUT)/report.html"
 	@echo "make test      the tests (make test-all: the slow ones too)"
 	@echo "make test-triton36  the Triton kernels with Triton 3.6 and torch 2.11"
 	@echo "make bench     the benchmarks against the peers, their table in README.md"
+	@echo "make gpu       builds, tests and measures on an NVIDIA GPU, in eight minutes (QUICK=1: two)"
 	@echo "make support   docs/support.md out of the operators' tests"
 	@echo "make lint      ruff, clang-format, mypy, import layers"
 	@echo "make ablation  the demo with three seeds, tabulated"
@@ -59,6 +60,15 @@ test-triton36: $(TRITON36)/.m3bind-setup
 # Every part, or those that are named: make bench PARTS="clip topk". On a quiet machine.
 bench: setup
 	$(BIN)/python benchmarks/run.py $(PARTS)
+
+# All that needs an NVIDIA GPU, recorded under benchmarks/results/<device>; `m3bind results` then
+# renders it. It installs nothing: torch, triton, pytest, pytest-benchmark, numpy, cmake, ninja,
+# pybind11 and CUDA's compiler are there. QUICK=1: two minutes, into build/gpu-quick. RECORDS=folder:
+# written there instead. DEVICE=cpu: the same way without a GPU, at sizes that say nothing.
+# M3BIND_COMMIT names the commit of a copy without .git.
+gpu:
+	$(or $(shell command -v python),$(PYTHON)) benchmarks/gpu.py $(if $(QUICK),--quick) \
+	    $(if $(DEVICE),--device $(DEVICE)) $(if $(RECORDS),--out $(RECORDS))
 
 # docs/support.md: what works in which backend, out of the outcomes of the tests.
 support: setup

@@ -9,6 +9,7 @@ Environment:
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -69,9 +70,12 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         out.mkdir(parents=True, exist_ok=True)
+        for old in out.glob("_C_cuda.*"):  # of a build with CUDA, if this one is without
+            old.unlink()
         # One folder a Python version, so that builds for several do not overwrite each other.
         work = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cmake = find_tool("cmake")
+        of_native = runpy.run_path(str(ROOT / "m3bind" / "sources.py"))["of_native"]
         configure = [
             cmake,
             # An isolated build's cmake and ninja vanish with it: never trust the cached paths.
@@ -89,6 +93,8 @@ class CMakeBuild(build_ext):
             f"-DM3BIND_TORCH_DIR={torch}",
             f"-DM3BIND_TORCH_VERSION={torch_version(torch)}",
             f"-DM3BIND_CUDA={cuda}",
+            f"-DM3BIND_CPP_SOURCES_HASH={of_native(ROOT, 'cpp')}",
+            f"-DM3BIND_CUDA_SOURCES_HASH={of_native(ROOT, 'cuda')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
         ]
         for command in (configure, [cmake, "--build", str(work)]):
@@ -98,6 +104,16 @@ class CMakeBuild(build_ext):
                     f"m3bind: the native build failed (see above); M3BIND_NATIVE=0 installs the "
                     f"pure-Python package without it: {' '.join(command[:3])}"
                 )
+
+    def copy_extensions_to_source(self) -> None:
+        """For `--inplace` and editable installs: _C_cuda too, which is no Extension of its own, as
+        CMake decides whether it is built."""
+        super().copy_extensions_to_source()
+        package = ROOT / "m3bind"
+        for old in package.glob("_C_cuda.*"):
+            old.unlink()
+        for module in (Path(self.build_lib) / "m3bind").glob("_C_cuda.*"):
+            shutil.copy2(module, package)
 
 
 class BuildPy(build_py):

@@ -38,7 +38,7 @@ def checkpointed_panels(x, y, scale, bias):
 
     def panel(part, y, scale, bias, first):
         logits = scale * part @ y.T + bias
-        positive = torch.arange(len(part))
+        positive = torch.arange(len(part), device=part.device)
         return F.softplus(logits).sum() - logits[positive, first + positive].sum()
 
     size = PANELS[0]

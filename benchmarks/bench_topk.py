@@ -36,14 +36,13 @@ def features() -> tuple[Tensor, Tensor]:
     return queries, F.normalize(gallery, dim=1, out=gallery)
 
 
-def torch_panels(queries: Tensor) -> tuple[Tensor, Tensor]:
-    gallery = features()[1]
+def torch_panels(queries: Tensor, gallery: Tensor, k: int = K) -> tuple[Tensor, Tensor]:
     values = queries.new_empty(len(queries), 0)
     indices = values.long()
-    for first in range(0, NUM_ROWS, PANEL_COLUMNS):
+    for first in range(0, len(gallery), PANEL_COLUMNS):
         panel = queries @ gallery[first : first + PANEL_COLUMNS].T
-        new, at = panel.topk(min(K, panel.shape[1]))
-        values, best = torch.cat([values, new], 1).topk(min(K, values.shape[1] + new.shape[1]))
+        new, at = panel.topk(min(k, panel.shape[1]))
+        values, best = torch.cat([values, new], 1).topk(min(k, values.shape[1] + new.shape[1]))
         indices = torch.cat([indices, at + first], 1).gather(1, best)
     return values, indices
 
@@ -68,7 +67,10 @@ def m3bind(backend: str | None = None) -> Search:
 SEARCHES = {
     "m3bind": (m3bind, f"{ours('similarity_topk')}, fp32"),
     "m3bind chunked": (partial(m3bind, "chunked"), "plain PyTorch in panels, fp32"),
-    "torch panels": (lambda: torch_panels, f"matmul and topk, panels of {PANEL_COLUMNS}, fp32"),
+    "torch panels": (
+        lambda: lambda queries: torch_panels(queries, features()[1]),
+        f"matmul and topk, panels of {PANEL_COLUMNS}, fp32",
+    ),
     "faiss flat": (faiss_flat, "IndexFlatIP, fp32, one call for all queries"),
 }
 

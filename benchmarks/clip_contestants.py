@@ -88,10 +88,10 @@ PEERS: dict[str, tuple[Callable[[], Loss], str]] = {
 CONTESTANTS = (*OURS, *PEERS, "floor")
 
 
-def autocast(loss: Loss, dtype: torch.dtype) -> Loss:
-    def run(x, y, scale):
+def autocast(loss: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    def run(x, *others):
         with torch.autocast(x.device.type, dtype):
-            return loss(x, y, scale)
+            return loss(x, *others)
 
     return run
 

@@ -2,19 +2,21 @@
 
 import torch
 from torch import Tensor
-from turns import DTYPES, Contestant, Run, timed, unit_rows
+from turns import DEVICE, DTYPES, FEATURES, Contestant, Run, timed, unit_rows
 
-PANELS = (512, 1024)
+PANELS = (512, 1024) if DEVICE == "cpu" else (2048, 8192)
 LARGEST_WHOLE = 16384
 
 
-def gemm_floor(n: int, dtype: str, *, logits: int, teacher: int = 0) -> Contestant:
+def gemm_floor(
+    n: int, dtype: str, *, logits: int, teacher: int = 0, d: int = FEATURES
+) -> Contestant:
     """`logits` products for the logits, as many of a teacher's, and the two of the gradient: the
     fastest of whole matrices and panels of rows.
 
     For float16 also the same products in float32, which many CPUs multiply faster.
     """
-    x, y = unit_rows(n, 2, dtype)
+    x, y = unit_rows(n, 2, dtype, d=d)
     models = 1 + (teacher > 0)
     kinds = (x.dtype, torch.float32) if dtype == "fp16" else (x.dtype,)
     sizes = [size for size in PANELS if size < n] + ([n] if n <= LARGEST_WHOLE else [])
@@ -37,7 +39,7 @@ def gemm_floor(n: int, dtype: str, *, logits: int, teacher: int = 0) -> Contesta
 
 def _gemms(x: Tensor, y: Tensor, rows: int, logits: int, models: int) -> Run:
     grad_x, grad_y = torch.empty_like(x), torch.zeros_like(y)
-    panel = torch.empty(rows, len(y), dtype=x.dtype)
+    panel = x.new_empty(rows, len(y))
 
     def gemms() -> None:
         for last in [False] * (logits - 1) + [True]:

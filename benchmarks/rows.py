@@ -10,7 +10,9 @@ import statistics
 from typing import Any
 
 import pytest
-from turns import THREADS, Taken
+from turns import DEVICE, DTYPES, THREADS, Taken
+
+from m3bind import backends
 
 _clock = 0.0
 
@@ -20,11 +22,28 @@ def replayed() -> float:
     return _clock
 
 
+def backend_of(contestant: str, facts: dict[str, Any]) -> str | None:
+    """Whose kernels a contestant runs; None for a peer."""
+    if facts.get("op") not in backends.BUILT_ON:
+        return None
+    if contestant == "m3bind chunked":
+        return "chunked"
+    if contestant.startswith("m3bind") or contestant.endswith((" thread", " threads")):
+        if contestant.startswith("floor"):
+            return None
+        return backends.resolve(facts["op"], DEVICE, DTYPES[facts["dtype"]])
+    return None
+
+
 def report(benchmark: Any, group: str, name: str, taken: Taken, **facts: Any) -> None:
     """Facts say what was measured: op, kind, dtype, n; and may say what else was found."""
     row = {
         "group": group, "contestant": name, "setting": taken.setting, "threads": THREADS, **facts,
     }  # fmt: skip
+    backend = backend_of(name, facts)
+    if backend is not None:
+        primitive = backends.BUILT_ON[facts["op"]]
+        row |= {"backend": backend, "sources": backends.installed_sources(primitive, backend)}
     if taken.problem:
         row["problem"] = taken.problem
     else:

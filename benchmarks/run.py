@@ -2,7 +2,7 @@
 
 Each part is pytest in a process of its own; what it found is kept row by row in build/bench, even
 if it dies. A part that is run again replaces what it found before. Then results/cpu.json, cpu.md
-and the overview in README.md are written; --quick uses small sizes, keeps what it finds in
+and what `m3bind results` renders are written; --quick uses small sizes, keeps what it finds in
 build/bench-quick and leaves those three alone.
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import render
 import table
 import torch
 
@@ -49,33 +50,44 @@ PARTS = {
 QUICK = {"SIZES": "48,256", "TOPK": "64x4096x64", "LARGE": "1024", "SECONDS": "0.5"}
 
 
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
 def machine() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     brand = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "cpu": brand[0] if brand else platform.machine(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: version_of(name) for name in PACKAGES},
     }
 
 
 def commit() -> str:
+    """Of this checkout; a copy without its history is told by M3BIND_COMMIT."""
+
     def git(*command: str) -> str:
         return subprocess.run(
             ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    # What an earlier part of the same recording wrote is no change of what is measured.
-    changed = git("status", "--porcelain", "-uno", "--", ".", ":!README.md", ":!benchmarks/results")
-    return git("rev-parse", "--short=9", "HEAD") + (" with changes" if changed else "")
+    try:
+        # What an earlier part of the same recording wrote is no change of what is measured.
+        written = (":!README.md", ":!docs/performance.md", ":!benchmarks/results")
+        changed = git("status", "--porcelain", "-uno", "--", ".", *written)
+        return git("rev-parse", "--short=9", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("M3BIND_COMMIT", "unknown")
 
 
 def busy(seconds: float = 2.0) -> float:
@@ -105,7 +117,7 @@ def run(name: str, folder: Path, quick: bool) -> dict:
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     return {
         "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        "date": today(),
         "busy": others,
         "seconds": time.perf_counter() - start,
         "outcome": "complete" if code == 0 else f"pytest ended with {code}",
@@ -136,7 +148,7 @@ def main(chosen: list[str], quick: bool) -> None:
     write(kept, folder / "cpu")
     if not quick:
         write(kept, table.RESULTS)
-        table.write_readme()
+        render.main()
     print(f"\n{table.overview(kept)}\n{(time.perf_counter() - start) / 60:.1f} min")
     if failed := [name for name in chosen if parts[name]["outcome"] != "complete"]:
         sys.exit(f"kept, but not complete: {', '.join(failed)}")

@@ -2,14 +2,16 @@
 runs once. A machine that changes its clock then favours nobody.
 
 M3BIND_BENCH_SIZES, _DTYPES, _THREADS and _SECONDS choose batches, dtypes, threads (1) and about how
-long the rounds of one group last. A contestant that cannot run, or fails, leaves the others alone.
+long the rounds of one group last; M3BIND_BENCH_DEVICE, which `make gpu` sets, the device. On a GPU,
+events on the stream tell the time. A contestant that cannot run, or fails, leaves the others alone.
 """
 
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from m3bind import backends
 
+DEVICE = os.environ.get("M3BIND_BENCH_DEVICE", "cpu")
 THREADS = int(os.environ.get("M3BIND_BENCH_THREADS", "1"))
 SECONDS = float(os.environ.get("M3BIND_BENCH_SECONDS", "10"))
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100
@@ -39,6 +42,8 @@ class Contestant:
     run: Run
     setting: str
     warm_up: Run | None = None  # something shorter than a whole run
+    parts: tuple[Run, ...] = ()  # instead of `run`, what it does one after the other
+    resting_bytes: int = 0  # of what it returns, which is no memory of the computation
 
 
 @dataclass
@@ -48,6 +53,8 @@ class Taken:
     setting: str = ""
     seconds: list[float] = field(default_factory=list)
     problem: str = ""
+    laps: list[list[float]] = field(default_factory=list)  # of the parts of each round
+    extra_mib: float | None = None  # on a GPU: at most, beyond what was there and what it returns
 
 
 def peer(module: str, package: str, *, cuda: bool = False) -> ModuleType:
@@ -68,13 +75,48 @@ def problem(error: Exception) -> str:
 
 def ours(op: str, dtype: str = "fp32") -> str:
     """The setting of m3bind where nothing is chosen."""
-    return f"backend {backends.resolve(op, 'cpu', DTYPES[dtype])}"
+    return f"backend {backends.resolve(op, DEVICE, DTYPES[dtype])}"
+
+
+def laps_of(parts: Sequence[Run]) -> list[float]:
+    """Seconds of calls that follow each other."""
+    if DEVICE == "cpu":
+        marks = [time.perf_counter()]
+        for part in parts:
+            part()
+            marks.append(time.perf_counter())
+        return [after - before for before, after in pairwise(marks)]
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
+    events[0].record()
+    for part, event in zip(parts, events[1:], strict=True):
+        part()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
 
 
 def timed(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    return laps_of((run,))[0]
+
+
+def one_round(one: Contestant, taken: Taken) -> None:
+    before = 0
+    if DEVICE != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    laps = laps_of(one.parts or (one.run,))
+    taken.seconds.append(sum(laps))
+    taken.laps.append(laps)
+    if DEVICE != "cpu":
+        extra = torch.cuda.max_memory_allocated() - before - one.resting_bytes
+        taken.extra_mib = max(taken.extra_mib or 0.0, extra / 2**20)
+
+
+def give_memory_back() -> None:
+    """What a contestant took that failed for want of memory."""
+    if DEVICE != "cpu":
+        torch.cuda.empty_cache()
 
 
 def in_turns(
@@ -91,22 +133,26 @@ def in_turns(
             playing[name] = one
         except Exception as error:
             taken[name].problem = problem(error)
+            give_memory_back()
     start, rounds = time.perf_counter(), 0
     while rounds < least or (time.perf_counter() - start < seconds and rounds < MOST_ROUNDS):
         shift = rounds % max(1, len(playing))  # who comes after whom may matter to caches
         for name in [*playing][shift:] + [*playing][:shift]:
             try:
-                taken[name].seconds.append(timed(playing[name].run))
+                one_round(playing[name], taken[name])
             except Exception as error:
                 taken[name] = Taken(taken[name].setting, problem=problem(error))
                 del playing[name]
+                give_memory_back()
         rounds += 1
     return taken
 
 
-def unit_rows(n: int, count: int, dtype: str = "fp32", seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = (torch.randn(n, FEATURES, generator=generator) for _ in range(count))
+def unit_rows(
+    n: int, count: int, dtype: str = "fp32", seed: int = 0, d: int = FEATURES
+) -> list[Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    rows = (torch.randn(n, d, generator=generator, device=DEVICE) for _ in range(count))
     return [F.normalize(x, dim=1).to(DTYPES[dtype]) for x in rows]
 
 
@@ -114,6 +160,27 @@ def step(loss: Callable[..., Tensor], leaves: Iterable[Tensor], *others: Tensor)
     """Forward and backward; what it returns are the gradients of `leaves`."""
     leaves = [leaf.requires_grad_() for leaf in leaves]
     return lambda: torch.autograd.grad(loss(*leaves, *others), leaves)
+
+
+def passes(loss: Callable[..., Tensor], leaves: Sequence[Tensor], *others: Tensor) -> Contestant:
+    """Forward and backward as two parts, which can be timed apart; the setting is the caller's."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    kept: list[Tensor] = []
+
+    def forward() -> None:
+        kept.append(loss(*leaves, *others))
+
+    def backward() -> tuple[Tensor, ...]:  # and nothing of the graph remains for the others' turns
+        return torch.autograd.grad(kept.pop(), leaves)
+
+    def both() -> tuple[Tensor, ...]:
+        forward()
+        return backward()
+
+    return Contestant(
+        run=both, setting="", parts=(forward, backward),
+        resting_bytes=sum(leaf.numel() * leaf.element_size() for leaf in leaves),
+    )  # fmt: skip
 
 
 def fullgraph(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -77,5 +77,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = M3BIND_COMPILER;
   m.attr("torch_headers") = M3BIND_TORCH_VERSION;
   m.attr("torch_target") = "2.11";
+  m.attr("sources") = M3BIND_SOURCES;  // m3bind/sources.py
   m.attr("cpu_capability") = m3bind::cpu::capability().name;
 }

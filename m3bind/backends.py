@@ -1,28 +1,37 @@
 """THE table: which operator runs in which backend, on which device, in which dtypes.
 
-The only module that names `m3bind._C` or `m3bind_kernels`, and it imports them when first asked.
-An explicit choice (`backend=`, `use_backend`, `M3BIND_BACKEND`) that cannot be met raises and says
-why; the automatic one takes the first backend that can run and is verified.
+The only module that names `m3bind._C`, `m3bind._C_cuda` or `m3bind_kernels`, and it imports them
+when first asked. An explicit choice (`backend=`, `use_backend`, `M3BIND_BACKEND`) that cannot be
+met raises and says why. The automatic one is cpp for tensors on the CPU; on a GPU the fastest that
+`_verified.json` lists for it, if its kernels are still those that were verified; else chunked.
 """
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from m3bind import chunked, reference
+from m3bind import chunked, reference, sources, verified
 
 BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
-# The reference is never automatic: it materialises the similarity matrix.
-AUTOMATIC = ("cuda", "triton", "cpp", "chunked")
+# What may be automatic on a GPU once it is verified. The reference never is: it materialises the
+# similarity matrix.
+ON_GPU = ("cuda", "triton", "chunked")
 
-ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+}
 
 
 class BackendUnavailable(ValueError):
@@ -35,12 +44,11 @@ class Entry:
 
     load: Callable[[], Any]
     devices: tuple[str, ...] | None = None  # None: any
-    dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_NAMES)
     note: str = ""
     missing: Callable[[], str | None] = lambda: None  # why it cannot run at all, or None
     one_way: bool = False  # it forms the gradient of a single direction in the forward pass
     keeps: bool = True  # it can keep dot products from forward to backward (memory_budget)
-    unverified: str = ""  # why it runs only where it is asked for; empty: it may be automatic
 
 
 @cache
@@ -78,20 +86,60 @@ def _kernels_missing() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _no_kernels() -> str:
-    return "no kernel of this kind yet; none has yet run on a GPU"
+@cache
+def native_cuda() -> ModuleType | str:
+    """The module m3bind._C_cuda, or the reason why it is not there."""
+    if torch.version.cuda is None:  # a module with CUDA objects would not load
+        return "this torch is built without CUDA"
+    try:
+        return importlib.import_module("m3bind._C_cuda")
+    except ModuleNotFoundError:
+        return "m3bind was built without kernels in CUDA C++"
+    except ImportError as error:
+        return f"m3bind._C_cuda does not load: {error}"
 
 
-_UNWRITTEN = Entry(load=_no_kernels, missing=_no_kernels)
+def _cuda_missing(primitive: str) -> str | None:
+    found = native_cuda()
+    if isinstance(found, str):
+        return found
+    return None if primitive in found.operators else f"m3bind._C_cuda has no {primitive}"
 
 
-def _row(**others: Entry) -> dict[str, Entry]:
+@cache
+def installed_sources(primitive: str, backend: str) -> str | None:
+    """The fingerprint of the sources that a backend's kernels are made of, as installed here; None
+    where there are none. Reads files, so nobody asks before a tensor is on a GPU."""
+    if backend in ("cpp", "cuda"):
+        module = native() if backend == "cpp" else native_cuda()
+        return None if isinstance(module, str) else module.sources
+    name = "m3bind_kernels" if backend == "triton" else f"m3bind.{backend}"
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return sources.of_package(Path(next(iter(spec.submodule_search_locations))), primitive)
+
+
+@cache
+def architectures() -> tuple[str, ...]:
+    """Of all NVIDIA GPUs that torch can use here, each once."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return ()
+    found = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return tuple(sorted({f"sm_{major}{minor}" for major, minor in found}))
+
+
+def _row(primitive: str, **others: Entry) -> tuple[str, dict[str, Entry]]:
     """One primitive: what every one has, and its entries for the other backends."""
     always = {
         "reference": Entry(load=lambda: reference, note="materialises; differentiable twice"),
         "chunked": Entry(load=lambda: chunked, note="panels in plain PyTorch"),
-    }
-    return {name: (always | others).get(name, _UNWRITTEN) for name in BACKENDS}
+        "cuda": Entry(
+            load=_native_ops, devices=("cuda",), dtypes=_FLOATS, note="CUDA C++",
+            missing=partial(_cuda_missing, primitive), keeps=False,
+        ),
+    }  # fmt: skip
+    return primitive, {name: (always | others)[name] for name in BACKENDS}
 
 
 def _native(dtypes: tuple[torch.dtype, ...], note: str, one_way: bool = False) -> Entry:
@@ -106,7 +154,7 @@ def _triton(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return Entry(
         load=kernels, devices=("cuda", "cpu") if interpreted else ("cuda",), dtypes=dtypes,
-        note=note, missing=_kernels_missing, keeps=False, unverified="it has not yet run on a GPU",
+        note=note, missing=_kernels_missing, keeps=False,
     )  # fmt: skip
 
 
@@ -116,13 +164,13 @@ _NARROW = _native(_FLOATS, _NOTE)
 _STATS = _native(_FLOATS, _NOTE, one_way=True)
 _SEARCH = _native(_FLOATS, "equal rows have equal scores, bit for bit")
 _TRITON = _triton(_FLOATS, "float32 without TF32")
-TABLE: dict[str, dict[str, Entry]] = {
-    "similarity_stats": _row(cpp=_STATS, triton=_TRITON),
-    "siglip": _row(cpp=_NARROW, triton=_TRITON),
-    "similarity_distill": _row(cpp=_NARROW, triton=_TRITON),
-    "similarity_topk": _row(cpp=_SEARCH, triton=_TRITON),
-    "similarity_rank": _row(cpp=_SEARCH, triton=_TRITON),
-}
+TABLE: dict[str, dict[str, Entry]] = dict((
+    _row("similarity_stats", cpp=_STATS, triton=_TRITON),
+    _row("siglip", cpp=_NARROW, triton=_TRITON),
+    _row("similarity_distill", cpp=_NARROW, triton=_TRITON),
+    _row("similarity_topk", cpp=_SEARCH, triton=_TRITON),
+    _row("similarity_rank", cpp=_SEARCH, triton=_TRITON),
+))  # fmt: skip
 # Public operators: a primitive of the table, alone or plus terms of O((N + M) * D).
 BUILT_ON = {
     "clip_loss": "similarity_stats",
@@ -150,10 +198,41 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
     return None
 
 
-# The answer does not change within a process, and torch.compile cannot trace an import. This is
-# all that torch.compiler.assume_constant_result does, but calling that imports torch._dynamo whole,
-# which doubles the time of `import m3bind`.
+@cache
+def verified_for(primitive: str, dtype: torch.dtype, here: tuple[str, ...]) -> list[str]:
+    """The backends that were verified on all these architectures and whose sources have not changed
+    since, the fastest first: a tensor may be on any of the GPUs."""
+    speeds = {}
+    for backend in ON_GPU:
+        records = [
+            verified.found(architecture, primitive, backend).get(DTYPE_NAMES[dtype])
+            for architecture in here
+        ]
+        current = [
+            record.tflops for record in records
+            if record is not None and record.sources == installed_sources(primitive, backend)
+        ]  # fmt: skip
+        if current and len(current) == len(here):
+            speeds[backend] = min(current)
+    return sorted(speeds, key=lambda backend: -speeds[backend])
+
+
+def automatic(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend where nobody chose one."""
+    candidates = ["cpp"]
+    if device_type == "cuda":
+        candidates = verified_for(BUILT_ON.get(op, op), dtype, architectures())
+    for candidate in (*candidates, "chunked"):
+        if why_not(op, candidate, device_type, dtype) is None:
+            return candidate
+    raise BackendUnavailable(f"no backend runs {op} on {device_type} tensors of {dtype}")
+
+
+# The answers do not change within a process, and torch.compile can trace no import and no file.
+# This is all that torch.compiler.assume_constant_result does, but calling that imports
+# torch._dynamo whole, which doubles the time of `import m3bind`.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str | None = None) -> str:
@@ -170,12 +249,7 @@ def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str | None =
                 f"backend {chosen!r} cannot run {op}: {reason}; choose another backend or none"
             )
         return chosen
-    for candidate in AUTOMATIC:
-        if TABLE[BUILT_ON.get(op, op)][candidate].unverified:
-            continue
-        if why_not(op, candidate, device_type, dtype) is None:
-            return candidate
-    raise BackendUnavailable(f"no backend runs {op} on {device_type} tensors of {dtype}")
+    return automatic(op, device_type, dtype)
 
 
 def implementation(op: str, backend: str) -> Any:

@@ -1,6 +1,7 @@
 """The ``m3bind`` program: starts a command, and turns errors into one line and an exit code.
 
-``m3bind info`` needs torch alone; every other command needs the extra ``train``.
+``m3bind info`` and ``m3bind results`` need torch alone; every other command needs the extra
+``train``.
 """
 
 import errno
@@ -20,6 +21,11 @@ def main() -> None:
         print(describe())
         return
     try:
+        if sys.argv[1:] == ["results"]:
+            from m3bind.results import render
+
+            render()
+            return
         from m3bind.commands import app
 
         app()

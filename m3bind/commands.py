@@ -58,6 +58,14 @@ def info() -> None:
 
 
 @app.command()
+def results() -> None:
+    """Render what benchmarks recorded into docs and README (in a clone of the repository)."""
+    from m3bind.results import render
+
+    render()
+
+
+@app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     train: Annotated[int, typer.Option(help="Training patients a modality.")] = 1512,

@@ -5,14 +5,10 @@ from importlib import metadata
 
 import torch
 
-from m3bind import backends
+from m3bind import backends, verified
+from m3bind.backends import DTYPE_NAMES
 
-DTYPE_NAMES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float64: "fp64",
-}
+NOT_YET = "not yet run on a GPU"
 
 
 def versions() -> dict[str, str]:
@@ -37,6 +33,24 @@ def native_build() -> str:
     )
 
 
+def status(primitive: str, backend: str) -> str:
+    """What is known of a backend on GPUs."""
+    told = []
+    for architecture in verified.table():
+        for dtype, one in verified.found(architecture, primitive, backend).items():
+            same = one.sources == backends.installed_sources(primitive, backend)
+            word = "verified on" if same else "kernels changed since they were verified on"
+            told.append(
+                (f"{word} {one.device} ({architecture}) at {one.commit}, {one.date}", dtype)
+            )
+    if not told:
+        known = ", ".join(verified.table())
+        return f"not verified on {known}" if known else NOT_YET
+    lines = dict.fromkeys(line for line, _ in told)
+    return "; ".join(f"{line}: {' '.join(d for other, d in told if other == line)}"
+                     for line in lines)  # fmt: skip
+
+
 def support(primitive: str, device_type: str) -> list[tuple[str, str]]:
     """(backend, outcome) on one device: the dtypes it takes, or why it does not run."""
     rows = []
@@ -44,9 +58,9 @@ def support(primitive: str, device_type: str) -> list[tuple[str, str]]:
         reasons = {d: backends.why_not(primitive, name, device_type, d) for d in DTYPE_NAMES}
         taken = [DTYPE_NAMES[d] for d, reason in reasons.items() if reason is None]
         if taken:
-            entry = backends.TABLE[primitive][name]
-            remark = f"; never automatic: {entry.unverified}" if entry.unverified else ""
-            rows.append((name, f"{' '.join(taken)} ({entry.note}{remark})"))
+            remark = f"; {status(primitive, name)}" if device_type == "cuda" else ""
+            note = backends.TABLE[primitive][name].note
+            rows.append((name, f"{' '.join(taken)} ({note}{remark})"))
         else:
             rows.append((name, f"not available: {reasons[torch.float32]}"))
     return rows
@@ -65,7 +79,6 @@ def describe() -> str:
         names = [op for op, base in backends.BUILT_ON.items() if base == primitive]
         for device in ("cpu", "cuda"):
             default = backends.resolve(primitive, device, torch.float32)
-            remark = "" if device == "cpu" else "; m3bind's tests have not yet run on a GPU"
-            lines += ["", f"{', '.join(names)} on {device} tensors (default {default}{remark})"]
+            lines += ["", f"{', '.join(names)} on {device} tensors (default {default})"]
             lines += [f"  {name:10} {text}" for name, text in support(primitive, device)]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from outcomes import pytest_collection_modifyitems, pytest_runtest_logreport  # noqa: F401
 from support_table import pytest_runtest_makereport, pytest_sessionfinish  # noqa: F401
 
 SETTINGS = """\

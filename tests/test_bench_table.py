@@ -1,4 +1,4 @@
-"""The table of `make bench`: README.md shows what is recorded, and nothing that is typed."""
+"""The table of `make bench`: what is demanded beside what is recorded."""
 
 import importlib
 import json
@@ -38,11 +38,6 @@ def kept():
     return {"machine": machine, "parts": {"clip": part}}
 
 
-def test_readme_shows_what_is_recorded(table):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.with_block(text, table.recorded()) == text, "python benchmarks/table.py"
-
-
 def test_a_demand_is_judged_by_the_ratio_of_two_rows(table, kept):
     demand = table.Demand(
         what="of the floor", of="m3bind", over="floor", at_most=1.3,
@@ -67,12 +62,3 @@ def test_the_page_has_the_overview_and_every_row_with_its_setting(table, kept):
     assert "| m3bind | how m3bind ran | 1 | 20 | 20 | 5 | 1 | 1.25 |" in page
     assert "| open_clip | how open_clip ran | 1 | 50 | 50 | 5 | 2.5 | 3.12 |" in page
     assert "| inf-cl | - | 1 | not run: CUDA | - | - | - | - |" in page
-
-
-def test_the_block_replaces_only_what_is_between_its_markers(table, kept):
-    text = f"before\n{table.BEGIN}\nstale\n{table.END}\nafter\n"
-    new = table.with_block(text, kept)
-    assert new.startswith("before\n") and new.endswith("\nafter\n") and "stale" not in new
-    assert table.with_block(new, kept) == new
-    with pytest.raises(ValueError, match="put the two lines"):
-        table.with_block("no markers", kept)

@@ -4,9 +4,11 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -74,3 +76,40 @@ def test_memory_of_a_cold_call_counts_what_the_call_adds():
         return json.loads(done.stdout)["extra_mib"]
 
     assert 0 < extra("m3bind") < 32 < extra("open_clip") < 200
+
+
+class PretendedEvent:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.at - self.at)
+
+
+def test_on_a_gpu_passes_are_timed_apart_and_memory_is_the_peak_of_a_call(turns, monkeypatch):
+    """The GPU is pretended: what is asked of it, and what is made of the answers."""
+    x = torch.ones(256, 4)
+    allocated = {"now": 100 << 20, "peak": 0}
+    monkeypatch.setattr(turns, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "Event", PretendedEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated["now"])
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda: allocated.update(peak=allocated["now"])
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated["peak"])
+
+    def loss(x):
+        allocated["peak"] = allocated["now"] + (7 << 20) + x.numel() * x.element_size()
+        time.sleep(0.02)
+        return x.square().sum()
+
+    taken = turns.in_turns({"one": lambda: turns.passes(loss, [x])}, seconds=0.0)["one"]
+    assert taken.problem == "" and len(taken.seconds) == len(taken.laps) == 3
+    for whole, (forward, backward) in zip(taken.seconds, taken.laps, strict=True):
+        assert forward > 0.015 > backward and whole == forward + backward
+    assert taken.extra_mib == 7  # without the gradient, which is what the call returns

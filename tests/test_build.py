@@ -79,6 +79,8 @@ def install_and_use(wheel: Path, tmp_path: Path) -> str:
         "import runpy, sys, torch, m3bind, m3bind_kernels; from m3bind import resources;"
         "x = torch.randn(8, 4); print(m3bind.__file__, float(m3bind.clip_loss(x, x, 2.0)));"
         "assert list(resources.configs_dir().glob('*.yaml'));"
+        "from m3bind import backends, verified; verified.table();"
+        "assert backends.installed_sources('siglip', 'triton');"
         "sys.argv = ['m3bind', 'info']; runpy.run_module('m3bind', run_name='__main__')"
     )
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -99,7 +101,7 @@ def test_pure_wheel_holds_every_module_and_works_elsewhere(checkout, tmp_path):
             assert str(module.relative_to(base)) in names
     for config in (ROOT / "configs").glob("*.yaml"):
         assert f"m3bind/configs/{config.name}" in names
-    assert "m3bind/py.typed" in names
+    assert {"m3bind/py.typed", "m3bind/_verified.json"} <= names
     assert not any(n.startswith(("tests/", "benchmarks/", "csrc/")) for n in names)
     text = install_and_use(wheel, tmp_path)
     assert "default chunked" in text
@@ -168,3 +170,27 @@ def test_cuda_on_says_that_there_are_no_sources(checkout, tmp_path):
     done = build(checkout, tmp_path, M3BIND_CUDA="ON")
     assert done.returncode != 0
     assert "M3BIND_CUDA=ON, but m3bind has no CUDA sources yet" in done.stdout + done.stderr
+
+
+FAKE_CMAKE = """#!{python}
+import sys, sysconfig
+from pathlib import Path
+for word in sys.argv:
+    if word.startswith("-DCMAKE_LIBRARY_OUTPUT_DIRECTORY="):
+        for name in {modules}:
+            Path(word.partition("=")[2], name + sysconfig.get_config_var("EXT_SUFFIX")).touch()
+"""
+
+
+def test_the_cuda_module_stands_beside_the_other_after_a_build_in_place(checkout, tmp_path):
+    cmake = tmp_path / "cmake"
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    for modules in (["_C", "_C_cuda"], ["_C"]):  # and goes with a build that has none
+        cmake.write_text(FAKE_CMAKE.format(python=sys.executable, modules=modules))
+        cmake.chmod(0o755)
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=checkout, env={**os.environ, "PATH": path}, check=True, capture_output=True,
+        )  # fmt: skip
+        found = {file.name.partition(".")[0] for file in (checkout / "m3bind").glob("*.so")}
+        assert found == set(modules)

@@ -76,34 +76,39 @@ def searched(n: int = 20, d: int = 7, *, dtype: torch.dtype = torch.float32):
     return {"queries": queries, "gallery": torch.cat([gallery, queries[:4]])}
 
 
-def halves(n: int, m: int) -> tuple[Tensor, Tensor]:
+def counted(rows: Tensor) -> Tensor:
+    """0, 1, 2, ... for the rows, where they are."""
+    return torch.arange(len(rows), device=rows.device)
+
+
+def halves(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Ids that two neighbours share."""
-    return torch.arange(n) // 2, torch.arange(m) // 2
+    return counted(x) // 2, counted(y) // 2
 
 
 def lse(x: Tensor, y: Tensor, logit_scale: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
-    row_ids, col_ids = halves(len(x), len(y))
+    row_ids, col_ids = halves(x, y)
     return similarity_lse(x, y, logit_scale, row_ids=row_ids, col_ids=col_ids, **more)
 
 
 def siglip(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, **more: Any) -> Tensor:
-    ids = {name: halves(len(x), len(y)) for name in more.pop("ids", ())}
+    ids = {name: halves(x, y) for name in more.pop("ids", ())}
     return siglip_loss(x, y, logit_scale, logit_bias, **ids, **more)
 
 
 def distill(*, masked: bool = False, **given: Any) -> Any:
     if masked:
-        given["mask_ids"] = (torch.arange(len(given["x"])) // 2, torch.arange(len(given["y"])))
+        given["mask_ids"] = (counted(given["x"]) // 2, counted(given["y"]))
     return similarity_distill(**given)
 
 
 def topk(queries: Tensor, gallery: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
-    ids = torch.arange(len(queries)), torch.arange(len(gallery))
+    ids = counted(queries), counted(gallery)
     return similarity_topk(queries, gallery, 3, exclude_ids=ids, **more)
 
 
 def rank(queries: Tensor, gallery: Tensor, **more: Any) -> Tensor:
-    return similarity_rank(queries, gallery, torch.arange(len(queries)), **more)
+    return similarity_rank(queries, gallery, counted(queries), **more)
 
 
 IDS = ((), ("mask_ids",), ("positive_ids",))
@@ -154,7 +159,7 @@ def results(operator: Operator, leaves: Leaves, call: Callable[..., Any] | None 
     named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     floating = [output for output in outputs if output.requires_grad]
     if floating:
-        weights = [torch.linspace(1, 2, t.numel(), dtype=t.dtype).view(t.shape) for t in floating]
+        weights = [torch.linspace(1, 2, t.numel()).to(t).view(t.shape) for t in floating]
         torch.autograd.backward(floating, weights)
     return named | {name: given[name].grad for name in operator.differentiable}
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip_oracle import errors, float32_logits_loss, needs_native, run, truth, unit_pairs
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 
 from m3bind.ops import clip_loss
 

@@ -5,8 +5,7 @@ import inspect
 import pytest
 import torch
 from clip_oracle import errors, needs_native, unit_pairs
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from siglip_oracle import float32_logits_loss, run, sizes, truth
 
 from m3bind import reference

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from clip_oracle import errors, needs_native
 from distill_oracle import dense, features, near, run, truth
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from torch import Tensor
 
 from m3bind.ops import similarity_distill

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from clip_oracle import unit_pairs
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from search_oracle import ALL, FAST, TYPED, integers, orders, some_ids, want_ranks
 
 from m3bind import chunked

@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 from clip_oracle import needs_native, unit_pairs
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from search_oracle import ALL, FAST, TYPED, check, integers, orders, some_ids, want_topk
 
 from m3bind import chunked
