@@ -73,6 +73,13 @@ class Terms:
             **more,
         )
 
+    def check_columns(self, op: str, num_columns: int) -> None:
+        """What `checked` could not see before the number of columns was known."""
+        if self.labels is not None:
+            arguments.below(op, "labels", self.labels, num_columns)
+        if self.soft_targets is not None:
+            arguments.below(op, "columns of soft_targets", self.soft_targets[0], num_columns)
+
     def which(self) -> dict[str, Any]:
         """Which pairs are positive and which are left out, as arguments of the reference."""
         return {
