@@ -29,6 +29,11 @@ def checked_call(
     return list(found.values()), channel
 
 
+def given_names(optional: dict[str, Any]) -> dict[str, Any]:
+    """Which of the arguments a rank passes: they lead to collectives, and must be the same."""
+    return {name: "given" if value is not None else None for name, value in optional.items()}
+
+
 def one_process(op: str, backend: str) -> None:
     if backend == "reference":
         raise ValueError(

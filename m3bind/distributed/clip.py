@@ -6,7 +6,7 @@ from torch import Tensor
 
 from m3bind import backends, ops
 from m3bind.distributed import groups
-from m3bind.distributed.calls import checked_call, eager, one_process
+from m3bind.distributed.calls import checked_call, eager, given_names, one_process
 from m3bind.distributed.exchange import Channel
 from m3bind.distributed.ranks import Prepared, meet
 from m3bind.ops import arguments
@@ -75,7 +75,7 @@ def clip_loss(
     (x, y), channel = checked_call(OP, {"x": x, "y": y}, group, scheme, sizes)
     if channel is None:
         return ops.clip_loss(x, y, logit_scale, **given)
-    return _over_ranks(x, y, logit_scale, channel, scheme, sizes, check, reduce_scale, given)
+    return _over_ranks(x, y, logit_scale, channel, scheme, sizes, check, reduce_scale, **given)
 
 
 @eager
@@ -88,39 +88,35 @@ def _over_ranks(
     sizes: str,
     check: bool,
     reduce_scale: bool,
-    given: dict[str, Any],
+    *,
+    logit_bias: Tensor | float | None,
+    memory_budget: float,
+    backend: str | None,
+    **given: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    given = dict(given)
-    backend, memory_budget = given.pop("backend"), given.pop("memory_budget")
-
     def prepare() -> Prepared:
-        nonlocal memory_budget
         own_x, own_y = arguments.features(OP, x, y)
-        scale = arguments.scalar(OP, "logit_scale", groups.number(OP, "logit_scale", logit_scale),
-                                 own_x)  # fmt: skip
         arguments.choice(OP, "reduction", given["reduction"], REDUCTIONS)
         arguments.choice(OP, "directions", given["directions"], DIRECTIONS)
-        memory_budget = arguments.number(OP, "memory_budget", memory_budget, 0.0)
-        for name, low, high in (("label_smoothing", 0.0, 1.0), ("z_loss", 0.0, float("inf")),
-                                ("margin", -float("inf"), float("inf"))):  # fmt: skip
-            given[name] = arguments.number(OP, name, given[name], low, high)
-        bias = groups.number(OP, "logit_bias", given.pop("logit_bias"))
-        terms = Terms.checked(OP, own_x, own_y, None, bias=bias, **given)
+        scale = groups.scalar(OP, "logit_scale", logit_scale, own_x)
+        arguments.number(OP, "memory_budget", memory_budget, 0.0)
+        arguments.number(OP, "label_smoothing", given["label_smoothing"], 0.0, 1.0)
+        arguments.number(OP, "z_loss", given["z_loss"], 0.0)
+        arguments.number(OP, "margin", given["margin"])
+        if logit_bias is not None:
+            groups.scalar(OP, "logit_bias", logit_bias, own_x)
+        terms = Terms.checked(OP, own_x, own_y, None, bias=logit_bias, **given)
         chosen = backends.resolve(OP, own_x.device.type, own_x.dtype, backend)
         one_process(OP, chosen)
         return Prepared(x=own_x, y=own_y, scale=scale, terms=terms, backend=chosen)
 
     aims = ("labels", "positive_ids", "soft_targets")
-    negatives = given["negatives"]
-    options = {
-        name: given[name]
-        for name in ("label_smoothing", "z_loss", "margin", "directions", "reduction")
-    } | {
-        "arguments given": [k for k in (*aims, "mask_ids", "negatives", "logit_bias")
-                            if given[k] is not None],
-        "dimensions of negatives": negatives.dim() if isinstance(negatives, Tensor) else None,
-        "reduce_scale": reduce_scale, "check": check,
-    }  # fmt: skip
+    features = ("mask_ids", "negatives", *aims)
+    options = {name: value for name, value in given.items() if name not in features}
+    options |= given_names({name: given[name] for name in features} | {"logit_bias": logit_bias})
+    options |= {"reduce_scale": reduce_scale, "check": check}
+    if isinstance(given["negatives"], Tensor):
+        options["dimensions of negatives"] = given["negatives"].dim()
     diagonal = all(given[name] is None for name in aims)
     prepared, ranks = meet(
         OP, channel, prepare, options, diagonal=diagonal, scheme=scheme, sizes=sizes, check=check

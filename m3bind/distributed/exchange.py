@@ -58,8 +58,8 @@ class Channel:
         found = own.new_empty(self.size, *own.shape)
         if own.numel():
             work = _guarded(
-                dist.all_gather_into_tensor, _bytes(found.view(-1)), _bytes(own.reshape(-1)), group=self.group,
-                async_op=True,
+                dist.all_gather_into_tensor, _bytes(found.view(-1)), _bytes(own.reshape(-1)),
+                group=self.group, async_op=True,
             )  # fmt: skip
             _guarded(work.wait)
         return found

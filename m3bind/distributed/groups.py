@@ -2,11 +2,11 @@
 
 from typing import Any, TypeAlias
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from m3bind.distributed.exchange import Channel
+from m3bind.ops import arguments
 
 Group: TypeAlias = Any  # ProcessGroup, DeviceMesh of one dimension, or None
 
@@ -79,15 +79,11 @@ def local(op: str, named: dict[str, Any], group: Group) -> tuple[dict[str, Any],
     return found, group
 
 
-def number(op: str, name: str, value: Any) -> Any:
+def scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:
     """A scale or bias: over ranks a number or a plain tensor, not a sharded one."""
     if is_sharded(value):
         raise ValueError(
             f"{op}: {name} is a DTensor; pass `{name}.full_tensor()`, or what the module's forward "
             "returns, which FSDP2 has gathered"
         )
-    return value
-
-
-def plain_device(tensor: Any) -> torch.device:
-    return tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
+    return arguments.scalar(op, name, value, like)
