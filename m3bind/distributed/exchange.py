@@ -81,7 +81,7 @@ class Channel:
                 group=self.group, async_op=True,
             )  # fmt: skip
             _guarded(work.wait)
-        return found.view(self.size, own, -1).transpose(1, 2)
+        return found.view(self.size, own, rows.shape[1]).transpose(1, 2)
 
     def pass_on(self, tensors: Sequence[Tensor], num_rows: int) -> Transfer:
         """Begins to send `tensors` to the next rank, and to receive the previous one's, of
@@ -129,7 +129,8 @@ class Gathered:
 
 def _bytes(tensor: Tensor) -> Tensor:
     """Backends differ in the dtypes that they move; all move bytes."""
-    return tensor.view(torch.uint8)
+    length, width = tensor.shape[0], tensor.shape[1:].numel() * tensor.element_size()
+    return tensor.view(-1).view(torch.uint8).view(length, width)
 
 
 def _guarded(call: Any, *args: Any, **kwargs: Any) -> Any:

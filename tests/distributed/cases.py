@@ -9,8 +9,6 @@ from torch import Tensor
 
 from m3bind import distributed, ops
 
-GLOBAL = ("x", "y", "scale", "bias")
-
 
 @dataclass(kw_only=True)
 class Case:
@@ -78,19 +76,18 @@ def compute(
     leaves = {k: t.clone().requires_grad_(k not in frozen) for k, t in leaves.items()}
     found = call(getattr(distributed, loss), leaves, {**given, **how})
     outputs = found if isinstance(found, tuple) else (found,)
+    weights = weights and [w.to(t.dtype) for w, t in zip(weights, outputs, strict=True)]
     for again in range(backwards):
-        torch.autograd.backward(
-            outputs, None if weights is None else list(weights), retain_graph=again < backwards - 1
-        )
+        torch.autograd.backward(outputs, weights, retain_graph=again < backwards - 1)
     return {
         "outputs": [t.detach() for t in outputs],
         "grads": {k: t.grad for k, t in leaves.items() if k not in frozen},
     }
 
 
-def truth(case: Case, weights: list[Tensor] | None = None, backend: str = "reference") -> dict:
-    """In float64, of the same rounded features; `backend` other than that: in their own dtype."""
-    exact = backend == "reference"
+def truth(case: Case, weights: list[Tensor] | None = None, exact: bool = True) -> dict[str, Any]:
+    """In float64, of the same rounded features; not exact: what plain PyTorch makes of it in their
+    own dtype, with logits in float32."""
 
     def wide(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -106,8 +103,9 @@ def truth(case: Case, weights: list[Tensor] | None = None, backend: str = "refer
     paired = {"labels", "positive_ids", "soft_targets", "teacher_x"}
     if not paired & given.keys() and case.row_counts != case.col_counts:
         given["labels"] = own_columns(case)
-    found = call(getattr(ops, case.loss), leaves, {**given, "backend": backend})
+    found = call(getattr(ops, case.loss), leaves, {**given, "backend": "reference"})
     outputs = found if isinstance(found, tuple) else (found,)
+    weights = weights and [w.to(t.dtype) for w, t in zip(weights, outputs, strict=True)]
     torch.autograd.backward(outputs, weights)
     return {
         "outputs": [t.detach() for t in outputs],

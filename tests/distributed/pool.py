@@ -1,13 +1,16 @@
 """Processes that form a gloo group and stay: a case costs milliseconds instead of their start."""
 
+import contextlib
 import io
 import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ class Ranks:
     """W processes; `run(function, args of each rank)` gives what each of them returned."""
 
     def __init__(self, size: int, seconds: float = SECONDS) -> None:
-        self.size = size
+        self.size, self.broken = size, False
         context = multiprocessing.get_context("spawn")
         port = _free_port()
         self._pipes, self.processes = [], []
@@ -37,17 +40,30 @@ class Ranks:
         for pipe, given in zip(self._pipes, arguments, strict=True):
             pipe.send_bytes(pickle.dumps((function, given)))
 
-    def found(self, rank: int, seconds: float = SECONDS) -> Any:
-        if not self._pipes[rank].poll(seconds):
-            raise TimeoutError(f"rank {rank} gave no answer in {seconds} s")
-        good, value = torch.load(io.BytesIO(self._pipes[rank].recv_bytes()), weights_only=False)
-        if not good:
-            raise AssertionError(f"rank {rank}:\n{value}")
-        return value
+    def answers(self, seconds: float = SECONDS) -> dict[int, tuple[bool, Any]]:
+        """Of each rank whether it went well, and what it returned or the traceback; ranks that
+        are dead, or silent for so long, are missing."""
+        waiting, found = dict(enumerate(self._pipes)), {}
+        end = time.monotonic() + seconds
+        while waiting and (left := end - time.monotonic()) > 0:
+            for pipe in wait(list(waiting.values()), left):
+                rank = self._pipes.index(pipe)
+                del waiting[rank]
+                with contextlib.suppress(EOFError, ConnectionError):
+                    found[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+                if rank in found and not found[rank][0]:  # others may wait for it in vain
+                    end = min(end, time.monotonic() + 5)
+        return found
 
     def run(self, function: Callable[..., Any], arguments: list[tuple] | None = None) -> list[Any]:
         self.start(function, arguments or [()] * self.size)
-        return [self.found(rank) for rank in range(self.size)]
+        found = self.answers()
+        self.broken = len(found) < self.size
+        for rank, (good, value) in found.items():
+            if not good:
+                raise AssertionError(f"rank {rank}:\n{value}")
+        assert not self.broken, f"no answer from ranks {set(range(self.size)) - found.keys()}"
+        return [found[rank][1] for rank in range(self.size)]
 
     def close(self) -> None:
         for process in self.processes:
