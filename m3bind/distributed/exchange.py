@@ -4,6 +4,8 @@ Sums are formed by the receiver in the order of the ranks, so every rank has the
 runs agree. Every call must be made by all ranks of the group, in the same order.
 """
 
+from __future__ import annotations  # torch may be built without ProcessGroup
+
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +66,7 @@ class Channel:
             _guarded(work.wait)
         return found
 
-    def start_gather(self, own: Tensor, counts: list[int]) -> "Gathered":
+    def start_gather(self, own: Tensor, counts: list[int]) -> Gathered:
         """Begins to collect every rank's rows [counts[rank], ...]."""
         return Gathered(self, own, counts)
 

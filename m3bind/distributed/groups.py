@@ -1,5 +1,7 @@
 """Which ranks hold the batch."""
 
+from __future__ import annotations  # torch may be built without ProcessGroup
+
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
