@@ -53,8 +53,8 @@ class ClipLoss(nn.Module):
     average (`m3bind.distributed` says how, and what `group`, `scheme`, `sizes` and `reduce_scale`
     are): what open_clip computes with `gather_with_grad`. `local_loss`, `gather_with_grad` and
     `cache_labels` are accepted and have nothing to do. Logits are formed in float32 also from
-    16-bit features, and under autocast. For shapes, dtypes, errors and `memory_budget` (MiB that save a matrix
-    product) see `m3bind.ops.clip_loss`.
+    16-bit features, and under autocast. For shapes, dtypes, errors and `memory_budget` (MiB that
+    save a matrix product) see `m3bind.ops.clip_loss`.
 
     Raises:
         ValueError: horovod over several ranks; in forward, a world_size that the default process

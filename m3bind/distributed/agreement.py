@@ -50,7 +50,7 @@ class Brought:
 
 # What must be equal: the name in the error, and how a value reads.
 EQUAL: dict[str, tuple[str, Callable[[int], str]]] = {
-    "grad_mode": ("gradients switched", lambda v: MODES[v]),
+    "grad_mode": ("gradients ", lambda v: MODES[v]),
     "features": ("features a row: ", str),
     "teacher_features": ("teacher's features a row: ", str),
     "dtype": ("features of ", lambda v: str(DTYPES[v])),
