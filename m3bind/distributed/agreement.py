@@ -74,7 +74,10 @@ def device_memory(device: torch.device) -> int:
     """MiB; the processor's, though ranks on one machine share it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory >> 20
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    except (AttributeError, OSError, ValueError):  # a system that does not say
+        return 1 << 14
 
 
 def largest(*named: Tensor | None) -> int:

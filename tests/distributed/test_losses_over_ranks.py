@@ -198,6 +198,41 @@ def test_the_scale_has_its_true_gradient_on_each_rank(pools, loss, scheme):
         assert all(grad is None or torch.equal(grad, each[0]) for grad in each)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_where_nothing_is_left(pools, loss, scheme):
+    """Log-sum-exps over nothing on every rank: one pair alone, and pairs that are all masked."""
+    single = case_of(loss, [1, 0], [1, 0])
+    masked = case_of(loss, [3, 2], [3, 2])
+    masked.rows["mask_ids"] = masked.columns["mask_ids"] = torch.zeros(5, dtype=torch.int64)
+    for case in (single, masked):
+        found = spread(pools(2), case, scheme=scheme, reduction="sum")
+        case.options["reduction"] = "sum"
+        check(case, found)
+        assert all(grad.isfinite().all() for rank in found for grad in rank["grads"].values())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_batch_of_nothing(pools, loss):
+    """As in torch, a mean of nothing is NaN and a sum of nothing 0."""
+    for reduction, value in (("mean", float("nan")), ("sum", 0.0)):
+        case = case_of(loss, [0, 0], [0, 0], reduction=reduction)
+        for scheme in SCHEMES:
+            for rank in spread(pools(2), case, scheme=scheme):
+                assert rank["outputs"][0].eq(value) or reduction == "mean"
+                assert rank["outputs"][0].isnan() == (reduction == "mean")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_not_a_number_stays_one(pools, loss, scheme):
+    case = case_of(loss, [4, 3], [4, 3])
+    case.leaves["x"][5, 2] = torch.nan
+    found = spread(pools(2), case, scheme=scheme)
+    assert all(rank["outputs"][0].isnan() and rank["grads"]["y"].isnan().any() for rank in found)
+    assert averaged(case, found)["scale"].isnan()
+
+
 def test_memory_budget_changes_nothing(pools):
     case = case_of("clip_loss", [70, 64], [70, 64], memory_budget=0.04)
     for scheme in SCHEMES:
