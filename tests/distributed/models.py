@@ -142,6 +142,21 @@ def caught(changes: dict[int, dict[str, Any]], given: dict[str, Any] | None = No
     return None
 
 
+def made_of_parts(over: Any, leaves: dict[str, Tensor], ids: tuple, mean: Any, **how: Any) -> dict:
+    """A loss that is not here: the mean log-sum-exp of rows and of columns, less a dot product."""
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    x, y, scale = leaves.values()
+    rows, cols = over.similarity_lse(x, y, scale, row_ids=ids[0], col_ids=ids[1], **how)
+    positive = scale * (x * y[: len(x)]).sum(1)
+    loss = mean(rows - positive) + mean(cols.clamp(min=-20))
+    loss.backward()
+    return {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def parts_over_ranks(leaves: dict[str, Tensor], ids: tuple, scheme: str) -> dict[str, Tensor]:
+    return made_of_parts(distributed, leaves, ids, distributed.mean, scheme=scheme)
+
+
 class Counted:
     """Bytes that this rank sends, by the collectives' own formulas."""
 

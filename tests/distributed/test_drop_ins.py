@@ -41,6 +41,7 @@ def test_inf_cls_means(pools, name, labelled):
     assert all(distance(rank["loss"], want) < 1e-6 for rank in found)
 
 
+@pytest.mark.slow  # each rank imports sentence-transformers
 @pytest.mark.parametrize(
     "options",
     (

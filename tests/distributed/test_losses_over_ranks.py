@@ -5,6 +5,8 @@ import torch
 from cases import Case, averaged, compute, distance, parts, truth, unit
 from feature_oracle import cases as features_of
 
+from m3bind.distributed import schemes
+
 SCHEMES = ("gather", "circulate")
 LOSSES = ("clip_loss", "siglip_loss", "similarity_distill")
 D, E = 12, 7
@@ -179,6 +181,46 @@ def test_what_needs_no_gradient_costs_none(pools, loss, frozen, scheme):
     if loss != "siglip_loss" and len(frozen) == 3:
         pytest.skip("nothing is left to differentiate")
     check(case, spread(pools(2), case, scheme=scheme))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_rank_that_needs_no_gradient_takes_part(pools, loss, scheme):
+    case = case_of(loss, [4, 3, 2], [4, 3, 2])
+    given = [(*part, {"scheme": scheme}) for part in parts(case)]
+    leaves = tuple(case.leaves)
+    given[1] = (*given[1][:3], leaves, given[1][4])
+    given[2] = (*given[2][:3], ("x", "scale"), given[2][4])
+    found, want = pools(3).run(compute, given), truth(case)["grads"]
+    assert found[1]["grads"] == {} and "x" not in found[2]["grads"]
+    for rank, at, names in ((0, slice(0, 4), "xy"), (2, slice(7, 9), "y")):
+        for name in names:
+            assert distance(found[rank]["grads"][name] / 3, want[name][at]) < 2e-6
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_runs_agree_bit_for_bit(pools, loss, scheme):
+    case = case_of(loss, [70, 41, 0], [70, 41, 0])
+    first, second = (spread(pools(3), case, scheme=scheme) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one["outputs"][0], other["outputs"][0])
+        assert all(torch.equal(one["grads"][name], other["grads"][name]) for name in one["grads"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "features", "mebibytes", "scheme"),
+    (
+        (4096, 512, 80 << 10, "gather"),
+        (16384, 512, 80 << 10, "circulate"),  # its products take longer than its transfer
+        (8192, 4096, 4 << 10, "circulate"),  # 2 * 8 * 8192 * 4096 * 2 bytes are 1 GiB
+    ),
+)
+def test_automatic_scheme(columns, features, mebibytes, scheme):
+    spread_out = schemes.Layout(counts=[columns] * 8, rank=0)
+    found = schemes.chosen("auto", 2, features, spread_out, spread_out, mebibytes)
+    assert found == scheme
+    assert schemes.chosen("gather", 2, features, spread_out, spread_out, 1) == "gather"
 
 
 @pytest.mark.parametrize("loss", LOSSES)

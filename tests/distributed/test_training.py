@@ -57,6 +57,35 @@ def test_sharded_tensors(pools, scheme):
         assert "y is no DTensor" in found["errors"][1]
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_loss_made_of_parts(pools, scheme):
+    x, y, ids = unit(9, 6, 0), unit(9, 6, 1), torch.arange(9) // 2
+    scale, counts = torch.tensor(9.0), [5, 4]
+    given = [
+        ({"x": a, "y": b, "scale": scale}, (i, i), scheme)
+        for a, b, i in zip(*(t.split(counts) for t in (x, y, ids)), strict=True)
+    ]
+    found = pools(2).run(models.parts_over_ranks, given)
+    leaves = {"x": x.double(), "y": y.double(), "scale": scale.double()}
+    want = models.made_of_parts(ops, leaves, (ids, ids), torch.mean, backend="reference")
+    for name in ("x", "y"):
+        assert distance(torch.cat([rank[name] for rank in found]) / 2, want[name]) < 2e-6
+    assert distance((found[0]["scale"] + found[1]["scale"]) / 2, want["scale"]) < 2e-6
+    assert all(distance(rank["loss"], want["loss"]) < 1e-6 for rank in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ("ddp", "fsdp2"))
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("counts", ([8, 5, 0], [3, 0, 1, 6]))
+def test_encoder_on_more_ranks(pools, counts, loss, scheme, wrap):
+    want = train_alone(loss, counts, 3)
+    for found in pools(len(counts)).run(train, [(wrap, loss, counts, 3, scheme)] * len(counts)):
+        for name, value in want.items():
+            assert distance(found[name], value) < 3e-6, name
+
+
 def test_compiled_and_under_autocast(pools):
     for found in pools(2).run(models.compiled_and_cast, [([5, 4],)] * 2):
         plain, compiled, cast = (found[name] for name in ("plain", "compiled", "cast"))
