@@ -30,7 +30,8 @@ Arguments of all three
         nothing averages.
 
 The schemes, for B = N = M rows of D features of s bytes, in equal parts on W ranks. Uneven parts
-are filled up to the longest where they are gathered, and travel as they are where they circulate.
+are filled up to the longest where they are gathered, and travel as they are where they circulate
+(an empty one as one row).
 
     ============ ==================== ==========================================================
     scheme       memory a rank        bytes sent a rank, features and their gradients

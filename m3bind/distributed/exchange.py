@@ -87,18 +87,15 @@ class Channel:
 
     def pass_on(self, tensors: Sequence[Tensor], num_rows: int) -> Transfer:
         """Begins to send `tensors` to the next rank, and to receive the previous one's, of
-        `num_rows` rows."""
-        sent = [t.contiguous() for t in tensors]
-        found = [t.new_empty(num_rows, *t.shape[1:]) for t in tensors]
+        `num_rows` rows. No rows travel as one: NCCL wants every rank in a group's first call."""
+        sent = [t.contiguous() if len(t) else t.new_zeros(1, *t.shape[1:]) for t in tensors]
+        found = [t.new_empty(max(1, num_rows), *t.shape[1:]) for t in tensors]
         following = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
         previous = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
-        transfers: list[tuple[Any, Tensor, int]]
-        transfers = [(dist.isend, t, following) for t in sent if t.numel()]
-        transfers += [(dist.irecv, t, previous) for t in found if t.numel()]
-        if not transfers:
-            return Transfer((), (), found)
-        operations = [dist.P2POp(op, _bytes(t), peer, self.group) for op, t, peer in transfers]
-        return Transfer(_guarded(dist.batch_isend_irecv, operations), sent, found)
+        operations = [dist.P2POp(dist.isend, _bytes(t), following, self.group) for t in sent]
+        operations += [dist.P2POp(dist.irecv, _bytes(t), previous, self.group) for t in found]
+        works = _guarded(dist.batch_isend_irecv, operations)
+        return Transfer(works, sent, [t[:num_rows] for t in found])
 
 
 class Gathered:

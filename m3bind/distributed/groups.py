@@ -40,7 +40,8 @@ def channel_of(group: Group) -> Channel | None:
         return None
     chosen = process_group(group)
     if chosen is None:
-        chosen = dist.distributed_c10d._get_default_group()
+        chosen = dist.group.WORLD
+    assert chosen is not None
     if dist.get_rank(chosen) < 0:
         raise ValueError("this process is not a member of the group that it passed")
     return Channel(chosen) if dist.get_world_size(chosen) > 1 else None

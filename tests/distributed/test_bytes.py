@@ -26,8 +26,9 @@ def expected(loss, scheme, rows, cols, size, rank):
     if scheme == "gather":
         gathered += (n + m) * both
     else:
-        there = M - cols[(rank + 1) % W]  # all blocks but the next rank's, which is its own
-        ring = there * (both if loss == "siglip_loss" else 2 * both) + M * D * 4
+        blocks = [max(1, count) for count in cols]  # no rows travel as one
+        there = sum(blocks) - blocks[(rank + 1) % W]  # all but the next rank's, which is its own
+        ring = there * (both if loss == "siglip_loss" else 2 * both) + sum(blocks) * D * 4
     return {"gather": (W - 1) * gathered, "swap": swapped, "ring": ring}
 
 
