@@ -131,6 +131,16 @@ def test_features_of_clip_loss(pools, name, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_soft_targets_at_logits_that_overflow(pools, scheme):
+    made, _ = divided(*UNEVEN, features_of(13, 18, D, 0)["soft targets and mask_ids"])
+    case = case_of("clip_loss", *UNEVEN, torch.float64, scale=3000.0)
+    case = Case(
+        loss="clip_loss", row_counts=UNEVEN[0], col_counts=UNEVEN[1], leaves=case.leaves, **made
+    )
+    check(case, spread(pools(3), case, scheme=scheme))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
     "name", ("labels", "positive_ids and mask_ids", "mask_ids that hold the positives")
 )
