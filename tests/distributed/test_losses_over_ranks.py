@@ -132,12 +132,15 @@ def test_features_of_clip_loss(pools, name, scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_soft_targets_at_logits_that_overflow(pools, scheme):
-    made, _ = divided(*UNEVEN, features_of(13, 18, D, 0)["soft targets and mask_ids"])
-    case = case_of("clip_loss", *UNEVEN, torch.float64, scale=3000.0)
-    case = Case(
-        loss="clip_loss", row_counts=UNEVEN[0], col_counts=UNEVEN[1], leaves=case.leaves, **made
-    )
-    check(case, spread(pools(3), case, scheme=scheme))
+    """All pairs are masked but the targets, each on one rank alone."""
+    n = [3, 4]
+    case = case_of("clip_loss", n, n, torch.float64, scale=3000.0)
+    case.leaves["y"] = case.leaves["x"].clone()
+    case.rows["mask_ids"] = case.columns["mask_ids"] = torch.zeros(7, dtype=torch.int64)
+    case.rows["soft_targets"] = torch.arange(7)[:, None], torch.ones(7, 1)
+    found = spread(pools(2), case, scheme=scheme)
+    assert all(rank["outputs"][0] == 0 for rank in found)
+    check(case, found)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
