@@ -13,6 +13,8 @@ Names, arguments and values are Inf-CL's. What differs:
 - The gradients are right. Where the number of rows is not a multiple of 64, Inf-CL's backward reads
   beyond the end of the incoming gradient; the scale of its cal_ring_loss and cal_inf_loss has no
   gradient without a process group (backward raises), and one W times too large over W ranks.
+- Over W ranks the mean is that of all rows, on every rank, and its gradients are those that DDP and
+  FSDP average (`m3bind.distributed`). Inf-CL's is the mean of a rank's own rows.
 
 Each is one direction: for both, one call of `m3bind.clip_loss` takes half the time of two of these.
 
@@ -23,6 +25,8 @@ import torch
 from torch import Tensor
 
 from m3bind import distributed, ops
+
+_NO_COLUMN = 1 << 40
 
 
 def cal_flash_loss(
@@ -59,17 +63,18 @@ def cal_ring_loss(
     scale: Tensor | float | None = None,  # [] or [1]
     head_dim: int = 256,
 ) -> Tensor:  # []
-    """The mean of `cal_flash_loss`.
+    """The mean of `cal_flash_loss`, over the rows of q and k of all ranks.
+
+    Labels count this rank's rows of k, as Inf-CL's do.
 
     Equivalent to::
 
         F.cross_entropy(scale * q @ k.T, labels)
 
     Raises:
-        ValueError: as `cal_flash_loss`; a process group of several ranks, over which Inf-CL's
-            function passes k on and this version cannot do so yet.
+        ValueError: as `cal_flash_loss`.
     """
-    return _mean("cal_ring_loss", q, k, labels, scale)
+    return _mean(q, k, labels, scale)
 
 
 def cal_inf_loss(
@@ -79,23 +84,26 @@ def cal_inf_loss(
     scale: Tensor | float | None = None,  # [] or [1]
     head_dim: int = 256,
 ) -> Tensor:  # []
-    """The mean of `cal_flash_loss`.
+    """The mean of `cal_flash_loss`, over the rows of q and k of all ranks.
+
+    Labels count this rank's rows of k, as Inf-CL's do.
 
     Equivalent to::
 
         F.cross_entropy(scale * q @ k.T, labels)
 
     Raises:
-        ValueError: as `cal_flash_loss`; a process group of several ranks, over which Inf-CL's
-            function passes k on and this version cannot do so yet.
+        ValueError: as `cal_flash_loss`.
     """
-    return _mean("cal_inf_loss", q, k, labels, scale)
+    return _mean(q, k, labels, scale)
 
 
-def _mean(
-    name: str, q: Tensor, k: Tensor, labels: Tensor | None, scale: Tensor | float | None
-) -> Tensor:
-    distributed.require_one_rank(name, distributed.world_size(), f"Inf-CL's {name}")
+def _mean(q: Tensor, k: Tensor, labels: Tensor | None, scale: Tensor | float | None) -> Tensor:
+    if labels is not None and distributed.world_size() > 1:
+        first = distributed.first_column(k.shape[0])
+        # Of a rank's own rows alone, also where a number too large would be another rank's.
+        too_large = labels >= k.shape[0]
+        labels = (labels + first).where(labels >= 0, -1).masked_fill(too_large, _NO_COLUMN)
     return _rows(q, k, labels, scale, "mean")
 
 
@@ -103,8 +111,10 @@ def _rows(
     q: Tensor, k: Tensor, labels: Tensor | None, scale: Tensor | float | None, reduction: str
 ) -> Tensor:
     dtype = torch.promote_types(q.dtype, k.dtype)
+    # Inf-CL's function of rows stays on its rank.
+    clip_loss = ops.clip_loss if reduction == "none" else distributed.clip_loss
     with torch.autocast(q.device.type, enabled=False):
-        loss = ops.clip_loss(
+        loss = clip_loss(
             q.to(dtype),
             k.to(dtype),
             1.0 if scale is None else scale,

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,12 +36,13 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
 
     Arguments, inputs, directions, partition and hardness modes are those of sentence-transformers
     6.2: columns (anchor, positive, negative_1, ..., negative_n), each anchor against the positives
-    and negatives of the whole batch. Scores are float32 also where embeddings are 16-bit.
+    and negatives of the whole batch. With `gather_across_devices` the batch is that of all ranks,
+    as is the mean, and gradients are those that DDP averages (`m3bind.distributed`). Scores are
+    float32 also where embeddings are 16-bit.
 
     Raises:
         ValueError: what theirs raises; a `similarity_fct` other than `cos_sim` and `dot_score` of
-            `sentence_transformers.util`; an argument of a later release;
-            `gather_across_devices` over several ranks, which this version cannot do yet.
+            `sentence_transformers.util`; an argument of a later release.
     """
 
     @functools.wraps(theirs.MultipleNegativesRankingLoss.__init__)  # type: ignore[misc]
@@ -66,17 +68,12 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
                 f"MultipleNegativesRankingLoss: {len(embeddings)} columns of texts; pass at least "
                 "two: anchors and positives"
             )
-        if self.gather_across_devices:
-            distributed.require_one_rank(
-                "MultipleNegativesRankingLoss with gather_across_devices",
-                distributed.world_size(),
-                "sentence-transformers' loss",
-            )
         if self.similarity_fct is cos_sim:
             embeddings = [F.normalize(column, dim=-1) for column in embeddings]
         one_direction = set(self.directions) == {"query_to_doc"}
         if not self._hardness() and (one_direction or self.partition_mode == "per_direction"):
-            loss = ops.clip_loss(
+            clip_loss = distributed.clip_loss if self.gather_across_devices else ops.clip_loss
+            loss = clip_loss(
                 embeddings[0],
                 torch.cat(embeddings[1:]),
                 self.scale,
@@ -99,10 +96,15 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
         it would have to be subtracted again from sums that it dominates."""
         docs = torch.cat([positives, *negatives])
         own = torch.arange(len(queries), device=queries.device)
+        similarity_lse: Callable[..., tuple[Tensor, Tensor]] = ops.similarity_lse
+        mean: Callable[[Tensor], Tensor] = torch.mean
+        if self.gather_across_devices and distributed.world_size() > 1:
+            similarity_lse, mean = distributed.similarity_lse, distributed.mean
+            own = own + (torch.distributed.get_rank() << 32)  # other ranks have other ids
         own_docs = own.repeat(1 + len(negatives))
 
         def lse(x: Tensor, y: Tensor, y_ids: Tensor, factor: float = 1.0) -> list[Tensor]:
-            sums = ops.similarity_lse(x, y, self.scale * factor, row_ids=own, col_ids=y_ids)
+            sums = similarity_lse(x, y, self.scale * factor, row_ids=own, col_ids=y_ids)
             return [part.clamp(min=NOTHING) for part in sums]
 
         harder = self._hardness() if self.hardness_mode != "hard_negatives" else 0.0
@@ -125,10 +127,10 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
         if self.partition_mode == "joint":
             # The positive is in the sum once for each direction that holds it.
             copies = 1 + ("doc_to_query" in self.directions)
-            return _competition(of_query + of_doc, positive, copies).mean()
-        return torch.stack(
-            [_competition(parts, positive, 1) for parts in (of_query, of_doc) if parts]
-        ).mean()
+            return mean(_competition(of_query + of_doc, positive, copies))
+        return mean(
+            torch.stack([_competition(parts, positive, 1) for parts in (of_query, of_doc) if parts])
+        )
 
     def _own_negative(self, queries: Tensor, negatives: Tensor) -> Tensor:  # [B]
         """Scores of the queries with one negative each that was given for them."""

@@ -45,6 +45,15 @@ def features(
     return x, y
 
 
+def paired(op: str, x: Tensor, y: Tensor) -> None:
+    """Each row has its own column."""
+    if x.shape[0] > y.shape[0]:
+        raise ValueError(
+            f"{op}: x has {x.shape[0]} rows, y has {y.shape[0]}: row i of x belongs to row i of y, "
+            "so rows are left over; pass labels or positive_ids, or swap x and y"
+        )
+
+
 def same_rows(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Two feature matrices, of whatever width, describe the same rows."""
     if value.shape[0] != other.shape[0] or value.device != other.device:
@@ -119,10 +128,11 @@ def excluded(
     return (None, None) if value is None else id_pair(op, "exclude_ids", value, queries, gallery)
 
 
-def labels(op: str, value: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The column of each row's positive; below 0: none."""
+def labels(op: str, value: Tensor, x: Tensor, num_columns: int | None) -> Tensor:
+    """The column of each row's positive; below 0: none. None: their number is not known yet."""
     value = ids(op, "labels", value, x)
-    below(op, "labels", value, y.shape[0])
+    if num_columns is not None:
+        below(op, "labels", value, num_columns)
     return value
 
 
@@ -177,9 +187,9 @@ def negatives(op: str, value: Tensor, x: Tensor) -> Tensor:
 
 
 def soft_targets(
-    op: str, value: tuple[Tensor, Tensor], x: Tensor, y: Tensor
+    op: str, value: tuple[Tensor, Tensor], x: Tensor, num_columns: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Columns [N, K] and their weights [N, K]."""
+    """Columns [N, K] and their weights [N, K]. None: the number of columns is not known yet."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise ValueError(
             f"{op}: soft_targets must be (columns, weights), not {type(value).__name__}"
@@ -201,7 +211,8 @@ def soft_targets(
             f"{op}: soft_targets have shapes {tuple(columns.shape)} and {tuple(weights.shape)} on "
             f"{columns.device} and {weights.device}; pass the same shape on {x.device}"
         )
-    below(op, "columns of soft_targets", columns, y.shape[0])
+    if num_columns is not None:
+        below(op, "columns of soft_targets", columns, num_columns)
     return columns, weights.detach()
 
 

@@ -1,22 +1,14 @@
 """clip_loss: symmetric InfoNCE, the loss of CLIP, with what its descendants added."""
 
-import torch
 from torch import Tensor
 
 from m3bind import backends, reference
-from m3bind.dtypes import accumulation_dtype
-from m3bind.ops import arguments, pairs, soft
-from m3bind.ops.direction import Side, direction_loss
+from m3bind.ops import arguments
+from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids, Terms, composed
 from m3bind.ops.info_nce import info_nce
 from m3bind.ops.info_nce_rows import info_nce_rows
-from m3bind.ops.lse import similarity_lse
-from m3bind.ops.stats import rows_to_keep, similarity_stats
-from m3bind.reference import reduce
-
-REDUCTIONS = ("mean", "sum", "none")
-DIRECTIONS = ("both", "rows", "columns")
-
-Ids = Tensor | tuple[Tensor, Tensor]
+from m3bind.ops.ranks import ONE_RANK
+from m3bind.ops.stats import rows_to_keep
 
 
 def clip_loss(
@@ -89,43 +81,29 @@ def clip_loss(
     arguments.choice(op, "reduction", reduction, REDUCTIONS)
     arguments.choice(op, "directions", directions, DIRECTIONS)
     scale = arguments.scalar(op, "logit_scale", logit_scale, x)
-    bias = None if logit_bias is None else arguments.scalar(op, "logit_bias", logit_bias, x)
     label_smoothing = arguments.number(op, "label_smoothing", label_smoothing, 0.0, 1.0)
     z_loss = arguments.number(op, "z_loss", z_loss, 0.0)
     margin = arguments.number(op, "margin", margin)
     memory_budget = arguments.number(op, "memory_budget", memory_budget, 0.0)
-    arguments.one_of(op, labels=labels, positive_ids=positive_ids, soft_targets=soft_targets)
-    if labels is not None:
-        labels = arguments.labels(op, labels, x, y)
-    if positive_ids is not None:
-        positive_ids = arguments.id_pair(op, "positive_ids", positive_ids, x, y)
-    if mask_ids is not None:
-        mask_ids = arguments.id_pair(op, "mask_ids", mask_ids, x, y)
-    if negatives is not None:
-        negatives = arguments.negatives(op, negatives, x)
-    if soft_targets is not None:
-        soft_targets = arguments.soft_targets(op, soft_targets, x, y)
-        if margin:
-            raise ValueError(
-                f"{op}: margin={margin} with soft_targets: a margin needs positives; pass labels "
-                "or positive_ids, or margin=0"
-            )
-    elif labels is None and positive_ids is None and x.shape[0] > y.shape[0]:
-        raise ValueError(
-            f"{op}: x has {x.shape[0]} rows, y has {y.shape[0]}: row i of x belongs to row i of y, "
-            "so rows are left over; pass labels or positive_ids, or swap x and y"
-        )
-    extras = (bias, labels, positive_ids, mask_ids, negatives, soft_targets)
+    extras = (logit_bias, labels, positive_ids, mask_ids, negatives, soft_targets)
     plain = all(extra is None for extra in extras) and not label_smoothing and not z_loss
     plain = plain and reduction != "none"
+    if labels is None and positive_ids is None and soft_targets is None:
+        arguments.paired(op, x, y)
+    terms = None
+    if not plain:
+        terms = Terms.checked(
+            op, x, y, y.shape[0], bias=logit_bias, labels=labels, positive_ids=positive_ids,
+            mask_ids=mask_ids, negatives=negatives, soft_targets=soft_targets,
+            label_smoothing=label_smoothing, z_loss=z_loss, margin=margin, directions=directions,
+            reduction=reduction,
+        )  # fmt: skip
     chosen = backends.resolve(op, x.device.type, x.dtype, backend)
     with arguments.without_autocast(x):
         if chosen == "reference":
             return reference.clip_loss(
-                x, y, scale, logit_bias=bias, labels=labels, positive_ids=positive_ids,
-                mask_ids=mask_ids, negatives=negatives, soft_targets=soft_targets,
-                label_smoothing=label_smoothing, z_loss=z_loss, margin=margin,
-                directions=directions, reduction=reduction,
+                x, y, scale, margin=margin, directions=directions, reduction=reduction,
+                **({} if terms is None else terms.features()),
             )  # fmt: skip
         # Columns beyond the rows have no loss, but their NaN reaches what they stand beside.
         one_way = directions == "rows" or (directions == "columns" and x.shape[0] == y.shape[0])
@@ -137,56 +115,12 @@ def clip_loss(
             )
         kept_rows = 0
         if memory_budget and arguments.gradient_wanted(x, y, scale):
-            kept_rows = rows_to_keep(x, y, memory_budget, chosen)
+            kept_rows = rows_to_keep(x, y.shape[0], memory_budget, chosen)
         if plain and directions == "both":
             return info_nce(
                 x, y, scale, margin=margin, mean=reduction == "mean", kept_rows=kept_rows,
                 backend=chosen,
             )  # fmt: skip
-        acc = accumulation_dtype(x.dtype)
-        if negatives is not None or soft_targets is not None:
-            # Several gradients meet in x and y: each on its own would be rounded to 16 bit.
-            x, y = x.to(acc), y.to(acc)
-        if soft_targets is not None:
-            which = pairs.Pairs()
-        elif positive_ids is not None:
-            which = pairs.of_ids(*positive_ids)
-        elif labels is not None:
-            which = pairs.of_labels(labels, y.shape[0])
-        else:
-            which = pairs.diagonal(x.shape[0], y.shape[0], x.device)
-        if mask_ids is not None:
-            which = which.masked_by(*mask_ids)
-        rows, cols = similarity_stats(
-            x, y, scale, which, margin=margin, totals=label_smoothing > 0, kept_rows=kept_rows,
-            backend=chosen,
-        )  # fmt: skip
-        unmasked = which.unmasked(x.shape[0], y.shape[0]) if label_smoothing else (1, 1)
-        row_side, col_side = (
-            Side(lse=stats[0], target=stats[1], total=stats[2], positives=count, unmasked=left)
-            for stats, count, left in zip(
-                (rows, cols), (which.row_positives, which.col_positives), unmasked, strict=True
-            )
-        )
-        if soft_targets is not None:
-            soft.add_targets(row_side, col_side, x, y, scale, *soft_targets, which)
-        if negatives is not None:
-            _add_negatives(row_side, x, scale, negatives.to(acc), chosen)
-        sides = {"rows": (row_side,), "columns": (col_side,), "both": (row_side, col_side)}
-        losses = [
-            direction_loss(side, bias, label_smoothing, z_loss, acc) for side in sides[directions]
-        ]
-        return reduce(losses, reduction)
-
-
-def _add_negatives(rows: Side, x: Tensor, scale: Tensor, negatives: Tensor, backend: str) -> None:
-    """Further columns of the rows' denominator."""
-    if negatives.dim() == 2:
-        lse, _ = similarity_lse(x, negatives, scale, backend=backend)
-        total = scale * (x @ negatives.sum(0))
-    else:
-        logits = scale * torch.einsum("nd,nkd->nk", x, negatives)
-        lse, total = logits.logsumexp(1), logits.sum(1)
-    rows.lse = torch.logaddexp(rows.lse, lse.to(rows.lse.dtype))
-    rows.total = rows.total + total
-    rows.unmasked = rows.unmasked + negatives.shape[-2]
+        if terms is None:
+            terms = Terms(margin=margin, directions=directions, reduction=reduction)
+        return composed(x, y, scale, terms, ONE_RANK, kept_rows, chosen)

@@ -13,10 +13,10 @@ from torch import Tensor
 from m3bind import backends, reference
 from m3bind.dtypes import accumulation_dtype, statistics_dtype
 from m3bind.ops import arguments
-from m3bind.ops.clip import DIRECTIONS, REDUCTIONS, Ids
+from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids
 from m3bind.ops.define import define, differentiate
 from m3bind.ops.pairs import Pairs
-from m3bind.reference import reduce
+from m3bind.ops.ranks import ONE_RANK, Ranks
 
 KINDS = ("kl", "ce")
 
@@ -106,12 +106,29 @@ def similarity_distill(
         wanted = tuple(losses) if directions == "both" else (directions,)
         if mask_ids is None and x.shape[0] > 0 and y.shape[0] > 0:
             return _reduce_all([losses[name] for name in wanted], reduction)
-        left = dict(zip(losses, which.unmasked(x.shape[0], y.shape[0]), strict=True))
-        parts = []
-        for name in wanted:
-            valid = torch.zeros_like(losses[name]) + left[name] > 0
-            parts.append((losses[name].where(valid, 0), valid))
-        return reduce(parts, reduction)
+        return composed(losses, wanted, which, x, y, ONE_RANK, reduction)
+
+
+def composed(
+    losses: dict[str, Tensor],  # rows: [N], columns: [M]
+    wanted: tuple[str, ...],
+    which: Pairs,
+    x: Tensor,
+    y: Tensor,
+    ranks: Ranks,
+    reduction: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss, where some rows or columns may have nothing left."""
+    left_rows, left_cols = which.unmasked(*ranks.totals(x, y))
+    left = {
+        "rows": ranks.own_rows(left_rows) if isinstance(left_rows, Tensor) else left_rows,
+        "columns": ranks.own_columns(left_cols) if isinstance(left_cols, Tensor) else left_cols,
+    }
+    parts = []
+    for name in wanted:
+        valid = torch.zeros_like(losses[name]) + left[name] > 0
+        parts.append((losses[name].where(valid, 0), valid))
+    return ranks.reduce(parts, reduction)
 
 
 def _reduce_all(losses: list[Tensor], reduction: str) -> Tensor | tuple[Tensor, Tensor]:

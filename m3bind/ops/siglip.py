@@ -14,12 +14,11 @@ from torch import Tensor
 from m3bind import backends, reference
 from m3bind.dtypes import accumulation_dtype, statistics_dtype
 from m3bind.ops import arguments, pairs
+from m3bind.ops.contrastive import REDUCTIONS, Ids, Terms
 from m3bind.ops.define import define, differentiate
+from m3bind.ops.ranks import ONE_RANK
 
-REDUCTIONS = ("mean", "sum", "none")
 _DIAGONAL = pairs.Pairs()  # to these operators no classes mean that row i and column i are positive
-
-Ids = Tensor | tuple[Tensor, Tensor]
 
 
 def siglip_loss(
@@ -73,32 +72,21 @@ def siglip_loss(
     arguments.choice(op, "reduction", reduction, REDUCTIONS)
     scale = arguments.scalar(op, "logit_scale", logit_scale, x)
     bias = arguments.scalar(op, "logit_bias", 0.0 if logit_bias is None else logit_bias, x)
-    arguments.one_of(op, labels=labels, positive_ids=positive_ids)
-    if labels is not None:
-        labels = arguments.labels(op, labels, x, y)
-    if positive_ids is not None:
-        positive_ids = arguments.id_pair(op, "positive_ids", positive_ids, x, y)
-    elif labels is None and x.shape[0] > y.shape[0]:
-        raise ValueError(
-            f"{op}: x has {x.shape[0]} rows, y has {y.shape[0]}: row i of x belongs to row i of y, "
-            "so rows are left over; pass labels or positive_ids, or swap x and y"
-        )
-    if mask_ids is not None:
-        mask_ids = arguments.id_pair(op, "mask_ids", mask_ids, x, y)
+    if labels is None and positive_ids is None:
+        arguments.paired(op, x, y)
+    terms = None
+    if labels is not None or positive_ids is not None or mask_ids is not None:
+        terms = Terms.checked(
+            op, x, y, y.shape[0], bias=bias, labels=labels, positive_ids=positive_ids,
+            mask_ids=mask_ids,
+        )  # fmt: skip
     chosen = backends.resolve(op, x.device.type, x.dtype, backend)
     with arguments.without_autocast(x):
         if chosen == "reference":
             return reference.siglip_loss(
-                x, y, scale, bias, labels=labels, positive_ids=positive_ids, mask_ids=mask_ids,
-                reduction=reduction,
+                x, y, scale, bias, reduction=reduction, **({} if terms is None else terms.which()),
             )  # fmt: skip
-        which = _DIAGONAL
-        if labels is not None:
-            which = pairs.of_labels(labels, y.shape[0])
-        elif positive_ids is not None:
-            which = pairs.of_ids(*positive_ids)
-        if mask_ids is not None:
-            which = which.masked_by(*mask_ids)
+        which = _DIAGONAL if terms is None else terms.pairs(x, y, ONE_RANK, _DIAGONAL)
         inputs = (
             x, y, scale, bias, which.row_class, which.col_class, which.row_mask, which.col_mask,
         )  # fmt: skip

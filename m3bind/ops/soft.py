@@ -1,12 +1,15 @@
 """Soft targets: a few weighted columns a row, in O(N * K * D) time and O(N * K) memory."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from m3bind.ops.direction import Side
 from m3bind.ops.pairs import Pairs
+
+if TYPE_CHECKING:
+    from m3bind.ops.ranks import Ranks
 
 
 class _ListedDots(torch.autograd.Function):
@@ -30,6 +33,12 @@ class _ListedDots(torch.autograd.Function):
         return grad_x, grad_y, None
 
 
+def listed_dots(x: Tensor, y: Tensor, columns: Tensor) -> Tensor:  # [N, K]
+    if columns.shape[1] == 0 or y.shape[0] == 0:
+        return x.new_zeros(columns.shape)
+    return _ListedDots.apply(x, y, columns)
+
+
 def add_targets(
     rows: Side,
     cols: Side,
@@ -39,20 +48,20 @@ def add_targets(
     columns: Tensor,  # [N, K], below 0: no target
     weights: Tensor,  # [N, K]
     which: Pairs,
+    ranks: "Ranks",
 ) -> None:
     """Puts the targets into both sides, and into the denominators where a mask took them out."""
     stats = rows.lse.dtype
     there = (columns >= 0) & (weights > 0)
     at = columns.clamp(min=0)
-    if columns.shape[1] == 0 or y.shape[0] == 0:
-        logits = x.new_zeros(columns.shape, dtype=stats) + 0 * scale
-    else:
-        logits = scale.to(stats) * _ListedDots.apply(x, y, at).to(stats)
+    logits = scale.to(stats) * ranks.listed_dots(x, y, at).to(stats)
     weights = weights.to(stats).where(there, 0)
     flat = at.flatten()
+    num_cols = ranks.totals(x, y)[1]
 
     def by_column(values: Tensor) -> Tensor:
-        return values.new_zeros(y.shape[0]).index_add(0, flat, values.flatten())
+        own = values.new_zeros(num_cols).index_add(0, flat, values.flatten())
+        return ranks.column_sums(own)
 
     for side, total, aimed in (
         (rows, weights.sum(1), (weights * logits).sum(1)),
@@ -62,16 +71,16 @@ def add_targets(
         side.target = aimed / total.where(side.valid, 1)
     if which.row_mask is None or which.col_mask is None:
         return
-    back = there & (which.row_mask[:, None] == which.col_mask[at])
+    back = there & (ranks.own_rows(which.row_mask)[:, None] == which.col_mask[at])
     masked = logits.where(back, -torch.inf)
     rows.lse = torch.logaddexp(rows.lse, masked.logsumexp(1))
     # A log-sum-exp over the rows of each column, shifted by a maximum that needs no gradient.
-    lowest = masked.new_full((y.shape[0],), -torch.inf)
-    peak = lowest.scatter_reduce(0, flat, masked.detach().flatten(), "amax")
+    lowest = masked.new_full((num_cols,), -torch.inf)
+    peak = ranks.maximum(lowest.scatter_reduce(0, flat, masked.detach().flatten(), "amax"))
     peak = peak.where(peak.isfinite(), 0)
     col_sum = by_column((masked - peak[at]).exp())
     some = col_sum > 0
-    col_lse = peak + col_sum.where(some, 1).log()
+    col_lse = ranks.own_columns(peak) + col_sum.where(some, 1).log()
     cols.lse = torch.logaddexp(cols.lse, col_lse.where(some, -torch.inf))
     returned = logits.where(back, 0)
     rows.total, cols.total = rows.total + returned.sum(1), cols.total + by_column(returned)

@@ -49,11 +49,11 @@ def similarity_stats(
     return rows, cols
 
 
-def rows_to_keep(x: Tensor, y: Tensor, memory_budget: float, backend: str) -> int:
-    """How many rows' dot products with y `memory_budget` MiB hold: all, or whole blocks of 64."""
+def rows_to_keep(x: Tensor, num_cols: int, memory_budget: float, backend: str) -> int:
+    """How many rows' dot products `memory_budget` MiB hold: all, or whole blocks of 64."""
     if not backends.keeps("similarity_stats", backend):
         return 0
-    num_rows, num_cols = x.shape[0], y.shape[0]
+    num_rows = x.shape[0]
     row_bytes = accumulation_dtype(x.dtype).itemsize * max(1, num_cols)
     fitting = memory_budget * 2**20 / row_bytes
     return num_rows if fitting >= num_rows else int(fitting) // 64 * 64

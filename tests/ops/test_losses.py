@@ -25,7 +25,7 @@ def test_signature_is_open_clips(loss, method):
     assert [(p.name, p.kind, p.default) for p in shared] == [
         (p.name, p.kind, p.default) for p in theirs
     ]
-    assert all(p.kind is p.KEYWORD_ONLY and not p.default for p in ours[len(theirs) :])
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in ours[len(theirs) :])
 
 
 @pytest.mark.parametrize("n", (1, 48, 130))
@@ -49,9 +49,13 @@ def test_output_dict_and_bias():
 
 
 @pytest.mark.parametrize("loss", (ClipLoss, DistillClipLoss))
-def test_several_ranks_are_refused(loss):
-    with pytest.raises(ValueError, match=f"^{loss.__name__}: world_size=4"):
-        loss(rank=1, world_size=4)
+def test_ranks_that_are_not_there_are_refused(loss):
+    x = torch.ones(4, 8)
+    teacher = (x, x, 1.0) if loss is DistillClipLoss else ()
+    with pytest.raises(ValueError, match=rf"^{loss.__name__}: use_horovod=True with world_size=4"):
+        loss(rank=1, world_size=4, use_horovod=True)
+    with pytest.raises(ValueError, match=rf"^{loss.__name__}: world_size=4, but .* 1 ranks"):
+        loss(rank=1, world_size=4)(x, x, 1.0, *teacher)
 
 
 @pytest.mark.parametrize("n", (1, 48, 130))

@@ -62,7 +62,7 @@ SIGLIP = {
     "reduction": (lambda x, y: siglip_loss(x, y, 1.0, reduction="avg"), "one of mean, sum, none"),
     "backend": (lambda x, y: siglip_loss(x, y, 1.0, backend="fast"), "reference, chunked, cpp"),
     "triton": (lambda x, y: siglip_loss(x, y, 1.0, backend="triton"), "cannot run siglip_loss: "),
-    "ranks": (lambda x, y: SigLipLoss(rank=1, world_size=4), "world_size=4"),
+    "ranks": (lambda x, y: SigLipLoss(rank=1, world_size=4)(x, y, 1.0, 0.0), "world_size=4"),
     "exchange": (lambda x, y: SigLipLoss(dist_impl="ring"), "one of bidir, shift, reduce, gather"),
 }
 

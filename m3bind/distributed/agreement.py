@@ -1,0 +1,148 @@
+"""The small collective of each call: what the ranks bring, and whether it fits together.
+
+One list of numbers a rank travels. Where it shows that ranks differ, or that a rank could not even
+read its arguments, a second exchange carries the words, and every rank raises the same ValueError.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from m3bind.distributed.exchange import Channel
+from m3bind.ops.arguments import DTYPES
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+MODES = {0: "off (torch.no_grad)", 1: "on"}
+
+
+@dataclass(kw_only=True, slots=True)
+class Brought:
+    """What one rank brings to a call; every field is a small number."""
+
+    failed: int = 0  # its arguments were wrong
+    options: int = 0  # a hash of the arguments that must be the same
+    grad_mode: int = 0
+    features: int = 0
+    teacher_features: int = 0
+    dtype: int = 0
+    teacher_dtype: int = 0
+    device: int = 0
+    rows: int = 0
+    columns: int = 0
+    negatives: int = 0
+    listed: int = 0  # targets that each row lists
+    largest_column: int = -1  # of those that labels and targets name
+    unpaired: int = 0  # it has rows that no column stands for
+    has_nan: int = 0
+    memory: int = 0  # of the device, MiB
+    need_x: int = 0
+    need_y: int = 0
+    need_negatives: int = 0
+    need_scalars: int = 0
+
+
+# What must be equal: the name in the error, and how a value reads.
+EQUAL: dict[str, tuple[str, Callable[[int], str]]] = {
+    "grad_mode": ("gradients ", lambda v: MODES[v]),
+    "features": ("features a row: ", str),
+    "teacher_features": ("teacher's features a row: ", str),
+    "dtype": ("features of ", lambda v: str(DTYPES[v])),
+    "teacher_dtype": ("teacher's features of ", lambda v: str(DTYPES[v])),
+    "device": ("tensors on ", lambda v: DEVICES[v] if v < len(DEVICES) else f"device kind {v}"),
+}
+_NAMES = tuple(field.name for field in fields(Brought))
+
+
+def hashed(options: dict[str, Any]) -> int:
+    digest = hashlib.blake2b(repr(sorted(options.items())).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
+def device_kind(device: torch.device) -> int:
+    return DEVICES.index(device.type) if device.type in DEVICES else len(DEVICES)
+
+
+@cache
+def device_memory(device: torch.device) -> int:
+    """MiB; the processor's, though ranks on one machine share it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory >> 20
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    except (AttributeError, OSError, ValueError):  # a system that does not say
+        return 1 << 14
+
+
+def largest(*named: Tensor | None) -> int:
+    """The largest column that is named, where finding it costs no synchronisation."""
+    found = [int(t.max()) for t in named if t is not None and t.device.type == "cpu" and t.numel()]
+    return max(found, default=-1)
+
+
+def agree(
+    op: str,
+    channel: Channel,
+    brought: Brought,
+    options: dict[str, Any],
+    error: Exception | None,
+) -> list[Brought]:
+    """What every rank brings, after it is known to fit together."""
+    brought.failed = int(error is not None)
+    brought.options = hashed(options)
+    found = channel.numbers([int(v) for v in asdict(brought).values()])
+    ranks = [Brought(**dict(zip(_NAMES, values, strict=True))) for values in found]
+    if any(rank.failed for rank in ranks):
+        text = "" if error is None else str(error).removeprefix(f"{op}: ")
+        _raise_failure(op, channel.texts({"error": text}), error)
+    if len({rank.options for rank in ranks}) > 1:
+        _raise_options(op, channel.texts({k: repr(v) for k, v in options.items()}))
+    for name, (words, shown) in EQUAL.items():
+        _must_be_equal(op, words, [shown(getattr(rank, name)) for rank in ranks])
+    check_values(op, ranks)
+    return ranks
+
+
+def _raise_failure(op: str, texts: list[dict[str, str]], error: Exception | None) -> NoReturn:
+    said = [f"on rank {r}: {text['error']}" for r, text in enumerate(texts) if text["error"]]
+    raise ValueError(f"{op}: {'; '.join(said)}") from error
+
+
+def _raise_options(op: str, texts: list[dict[str, str]]) -> NoReturn:
+    for name in sorted({name for text in texts for name in text}):
+        _must_be_equal(op, f"{name}=", [str(text.get(name)) for text in texts])
+    raise ValueError(f"{op}: the ranks pass different arguments; pass the same on every rank")
+
+
+def _must_be_equal(op: str, words: str, values: list[str]) -> None:
+    if len(set(values)) == 1:
+        return
+    (common, count), *_ = Counter(values).most_common(1)
+    odd = [f"rank {r} has {words}{v}" for r, v in enumerate(values) if v != common]
+    who = "the others have" if count > 1 else f"rank {values.index(common)} has"
+    raise ValueError(f"{op}: {', '.join(odd)}; {who} {words}{common}; make them equal")
+
+
+def check_values(op: str, ranks: list[Brought]) -> None:
+    columns = sum(rank.columns for rank in ranks)
+    for r, rank in enumerate(ranks):
+        if rank.has_nan:
+            raise ValueError(f"{op}: on rank {r}: the features contain NaN (check=True)")
+        if rank.largest_column >= columns:
+            raise ValueError(
+                f"{op}: on rank {r}: column {rank.largest_column} is named, but all ranks together "
+                f"have {columns}; labels and soft_targets count the columns of all ranks, from 0 "
+                f"to {columns - 1}"
+            )
+        if rank.unpaired:
+            raise ValueError(
+                f"{op}: on rank {r}: x has {rank.rows} rows, y has {rank.columns}: row i of x "
+                "belongs to row i of y on its rank, so rows are left over; pass labels or "
+                "positive_ids"
+            )

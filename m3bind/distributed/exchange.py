@@ -1,0 +1,142 @@
+"""All that ranks send to each other goes through here, as bytes: nothing is added up in transit.
+
+Sums are formed by the receiver in the order of the ranks, so every rank has the same bits, and two
+runs agree. Every call must be made by all ranks of the group, in the same order.
+"""
+
+from __future__ import annotations  # torch may be built without ProcessGroup
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TEXT_BYTES = 4096  # of which a character in JSON may take six
+
+
+class Transfer:
+    """Something under way; `wait` gives what has arrived."""
+
+    def __init__(self, works: Sequence[Any], sent: Sequence[Tensor], found: list[Tensor]) -> None:
+        self._works, self._found = works, found
+        self._sent = sent  # must not be freed before the works end
+
+    def wait(self) -> list[Tensor]:
+        for work in self._works:
+            _guarded(work.wait)
+        self._works, self._sent = (), ()
+        return self._found
+
+
+class Channel:
+    """A process group, seen from one of its ranks."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        # What is not features travels by the CPU where the group can: that costs no
+        # synchronisation with a GPU.
+        config = str(dist.get_backend_config(group))
+        kinds = [part.partition(":")[0] for part in config.split(",")]
+        self.device = torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+    def numbers(self, own: list[int]) -> list[list[int]]:
+        """Every rank's list of equal length."""
+        sent = torch.tensor(own, dtype=torch.int64, device=self.device)
+        return self.stack(sent).tolist()
+
+    def texts(self, own: dict[str, str]) -> list[dict[str, str]]:
+        """Every rank's, each text cut to what fits."""
+        longest = TEXT_BYTES // 8 // max(1, len(own))
+        encoded = json.dumps({key: text[:longest] for key, text in own.items()}).encode()
+        sent = torch.tensor(list(encoded.ljust(TEXT_BYTES)), dtype=torch.uint8, device=self.device)
+        return [json.loads(bytes(found).decode()) for found in self.stack(sent).tolist()]
+
+    def stack(self, own: Tensor) -> Tensor:  # [W, ...]
+        """Every rank's tensor of equal shape."""
+        found = own.new_empty(self.size, *own.shape)
+        if own.numel():
+            work = _guarded(
+                dist.all_gather_into_tensor, _bytes(found.view(-1)), _bytes(own.reshape(-1)),
+                group=self.group, async_op=True,
+            )  # fmt: skip
+            _guarded(work.wait)
+        return found
+
+    def start_gather(self, own: Tensor, counts: list[int]) -> Gathered:
+        """Begins to collect every rank's rows [counts[rank], ...]."""
+        return Gathered(self, own, counts)
+
+    def gather(self, own: Tensor, counts: list[int]) -> Tensor:
+        return self.start_gather(own, counts).wait()
+
+    def to_owners(self, values: Tensor, counts: list[int]) -> Tensor:
+        """What every rank found of this rank's columns: [W, C, m] of each rank's [C, M]."""
+        rows, own = values.T.contiguous(), counts[self.rank]  # [M, C]
+        found = rows.new_empty(self.size * own, rows.shape[1])
+        if rows.numel():
+            work = _guarded(
+                dist.all_to_all_single, _bytes(found), _bytes(rows), [own] * self.size, counts,
+                group=self.group, async_op=True,
+            )  # fmt: skip
+            _guarded(work.wait)
+        return found.view(self.size, own, rows.shape[1]).transpose(1, 2)
+
+    def pass_on(self, tensors: Sequence[Tensor], num_rows: int) -> Transfer:
+        """Begins to send `tensors` to the next rank, and to receive the previous one's, of
+        `num_rows` rows. No rows travel as one: NCCL wants every rank in a group's first call."""
+        sent = [t.contiguous() if len(t) else t.new_zeros(1, *t.shape[1:]) for t in tensors]
+        found = [t.new_empty(max(1, num_rows), *t.shape[1:]) for t in tensors]
+        following = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
+        previous = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
+        operations = [dist.P2POp(dist.isend, _bytes(t), following, self.group) for t in sent]
+        operations += [dist.P2POp(dist.irecv, _bytes(t), previous, self.group) for t in found]
+        works = _guarded(dist.batch_isend_irecv, operations)
+        return Transfer(works, sent, [t[:num_rows] for t in found])
+
+
+class Gathered:
+    """Rows of all ranks, under way. Uneven ones travel filled up to the longest."""
+
+    def __init__(self, channel: Channel, own: Tensor, counts: list[int]) -> None:
+        longest, self._counts = max(counts), counts
+        self._found = own.new_empty(channel.size * longest, *own.shape[1:])
+        sent = own.contiguous()
+        if sent.shape[0] < longest:
+            sent = own.new_zeros(longest, *own.shape[1:])
+            sent[: own.shape[0]] = own
+        works = []
+        if sent.numel():
+            works = [
+                _guarded(
+                    dist.all_gather_into_tensor, _bytes(self._found), _bytes(sent),
+                    group=channel.group, async_op=True,
+                )
+            ]  # fmt: skip
+        self._transfer = Transfer(works, [sent], [self._found])
+
+    def wait(self) -> Tensor:
+        (found,), longest = self._transfer.wait(), max(self._counts)
+        if all(count == longest for count in self._counts):
+            return found
+        blocks = found.split(longest)
+        return torch.cat([b[:count] for b, count in zip(blocks, self._counts, strict=True)])
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Backends differ in the dtypes that they move; all move bytes."""
+    length, width = tensor.shape[0], tensor.shape[1:].numel() * tensor.element_size()
+    return tensor.view(-1).view(torch.uint8).view(length, width)
+
+
+def _guarded(call: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return call(*args, **kwargs)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "m3bind: a loss over several ranks lost one of them: it ended, or did not call the "
+            f"same loss (and its backward) within the group's timeout. The transport says: {error}"
+        ) from error

@@ -1,0 +1,56 @@
+"""Ranks that do not fit together raise the same error, and none waits; a lost rank ends all."""
+
+import time
+
+import models
+import pytest
+import torch
+from pool import SECONDS, Ranks
+
+WRONG = {
+    "features a row": ({1: {"features": 7}}, "rank 1 has features a row: 7; the others have"),
+    "dtype": ({2: {"dtype": torch.float64}}, "rank 2 has features of torch.float64; the others"),
+    "nan": ({1: {"nan": True, "check": True}, 0: {"check": True}, 2: {"check": True}},
+            "on rank 1: the features contain NaN"),
+    "reduction": ({0: {"reduction": "sum"}}, "rank 0 has reduction='sum'; the others have"),
+    "scheme": ({i: {"scheme": s} for i, s in enumerate(("gather", "circulate", "gather"))},
+               "rank 1 has scheme='circulate'; the others have scheme='gather'"),
+    "ids on one rank": ({2: {"mask_ids": torch.arange(4)}}, "rank 2 has mask_ids='given'; the"),
+    "grad mode": ({1: {"grad": False}}, "rank 1 has gradients off (torch.no_grad); the others"),
+    "label": ({1: {"labels": torch.tensor([0, 12, 3, 4])}, 0: {"labels": torch.arange(4)},
+               2: {"labels": torch.arange(4)}},
+              "on rank 1: column 12 is named, but all ranks together have 12"),
+    "kind of ids": ({1: {"mask_ids": torch.rand(4)}, 0: {"mask_ids": torch.arange(4)},
+                     2: {"mask_ids": torch.arange(4)}},
+                    "on rank 1: mask_ids of the rows must be an int64 tensor, not torch.float32"),
+    "two wrong ranks": ({0: {"scale": "1"}, 2: {"margin": "x"}},
+                        "on rank 0: logit_scale must be a number or a tensor, not str; on rank 2"),
+    "rows left over": ({1: {"short": True}}, "on rank 1: x has 4 rows, y has 3: row i of x"),
+    "reference": ({i: {"backend": "reference"} for i in range(3)}, "backend='reference' holds"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_all_ranks_raise_the_same(pools, name):
+    changes, words = WRONG[name]
+    pool = pools(3)
+    start = time.monotonic()
+    found = pool.run(models.caught, [(changes,)] * 3)
+    assert time.monotonic() - start < SECONDS / 2  # nobody waited in vain
+    assert len(set(found)) == 1 and found[0] is not None
+    assert found[0].startswith("clip_loss: ") and words in found[0]
+    assert pool.run(models.caught, [({},)] * 3) == [None] * 3  # and go on
+
+
+def test_a_lost_rank_ends_the_others():
+    timeout = 30
+    pool = Ranks(3, seconds=timeout)
+    try:
+        pool.run(models.caught, [({},)] * 3)  # all are there
+        pool.start(models.dies, [(2,)] * 3)
+        found = pool.answers(timeout + 5)
+        assert found.keys() == {0, 1}
+        for good, message in found.values():
+            assert good and "m3bind: a loss over several ranks lost one of them" in message
+    finally:
+        pool.close()
