@@ -5,10 +5,13 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
+from clip_contestants import autocast
 from floor import PANELS, gemm_floor
 from rows import report
 from torch.utils.checkpoint import checkpoint
 from turns import (
+    CHOSEN_DTYPES,
+    DTYPES,
     FEATURES,
     SIZES,
     Contestant,
@@ -49,47 +52,60 @@ def checkpointed_panels(x, y, scale, bias):
     return torch.stack(parts).sum() / len(x)
 
 
-LOSSES = {
-    "m3bind": (lambda: siglip_loss, f"{ours('siglip_loss')}, fp32"),
+# What makes the loss, and its setting.
+OURS = {
+    "m3bind": (lambda: siglip_loss, ""),
     "m3bind chunked": (
-        lambda: partial(siglip_loss, backend="chunked"), "plain PyTorch in panels, fp32",
-    ),
-    "open_clip": (lambda: peer("open_clip.loss", "open_clip_torch").SigLipLoss(), "eager, fp32"),
-    "torch.compile": (
-        lambda: fullgraph(one_matrix_loss), "one matrix, fullgraph, static shapes, fp32",
-    ),
-    "checkpointed panels": (
-        lambda: checkpointed_panels, f"checkpoint, panels of {PANELS[0]}, fp32",
+        lambda: partial(siglip_loss, backend="chunked"), "plain PyTorch in panels",
     ),
 }  # fmt: skip
-CONTESTANTS = (*LOSSES, "floor")
+PEERS = {
+    "open_clip": (lambda: peer("open_clip.loss", "open_clip_torch").SigLipLoss(), "eager"),
+    "torch.compile": (
+        lambda: fullgraph(one_matrix_loss), "one matrix, fullgraph, static shapes",
+    ),
+    "checkpointed panels": (lambda: checkpointed_panels, f"checkpoint, panels of {PANELS[0]}"),
+}  # fmt: skip
+CONTESTANTS = (*OURS, *PEERS, "floor")
+# Above it the float16 GEMMs of the peers take minutes a call on a CPU.
+LARGEST_FP16 = 1024
+CASES = [(d, n) for d in CHOSEN_DTYPES for n in SIZES if d != "fp16" or n <= LARGEST_FP16]
 
 
-def contestant(name: str, n: int) -> Contestant:
+def contestant(name: str, n: int, dtype: str) -> Contestant:
+    """In 16 bit the peers run under autocast, as in `clip_contestants`."""
     if name == "floor":
-        return gemm_floor(n, "fp32", logits=1)
-    make, setting = LOSSES[name]
-    leaves = (*unit_rows(n, 2), torch.tensor(SCALE), torch.tensor(BIAS))
-    return Contestant(run=step(make(), leaves), setting=setting)
+        return gemm_floor(n, dtype, logits=1)
+    make, setting = {**OURS, **PEERS}[name]
+    loss, setting = make(), setting or ours("siglip_loss", dtype)
+    leaves = (*unit_rows(n, 2, dtype), torch.tensor(SCALE), torch.tensor(BIAS))
+    if dtype == "fp32":
+        setting += ", fp32"
+    elif name in OURS:
+        setting += f", {dtype} features, fp32 logits"
+    else:
+        loss, setting = autocast(loss, DTYPES[dtype]), f"{setting}, autocast {dtype}"
+    return Contestant(run=step(loss, leaves), setting=setting)
 
 
 @cache
-def turns(n: int) -> dict[str, Taken]:
-    return in_turns({name: partial(contestant, name, n) for name in CONTESTANTS})
+def turns(dtype: str, n: int) -> dict[str, Taken]:
+    return in_turns({name: partial(contestant, name, n, dtype) for name in CONTESTANTS})
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
-@pytest.mark.parametrize("n", SIZES)
-def test_siglip_loss_forward_backward(benchmark, name, n):
+@pytest.mark.parametrize(("dtype", "n"), CASES)
+def test_siglip_loss_forward_backward(benchmark, name, dtype, n):
     report(
-        benchmark, f"siglip_loss fp32 forward+backward N={n} D={FEATURES}", name, turns(n)[name],
-        op="siglip_loss", kind="time", dtype="fp32", n=n, flop=6 * n * n * FEATURES,
+        benchmark, f"siglip_loss {dtype} forward+backward N={n} D={FEATURES}", name,
+        turns(dtype, n)[name], op="siglip_loss", kind="time", dtype=dtype, n=n,
+        flop=6 * n * n * FEATURES,
     )  # fmt: skip
 
 
 def test_contestants_compute_the_same():
     args = (*unit_rows(600, 2), torch.tensor(SCALE), torch.tensor(BIAS))
     want = siglip_loss(*args, backend="reference")
-    uncompiled = {**LOSSES, "torch.compile": (lambda: one_matrix_loss, "")}
+    uncompiled = {**OURS, **PEERS, "torch.compile": (lambda: one_matrix_loss, "")}
     for loss in (make() for make, _ in uncompiled.values()):
         torch.testing.assert_close(loss(*args), want, rtol=1e-5, atol=1e-5)

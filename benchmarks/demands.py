@@ -38,6 +38,7 @@ MEMORY = {("m3bind", "fp32"): 100, ("m3bind", "bf16"): 150, ("open_clip", "fp32"
 SMALL = {(dtype, n): 1.0 for n in (48, 256, 1024) for dtype in ("fp32", "bf16", "fp16")}
 TWO_THREADS = {"fp32": 1.8, "bf16": 1.8}  # dtype: at least this much faster than one, N=8192
 LARGE_MIB, LARGE_FLOOR = 1.5 * 1024, 1.1  # N=65,536: of the whole process; times the floor
+DISTRIBUTED, DISTRIBUTED_MEMORY = 1.0, 3.0  # at least this much faster, less memory
 TOPK = 1.0  # at least this much faster than faiss's flat index
 # Times the error of the formula with fp32 logits; of eager autocast, which rounds its logits.
 ERROR_FORMULA, ERROR_EAGER = 1.5, 0.6
@@ -82,9 +83,10 @@ def _memory() -> list[Demand]:
 
 def _small() -> list[Demand]:
     return [
-        Demand(what=f"clip_loss {dtype}, N={n}: faster than open_clip eager, same dtype policy",
+        Demand(what=f"{op} {dtype}, N={n}: faster than open_clip eager, same dtype policy",
                of="open_clip", over="m3bind", at_least=bound,
-               facts={"op": "clip_loss", "kind": "time", "dtype": dtype, "n": n})
+               facts={"op": op, "kind": "time", "dtype": dtype, "n": n})
+        for op in ("clip_loss", "siglip_loss")
         for (dtype, n), bound in SMALL.items()
     ]  # fmt: skip
 
@@ -108,6 +110,19 @@ def _large() -> list[Demand]:
                value="extra_mib", unit=" MiB", facts=facts),
         Demand(what=f"{name}: time over that of the four bare GEMMs", of="m3bind", over="floor",
                facts=facts, at_most=LARGE_FLOOR),
+    ]  # fmt: skip
+
+
+def _distributed() -> list[Demand]:
+    facts = {"op": "clip_loss", "dtype": "fp32", "n": 4096, "ranks": 2}
+    name = "clip_loss fp32 over 2 ranks, 4096 rows each"
+    return [
+        Demand(what=f"{name}: faster than open_clip (local_loss, gather_with_grad)",
+               of="open_clip", over="m3bind", facts=facts | {"kind": "over ranks"},
+               at_least=DISTRIBUTED),
+        Demand(what=f"{name}: less memory a rank", of="open_clip", over="m3bind",
+               value="extra_mib", facts=facts | {"kind": "memory over ranks"},
+               at_least=DISTRIBUTED_MEMORY),
     ]  # fmt: skip
 
 
@@ -137,5 +152,6 @@ def _errors() -> list[Demand]:
 
 
 DEMANDS = [
-    *_clip(), *_siglip(), *_memory(), *_small(), *_threads(), *_large(), *_topk(), *_errors(),
+    *_clip(), *_siglip(), *_memory(), *_small(), *_threads(), *_large(), *_distributed(),
+    *_topk(), *_errors(),
 ]  # fmt: skip

@@ -38,13 +38,17 @@ class Part:
 PARTS = {
     "small": Part("bench_clip.py", {"SIZES": "48,256,1024"}),
     "clip": Part("bench_clip.py", {"SIZES": "4096,8192", "SECONDS": "30"}),
-    "siglip": Part("bench_siglip.py", {"SIZES": "4096,8192", "SECONDS": "20"}),
+    "siglip-small": Part("bench_siglip.py", {"SIZES": "48,256,1024"}),
+    "siglip": Part(
+        "bench_siglip.py", {"SIZES": "4096,8192", "DTYPES": "fp32,bf16", "SECONDS": "20"}
+    ),
     "distill": Part("bench_distill.py", {"SIZES": "1024,4096", "SECONDS": "20"}),
     "error": Part("bench_error.py", {"SIZES": "4096"}),
     "memory": Part("bench_memory.py", {"SIZES": "8192"}, "cold_memory"),
     "threads": Part("bench_threads.py", {"SIZES": "8192"}),
     "topk": Part("bench_topk.py", {"TOPK": "4096x1000000x512"}),
     "large": Part("bench_memory.py", {"LARGE": "65536"}, "large"),
+    "distributed": Part("bench_distributed.py", {"SIZES": "4096", "SECONDS": "20"}),
     "import": Part("bench_import.py"),
 }
 QUICK = {"SIZES": "48,256", "TOPK": "64x4096x64", "LARGE": "1024", "SECONDS": "0.5"}
