@@ -56,7 +56,6 @@ _SIGMOID_90 = (
 _SIGMOID_100 = (
     Config(128, 256, 64, 8, 3, piece=8),
     Config(128, 256, 64, 8, 4, piece=8),
-    Config(128, 128, 64, 8, 4, piece=16),
 )
 # Two tiles of dot products at a time, of student and teacher.
 _DISTILL_80 = (Config(128, 128, 32, 8, 3, piece=16),)
@@ -147,14 +146,11 @@ def side_config(dtype: torch.dtype, features: int) -> SideConfig:
     block_d = max(16, 1 << (features - 1).bit_length())
     if INTERPRETED:
         return SideConfig(64, 64, 64, block_d, 4, 1)
+    # Fewer warps, or wider tiles beside masks of features, would spill.
     if dtype == torch.float32:
-        if block_d <= 128:
-            return SideConfig(32, 32, 32, block_d, 4, 2)
         return SideConfig(32, 16, 32, block_d, 8, 2)
-    if block_d <= 128:
-        return SideConfig(64, 64, 32, block_d, 4, 3)
-    # Masks of features take registers.
-    return SideConfig(64, 64 if features == block_d else 32, 32, block_d, 8, 3)
+    wide = block_d <= 128 or features == block_d
+    return SideConfig(64, 64 if wide else 32, 32, block_d, 8, 3)
 
 
 MOST_RAGGED_COLUMNS = 128
