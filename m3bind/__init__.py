@@ -2,6 +2,7 @@
 
 from m3bind import losses, ops
 from m3bind.backends import use_backend
+from m3bind.gradcache import GradCache
 from m3bind.losses import ClipLoss, DistillClipLoss, SigLipLoss
 from m3bind.ops import clip_loss, siglip_loss, similarity_distill
 
@@ -9,6 +10,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClipLoss",
     "DistillClipLoss",
+    "GradCache",
     "SigLipLoss",
     "clip_loss",
     "losses",
