@@ -126,8 +126,8 @@ JOBS = {
         inputs=lambda *size: pairs(*size, bench_siglip.SCALE, bench_siglip.BIAS),
         units={"forward": None, "backward": None, "both": 3},
         floor={"logits": 1},
-        peers=eager_and_compiled(bench_siglip.LOSSES["open_clip"][0])
-        | {"checkpointed panels": bench_siglip.LOSSES["checkpointed panels"]},
+        peers=eager_and_compiled(bench_siglip.PEERS["open_clip"][0])
+        | {"checkpointed panels": bench_siglip.PEERS["checkpointed panels"]},
     ),
     "similarity_distill": Job(
         call=partial(ops.similarity_distill, kind="ce"),

@@ -142,7 +142,7 @@ def test_wrong_inputs_and_results(given, change, match):
 
 @pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
 def test_without_gradients(mode):
-    with mode(), pytest.raises(ValueError, match="outside torch.no_grad"):
+    with mode(), pytest.raises(ValueError, match=r"outside torch\.no_grad"):
         build().step(X, Y)
 
 
