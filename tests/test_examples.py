@@ -15,6 +15,7 @@ NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://1
 SAYS = {
     "hf_clip.py": "logits None",
     "inf_cl_names.py": "one call takes",
+    "large_batch.py": "saw at most 64 rows at once",
     "open_clip_training.py": "inside:  <class 'm3bind.losses.ClipLoss'>",
     "own_loss.py": "kept for the backward pass: 64 numbers a row",
     "plain_loop.py": "were never in memory",

@@ -94,11 +94,15 @@ def assert_same(got, want, tolerance=1e-6):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_with_dropout(loss, chunk, dtype):
     towers, batches = [Tower(0).to(dtype), Tower(1).to(dtype)], inputs(dtype)
+
+    def random(x: Tensor, y: Tensor) -> Tensor:  # draws between both passes of the towers
+        return loss(x, y) * torch.rand((), dtype=dtype)
+
     torch.manual_seed(3)
-    value = GradCache(towers, loss, chunk).step(*batches)
+    value = GradCache(towers, random, chunk).step(*batches)
     got, drawn = gradients(*towers), torch.rand(3)
     torch.manual_seed(3)
-    want_value = plain(towers, loss, chunk, *batches)
+    want_value = plain(towers, random, chunk, *batches)
     assert_same(got, gradients(*towers), TOLERANCE[dtype])
     assert distance(value, want_value) < TOLERANCE[dtype] and not value.requires_grad
     # Whatever draws next draws as if each tower had run once.
@@ -219,6 +223,24 @@ def test_autocast(chunk):
     loss.backward()
     # A weight's gradients of chunks are rounded to 16 bit each, those of one graph once.
     assert_same(got, gradients(*towers), 1e-2 if chunk < ROWS else 1e-6)
+
+
+def test_steps_of_an_optimizer_within_one_autocast_block():
+    """Autocast keeps cast weights until its block ends; none of them may be of another step."""
+
+    def trained(blocks: int) -> list[Tensor]:
+        towers, batches = [Tower(0, 0.0), Tower(1, 0.0)], inputs()
+        optimizer = torch.optim.SGD([p for t in towers for p in t.parameters()], lr=1.0)
+        for _ in range(blocks):
+            with torch.autocast("cpu", torch.bfloat16):
+                for _ in range(4 // blocks):
+                    GradCache(towers, clip, 3).step(*batches)
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return [p.detach() for t in towers for p in t.parameters()]
+
+    for got, want in zip(trained(1), trained(4), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_backward_runs_outside_autocast():

@@ -219,6 +219,9 @@ class GradCache:
                     with parallel.unsynchronised(waiting):
                         each.replay(index)
                 each.grads.clear()
+        # An optimizer will change the weights: where one autocast block surrounds several steps,
+        # the next would embed with these.
+        torch.clear_autocast_cache()
 
 
 def _parts(found: Any) -> list[Any]:

@@ -106,8 +106,6 @@ class Pass:
         """Chunk `index` once more, with a graph, and back through it."""
         part, last = self.spans[index], index == len(self.spans) - 1
         self.generators.restore(self.states[index])
-        # Weights that autocast cached without a graph, or in the graph that is gone.
-        torch.clear_autocast_cache()
         found = self._call(part)
         tensors, grads = [], []
         for name, grad in self.grads.items():
