@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "block_columns.h"
 #include "feature_gradients.h"
 #include "info_nce.h"
 #include "panel.h"
+#include "rounding_loss.h"
 #include "whole_tensors.h"
 
 namespace m3bind::cpu {
@@ -121,12 +123,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_rows_fwd(const Tensor& x, co
   const double weight = 1 / std::max(divisor, 1.0);
   FeatureGradients grads(panels, need_x, need_y);
   RowsLoss rows(panels);
+  std::optional<RoundingLoss> loss;
+  if (!panels.exact())  // a row's derivatives sum up to at most 1, before the weight
+    loss.emplace(panels, std::vector<double>(panels.rows(), 1.0),
+                 std::vector<double>(panels.cols()));
   panels.for_each([&](int64_t first, int64_t count) {
     rows.derive(first, count);
+    if (loss) loss->take(panels, first, count);
     grads.take(first, count);
   });
   grads.finish();
   grads.add(rows.apart());
+  if (loss) loss->give_back(panels, grads);
   grads.multiply(weight * panels.scale());
   return {number(x, rows.loss() / divisor), grads.x(), grads.y(),
           number(x, weight * panels.sign() * rows.by_dot())};

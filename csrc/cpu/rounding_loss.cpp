@@ -1,6 +1,7 @@
 #include "rounding_loss.h"
 
-#include <utility>
+#include <algorithm>
+#include <cmath>
 
 namespace m3bind::cpu {
 namespace {
@@ -19,12 +20,22 @@ void add_mean(const Tensor& out, const std::vector<double>& lost, const FloatRow
   });
 }
 
+// A share of this size is large: a row has few, and what is lost of the others averages out.
+constexpr double kLargeShare = 1.0 / 16;
+
+std::vector<float> limits(const std::vector<double>& grads) {
+  std::vector<float> out;
+  out.reserve(grads.size());
+  for (const double grad : grads) out.push_back(static_cast<float>(kLargeShare * std::abs(grad)));
+  return out;
+}
+
 }  // namespace
 
-RoundingLoss::RoundingLoss(const Panels& panels, std::vector<float> row_limit,
-                           std::vector<float> col_limit)
-    : row_limit_(std::move(row_limit)),
-      col_limit_(std::move(col_limit)),
+RoundingLoss::RoundingLoss(const Panels& panels, const std::vector<double>& row_grads,
+                           const std::vector<double>& col_grads)
+    : row_limit_(limits(row_grads)),
+      col_limit_(limits(col_grads)),
       row_lost_(panels.rows()),
       col_lost_(panels.cols()),
       columns_(panels.step(), panels.cols()) {}

@@ -17,8 +17,9 @@ namespace m3bind::cpu {
 // and their rounding would not. What is left is as small as the rounding of the result.
 class RoundingLoss {
  public:
-  // A derivative is large beyond the sum of its row's and its column's limit.
-  RoundingLoss(const Panels& panels, std::vector<float> row_limit, std::vector<float> col_limit);
+  // By the upstream gradients of rows and columns: a derivative is large beyond a share of both.
+  RoundingLoss(const Panels& panels, const std::vector<double>& row_grads,
+               const std::vector<double>& col_grads);
 
   // Looks at the derivatives in the panel, and takes the large ones out of it.
   void take(const Panels& panels, int64_t first, int64_t count);

@@ -141,16 +141,6 @@ class Gradient {
   OwnShifts row_shifts_, col_shifts_;  // only where each has its own
 };
 
-// A share of this size is large: a row has few, and what is lost of the others averages out.
-constexpr double kLargeShare = 1.0 / 16;
-
-std::vector<float> limits(const Direction& direction) {
-  std::vector<float> out;
-  for (const double grad : direction.grad)
-    out.push_back(static_cast<float>(kLargeShare * std::abs(grad)));
-  return out;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
@@ -166,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
   Gradient gradient(panels, rows, cols);
   FeatureGradients grads(student, need_x, need_y);
   std::optional<RoundingLoss> loss;
-  if (!student.exact()) loss.emplace(student, limits(rows), limits(cols));
+  if (!student.exact()) loss.emplace(student, rows.grad, cols.grad);
   for (int64_t first = 0; first < student.rows(); first += student.step()) {
     const int64_t count = std::min(student.step(), student.rows() - first);
     panels.compute(first, count);

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "direction.h"
 #include "feature_gradients.h"
 #include "panel.h"
+#include "rounding_loss.h"
 #include "similarity_stats.h"
 #include "whole_tensors.h"
 
@@ -126,14 +128,18 @@ StatsGradients stats_gradients(Panels& panels, const Direction& rows, const Dire
                                bool totals, bool need_x, bool need_y) {
   Gradient gradient(panels, rows, cols, totals);
   FeatureGradients grads(panels, need_x, need_y);
+  std::optional<RoundingLoss> loss;
+  if (!panels.exact()) loss.emplace(panels, rows.grad, cols.grad);
   panels.for_each([&](int64_t first, int64_t count) {
     panels.compute(first, count,
                    [&](int64_t i, int64_t j, float dot) { gradient.pass_over(i, j, dot); });
     gradient.apply(panels, first, count);
+    if (loss) loss->take(panels, first, count);
     grads.take(first, count);
   });
   grads.finish();
   grads.add(gradient.apart());
+  if (loss) loss->give_back(panels, grads);
   double by_scale = panels.sign() * gradient.by_dot();
   if (totals) {
     by_scale += add_totals(grads.x(), panels.x(), panels.y(), rows.total, cols.total);

@@ -39,6 +39,14 @@ def listed_dots(x: Tensor, y: Tensor, columns: Tensor) -> Tensor:  # [N, K]
     return _ListedDots.apply(x, y, columns)
 
 
+def _first_of_equal(columns: Tensor) -> Tensor:  # [N, K] bool
+    """Whether nothing before it in its row is equal: a column enters a denominator once."""
+    ordered, order = columns.sort(dim=1, stable=True)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.empty_like(new).scatter(1, order, new)
+
+
 def add_targets(
     rows: Side,
     cols: Side,
@@ -72,6 +80,7 @@ def add_targets(
     if which.row_mask is None or which.col_mask is None:
         return
     back = there & (ranks.own_rows(which.row_mask)[:, None] == which.col_mask[at])
+    back = back & _first_of_equal(at.where(back, -1))
     masked = logits.where(back, -torch.inf)
     rows.lse = torch.logaddexp(rows.lse, masked.logsumexp(1))
     # A log-sum-exp over the rows of each column, shifted by a maximum that needs no gradient.

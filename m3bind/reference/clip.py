@@ -91,10 +91,11 @@ def _direction(
     total = targets.sum(1)
     valid = total > 0
     even = kept.to(logits.dtype)
-    even = even / even.sum(1, keepdim=True)
+    even = even / even.sum(1, keepdim=True).clamp(min=1)
     wanted = targets / total.where(valid, 1)[:, None]
     wanted = (1 - label_smoothing) * wanted + label_smoothing * even
-    lse = logits.masked_fill(~kept, -torch.inf).logsumexp(1)
+    # A row without a target may have nothing left: its log-sum-exp has no gradient to be NaN.
+    lse = logits.masked_fill(~kept & valid[:, None], -torch.inf).logsumexp(1)
     lse = lse.where(valid, 0)
     loss = (wanted * (lse[:, None] - logits)).masked_fill(~kept, 0).sum(1) + z_loss * lse**2
     return loss.where(valid, 0), valid

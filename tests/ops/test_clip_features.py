@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from clip_oracle import errors, needs_native, run, unit_pairs
 from feature_oracle import cases, feature_loss
 
 from m3bind.ops import clip_loss
 
 FAST = ("chunked", pytest.param("cpp", marks=needs_native))
+ALL = ("reference", *FAST)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEATURES = list(cases(2, 2, 1, 0))
 # (N, M, D, scale): one row; less than a vector; ragged, more columns than rows.
@@ -217,3 +219,50 @@ def test_wrong_arguments_give_one_clear_error(name):
     arguments, message = BAD_CALLS[name]
     with pytest.raises(ValueError, match=message):
         clip_loss(*unit_pairs(6, 7, seed=0), 1.0, **arguments)
+
+
+@pytest.mark.parametrize("cone", (1.0, 3.0, 100.0))
+@pytest.mark.parametrize("backend", FAST)
+def test_bfloat16_features_that_share_a_direction(backend, cone):
+    """Derivatives cancel what features have in common; what rounding loses of them would not."""
+    generator = torch.Generator().manual_seed(0)
+    middle = cone * F.normalize(torch.randn(64, generator=generator), dim=0)
+    x, y = (
+        F.normalize(F.normalize(torch.randn(300, 64, generator=generator), dim=1) + middle, dim=1)
+        for _ in range(2)
+    )
+    x, y = x.bfloat16(), y.bfloat16()
+    several = torch.arange(300) // 2
+    for options in (
+        {},
+        {"directions": "rows"},
+        {"directions": "columns", "positive_ids": several},
+        {"label_smoothing": 0.1, "margin": 0.1},
+    ):
+        want = run(partial(clip_loss, **options, backend="reference"), x.double(), y.double(), 14.0)
+        plain = run(partial(clip_loss, **options, backend="reference"), x, y, 14.0)
+        got = run(partial(clip_loss, **options, backend=backend), x, y, 14.0)
+        for name in ("x", "y"):
+            ours, formula = errors(got, want)[name], errors(plain, want)[name]
+            assert ours <= 1.5 * formula + 4e-7, (options, name, ours, formula)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_soft_targets_that_name_a_masked_column_twice(backend):
+    x = torch.eye(2)
+    for columns, weights in (([[0, 0, 0]], [[0.3, 0.2, 0.4]]), ([[0]], [[0.9]])):
+        rows, cols = clip_loss(
+            x[:1], x[:1], 10.0, soft_targets=(torch.tensor(columns), torch.tensor(weights)),
+            mask_ids=torch.tensor([0]), reduction="none", backend=backend,
+        )  # fmt: skip
+        assert rows.item() == cols.item() == 0
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_row_whose_only_column_is_masked_has_no_gradient(backend):
+    x, y = torch.randn(2, 5, requires_grad=True), torch.randn(1, 5)
+    scale = torch.tensor(1.0, requires_grad=True)
+    ids = (torch.tensor([0, 1]), torch.tensor([0]))
+    masks = (torch.tensor([1, 0]), torch.tensor([0]))
+    clip_loss(x, y, scale, positive_ids=ids, mask_ids=masks, backend=backend).backward()
+    assert x.grad[1].eq(0).all() and x.grad.isfinite().all() and scale.grad.isfinite()
