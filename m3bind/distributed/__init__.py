@@ -12,7 +12,8 @@ The contract
     and FSDP take, is the gradient of one process on the whole batch, for every parameter. With
     "none", the whole is the sum of what all ranks call `backward` on. It holds for any sub-group,
     number of rows and columns, accumulation, and a second backward. Every rank calls forward and
-    backward, with the same upstream gradient, also a rank whose features need no gradient.
+    backward, with the same upstream gradient, also a rank whose features need no gradient. Several
+    losses of a step go backward in the same order on every rank: nothing notices another one.
 
 Arguments of all three
     group: a ProcessGroup, a DeviceMesh of one dimension, or None, the default group. Features that

@@ -8,9 +8,7 @@ from typing import Any, TypeVar
 from m3bind.distributed import groups
 from m3bind.distributed.exchange import Channel
 from m3bind.distributed.functions import Weighted
-from m3bind.distributed.ranks import SIZES
-from m3bind.distributed.schemes import SCHEMES
-from m3bind.ops import arguments
+from m3bind.distributed.ranks import check_options
 
 T = TypeVar("T")
 
@@ -19,10 +17,10 @@ def checked_call(
     op: str, features: dict[str, Any], group: groups.Group, scheme: str, sizes: str
 ) -> tuple[list[Any], Channel | None]:
     """This rank's features, and the channel to the others; None: the batch is in one piece."""
-    arguments.choice(op, "scheme", scheme, SCHEMES)
-    arguments.choice(op, "sizes", sizes, SIZES)
     found, group = groups.local(op, features, group)
     channel = groups.channel_of(group)
+    if channel is None:  # over ranks `meet` does it, so that all of them raise
+        check_options(op, scheme, sizes)
     if channel is not None and found is not features:
         # What made a DTensor adds gradients up over ranks, and does not average them.
         found = {k: Weighted.apply(t, 1 / channel.size) for k, t in found.items()}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TEXT_BYTES = 4096  # of which a character in JSON may take six
+TEXT_BYTES = 8192  # of which a character in JSON may take twelve
 
 
 class Transfer:
@@ -50,7 +50,7 @@ class Channel:
 
     def texts(self, own: dict[str, str]) -> list[dict[str, str]]:
         """Every rank's, each text cut to what fits."""
-        longest = TEXT_BYTES // 8 // max(1, len(own))
+        longest = TEXT_BYTES // 16 // max(1, len(own))
         encoded = json.dumps({key: text[:longest] for key, text in own.items()}).encode()
         sent = torch.tensor(list(encoded.ljust(TEXT_BYTES)), dtype=torch.uint8, device=self.device)
         return [json.loads(bytes(found).decode()) for found in self.stack(sent).tolist()]

@@ -21,7 +21,7 @@ from m3bind.distributed.functions import (
 from m3bind.distributed.jobs import ListedJob, StatsJob
 from m3bind.distributed.schemes import Layout, Needs
 from m3bind.dtypes import statistics_dtype
-from m3bind.ops import pairs
+from m3bind.ops import arguments, pairs
 from m3bind.ops.arguments import DTYPES
 from m3bind.ops.contrastive import Terms
 from m3bind.ops.ranks import Losses
@@ -70,6 +70,11 @@ class Prepared:
         )
 
 
+def check_options(op: str, scheme: str, sizes: str) -> None:
+    arguments.choice(op, "scheme", scheme, schemes.SCHEMES)
+    arguments.choice(op, "sizes", sizes, SIZES)
+
+
 def meet(
     op: str,
     channel: Channel,
@@ -84,6 +89,7 @@ def meet(
     """This rank's arguments, and the batch of all ranks; an error of any is raised by all."""
     prepared = error = None
     try:
+        check_options(op, scheme, sizes)
         prepared = prepare()
         brought = prepared.brought(diagonal, check)
     except Exception as found:
