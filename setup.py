@@ -58,52 +58,55 @@ def find_tool(name: str) -> str:
     return path
 
 
+def build_native(out: Path) -> None:
+    """Runs CMake once; it builds every native module into a folder. Nothing here reads
+    pyproject.toml, which old versions of setuptools cannot."""
+    import pybind11
+
+    cuda = os.environ.get("M3BIND_CUDA", "AUTO").upper()
+    if cuda not in CUDA_CHOICES:
+        raise SystemExit(f"m3bind: M3BIND_CUDA={cuda}: choose one of {', '.join(CUDA_CHOICES)}")
+    torch = find_torch()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("_C_cuda.*"):  # of a build with CUDA, if this one is without
+        old.unlink()
+    # One folder a Python version, so that builds for several do not overwrite each other.
+    work = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    cmake = find_tool("cmake")
+    of_native = runpy.run_path(str(ROOT / "m3bind" / "sources.py"))["of_native"]
+    configure = [
+        cmake,
+        # An isolated build's cmake and ninja vanish with it: never trust the cached paths.
+        "--fresh",
+        "-G",
+        "Ninja",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(work),
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DM3BIND_TORCH_DIR={torch}",
+        f"-DM3BIND_TORCH_VERSION={torch_version(torch)}",
+        f"-DM3BIND_CUDA={cuda}",
+        f"-DM3BIND_CPP_SOURCES_HASH={of_native(ROOT, 'cpp')}",
+        f"-DM3BIND_CUDA_SOURCES_HASH={of_native(ROOT, 'cuda')}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
+    ]
+    for command in (configure, [cmake, "--build", str(work)]):
+        done = subprocess.run(command)
+        if done.returncode != 0:
+            raise SystemExit(
+                f"m3bind: the native build failed (see above); M3BIND_NATIVE=0 installs the "
+                f"pure-Python package without it: {' '.join(command[:3])}"
+            )
+
+
 class CMakeBuild(build_ext):
-    """Runs CMake once; it builds every native module into the package's folder."""
-
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
-        cuda = os.environ.get("M3BIND_CUDA", "AUTO").upper()
-        if cuda not in CUDA_CHOICES:
-            raise SystemExit(f"m3bind: M3BIND_CUDA={cuda}: choose one of {', '.join(CUDA_CHOICES)}")
-        torch = find_torch()
-        out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        out.mkdir(parents=True, exist_ok=True)
-        for old in out.glob("_C_cuda.*"):  # of a build with CUDA, if this one is without
-            old.unlink()
-        # One folder a Python version, so that builds for several do not overwrite each other.
-        work = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        cmake = find_tool("cmake")
-        of_native = runpy.run_path(str(ROOT / "m3bind" / "sources.py"))["of_native"]
-        configure = [
-            cmake,
-            # An isolated build's cmake and ninja vanish with it: never trust the cached paths.
-            "--fresh",
-            "-G",
-            "Ninja",
-            "-S",
-            str(ROOT),
-            "-B",
-            str(work),
-            "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DM3BIND_TORCH_DIR={torch}",
-            f"-DM3BIND_TORCH_VERSION={torch_version(torch)}",
-            f"-DM3BIND_CUDA={cuda}",
-            f"-DM3BIND_CPP_SOURCES_HASH={of_native(ROOT, 'cpp')}",
-            f"-DM3BIND_CUDA_SOURCES_HASH={of_native(ROOT, 'cuda')}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
-        ]
-        for command in (configure, [cmake, "--build", str(work)]):
-            done = subprocess.run(command)
-            if done.returncode != 0:
-                raise SystemExit(
-                    f"m3bind: the native build failed (see above); M3BIND_NATIVE=0 installs the "
-                    f"pure-Python package without it: {' '.join(command[:3])}"
-                )
+        build_native(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
 
     def copy_extensions_to_source(self) -> None:
         """For `--inplace` and editable installs: _C_cuda too, which is no Extension of its own, as
@@ -138,9 +141,10 @@ def packages() -> list[str]:
     return sorted(found)
 
 
-native = os.environ.get("M3BIND_NATIVE", "1") != "0"
-setup(
-    packages=packages(),
-    ext_modules=[Extension("m3bind._C", [])] if native else [],
-    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
-)
+if __name__ == "__main__":  # not where the native build alone is wanted
+    native = os.environ.get("M3BIND_NATIVE", "1") != "0"
+    setup(
+        packages=packages(),
+        ext_modules=[Extension("m3bind._C", [])] if native else [],
+        cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
+    )

@@ -1,9 +1,12 @@
 """What several test files share: a small simulated cohort and settings for it."""
 
+import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gpu_cases import BENCHMARKS, BLOCKER, ROOT
 from outcomes import pytest_collection_modifyitems, pytest_runtest_logreport  # noqa: F401
 from support_table import pytest_runtest_makereport, pytest_sessionfinish  # noqa: F401
 
@@ -59,3 +62,20 @@ def write_settings(small_cohort) -> Callable[[Path], Path]:
 def settings(write_settings, tmp_path) -> Path:
     """Settings of a run into ``<tmp_path>/run``."""
     return write_settings(tmp_path)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports one of the benchmarks' modules."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def bare(tmp_path) -> dict[str, str]:
+    """The environment of a machine with torch, triton and pytest alone."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(BLOCKER)
+    path = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "kernels")])
+    return {**os.environ, "PYTHONPATH": path}
