@@ -19,7 +19,7 @@ from torch import Tensor
 from m3bind.errors import M3BindError
 from m3bind.files import atomic_write, write_tensors
 
-FORMAT = "m3bind-checkpoint-1"
+FORMAT = "m3bind-checkpoint-2"
 CONFIG = "m3bind_config.json"  # beside published weights
 
 
@@ -67,28 +67,6 @@ def import_config(path: Path) -> dict[str, Any]:
         return json.loads(config.read_text()) if config.is_file() else {}
     except ValueError as error:
         raise M3BindError(f"{config} is damaged ({error}): train again, or restore it") from None
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimiser's state into tensors by ``<parameter>.<name>`` and plain values."""
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            (tensors if isinstance(value, Tensor) else plain)[f"{index}.{name}"] = value
-    return tensors, {"groups": state["param_groups"], "values": plain}
-
-
-def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], data: Mapping[str, Any]
-) -> None:
-    """The inverse of `pack_optimizer`, into an optimiser over the same parameters."""
-    state: dict[int, dict[str, Any]] = {}
-    for full, value in [*tensors.items(), *data["values"].items()]:
-        index, _, name = full.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": data["groups"]})
 
 
 def pack_random(rng: random.Random) -> tuple[dict[str, Tensor], dict[str, Any]]:

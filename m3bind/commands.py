@@ -1,6 +1,7 @@
 """The commands: each reads its arguments, calls one function, and says where the result is."""
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +9,8 @@ import typer
 from rich.console import Console
 
 from m3bind.config import Config, load_config
-from m3bind.errors import EXIT_REJECTS
+from m3bind.errors import EXIT_REJECTS, M3BindError
+from m3bind.parallel import is_first, started
 
 if TYPE_CHECKING:
     from m3bind.train import FitResult
@@ -20,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-say = Console(soft_wrap=True, highlight=False).print
+OVER_RANKS = ("pretrain", "align", "distill")
 
 ConfigPath = Annotated[
     Path, typer.Option("--config", "-c", help="Settings in YAML, e.g. configs/demo.yaml.")
@@ -35,6 +37,21 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Continue exactly from the last checkpoint.")
 ]
 Workers = Annotated[int | None, typer.Option(help="Processes; every core by default.")]
+
+
+@app.callback()
+def _only_training_has_ranks(ctx: typer.Context) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and ctx.invoked_subcommand not in OVER_RANKS:
+        raise M3BindError(
+            f"m3bind {ctx.invoked_subcommand} runs in one process; torchrun starts "
+            f"{', '.join(OVER_RANKS)} on several"
+        )
+
+
+def say(line: object) -> None:
+    """Print one line, where there are several ranks on the first one."""
+    if is_first():
+        Console(soft_wrap=True, highlight=False).print(line)
 
 
 def _best(result: "FitResult") -> str:
@@ -125,11 +142,12 @@ def pretrain(
     """Train one image-text expert a modality."""
     from m3bind.stages import Run
 
-    run = Run(_config(config, overrides))
-    for name in modality or list(run.modalities):
-        result = run.pretrain(name, resume=resume)
-        say(f"{name}: {_best(result)}")
-    say(f"experts: {run.folder / 'pretrain'}")
+    with started():
+        run = Run(_config(config, overrides))
+        for name in modality or list(run.modalities):
+            result = run.pretrain(name, resume=resume)
+            say(f"{name}: {_best(result)}")
+        say(f"experts: {run.folder / 'pretrain'}")
 
 
 @app.command()
@@ -137,9 +155,10 @@ def align(config: ConfigPath, overrides: Overrides = None, resume: Resume = Fals
     """Stage 1: make the experts' text spaces agree, each keeping its image-text alignment."""
     from m3bind.stages import Run
 
-    run = Run(_config(config, overrides))
-    result = run.align(resume=resume)
-    say(f"{_best(result)}: {run.folder / 'align'}")
+    with started():
+        run = Run(_config(config, overrides))
+        result = run.align(resume=resume)
+        say(f"{_best(result)}: {run.folder / 'align'}")
 
 
 @app.command()
@@ -152,10 +171,11 @@ def distill(
     """Stage 2: distil the experts' text encoders into one."""
     from m3bind.stages import Run
 
-    run = Run(_config(config, overrides))
-    result = run.distill(control=control, resume=resume)
-    folder = run.folder / ("control" if control else "distill")
-    say(f"{_best(result)}: {folder}")
+    with started():
+        run = Run(_config(config, overrides))
+        result = run.distill(control=control, resume=resume)
+        folder = run.folder / ("control" if control else "distill")
+        say(f"{_best(result)}: {folder}")
 
 
 @app.command()

@@ -16,6 +16,8 @@ from typing import Any
 from m3bind.errors import M3BindError
 
 AGREEMENTS = ("mse", "cosine", "infonce", "relational")
+PARALLEL = ("ddp", "fsdp")
+PLACEMENTS = ("replicated", "split")
 # Fewer texts have nothing to be told apart from, or no distribution over the others.
 LEAST_CENTRE_BATCH = {"infonce": 2, "relational": 3}
 
@@ -103,12 +105,20 @@ class ExpertConfig:
 class TrainConfig:
     """One training run. ``clip`` is the largest gradient norm (0: no clipping).
 
+    ``batch_size`` counts the samples of a modality in a batch, on all ranks together;
+    ``batch_sizes`` names those that have another. A step takes the mean over ``accumulate`` batches
+    (each contrasted within itself). ``parallel`` says how ranks share the work: ``ddp`` holds what
+    is trained on each, ``fsdp`` spreads it over them.
+
     ``num_threads`` are the threads of each modality's loader, ``prefetch`` the batches that it
     holds ready: 1 spares memory, and where no core is idle it costs no time.
     """
 
     steps: int = 300
     batch_size: int = 64
+    batch_sizes: dict[str, int] = field(default_factory=dict)
+    accumulate: int = 1
+    parallel: str = "ddp"
     lr: float = 1e-3
     weight_decay: float = 1e-2
     warmup: int = 20
@@ -122,11 +132,19 @@ class TrainConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from _below(
-            self, steps=1, batch_size=1, weight_decay=0, warmup=0, clip=0, validate_every=1,
-            log_every=1, checkpoint_every=1, num_threads=1, prefetch=1,
+            self, steps=1, batch_size=1, accumulate=1, weight_decay=0, warmup=0, clip=0,
+            validate_every=1, log_every=1, checkpoint_every=1, num_threads=1, prefetch=1,
         )  # fmt: skip
+        for modality, rows in self.batch_sizes.items():
+            if rows < 1:
+                yield f"batch_sizes.{modality}", rows, "must be at least 1"
         if not self.lr > 0:
             yield "lr", self.lr, "must be above 0"
+        yield from _not_among(self, parallel=PARALLEL)
+
+    def batch_of(self, modality: str) -> int:
+        """The samples of a modality in a batch, on all ranks together."""
+        return self.batch_sizes.get(modality, self.batch_size)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -137,18 +155,20 @@ class AlignConfig(TrainConfig):
     expert find a text's embedding by another expert among those of all texts; ``relational``
     compares only how near each text is to the others, so it leaves the spaces free to be turned.
     ``preserve_weight`` weighs the KL divergence to the frozen original experts (0: off).
+    ``placement`` over ranks: ``replicated`` has every rank hold all experts; ``split`` has each
+    hold one, and only embeddings of centre texts travel between the groups of ranks.
     """
 
     agreement: str = "mse"
     agreement_weight: float = 1.0
     centre_batch: int = 64
     preserve_weight: float = 0.0
+    placement: str = "replicated"
 
     def problems(self) -> Iterator[Problem]:
         yield from TrainConfig.problems(self)
         yield from _below(self, agreement_weight=0, centre_batch=1, preserve_weight=0)
-        if self.agreement not in AGREEMENTS:
-            yield "agreement", self.agreement, f"must be one of {', '.join(AGREEMENTS)}"
+        yield from _not_among(self, agreement=AGREEMENTS, placement=PLACEMENTS)
         least = LEAST_CENTRE_BATCH.get(self.agreement, 1)
         if self.centre_batch < least:
             remedy = f"must be at least {least} with agreement={self.agreement}"
@@ -157,14 +177,19 @@ class AlignConfig(TrainConfig):
 
 @dataclass(kw_only=True, slots=True)
 class DistillConfig(TrainConfig):
-    """Stage 2: the weights of the three terms that make one text encoder out of many."""
+    """Stage 2: the weights of the three terms that make one text encoder out of many.
+
+    ``placement`` over ranks, as in stage 1: all experts on every rank, or one on each.
+    """
 
     cosine_weight: float = 1.0
     contrast_weight: float = 1.0
     similarity_weight: float = 1.0
+    placement: str = "replicated"
 
     def problems(self) -> Iterator[Problem]:
         yield from TrainConfig.problems(self)
+        yield from _not_among(self, placement=PLACEMENTS)
         yield from _below(self, cosine_weight=0, contrast_weight=0, similarity_weight=0)
 
 
@@ -267,6 +292,12 @@ def _below(config: Any, **least: float) -> Iterator[Problem]:
         value = getattr(config, key)
         if value is not None and not value >= bound:  # so written, NaN is caught too
             yield key, value, f"must be at least {bound}"
+
+
+def _not_among(config: Any, **choices: tuple[str, ...]) -> Iterator[Problem]:
+    for key, names in choices.items():
+        if getattr(config, key) not in names:
+            yield key, getattr(config, key), f"must be one of {', '.join(names)}"
 
 
 def _plain(node: Any, source: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from m3bind.models.published import (
     started_from,
 )
 from m3bind.models.text import TextEncoder
+from m3bind.parallel import device
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Trained:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = Path(config.output)
+        self.device = device()
         self.dataset = Dataset.load(config.data)
         check_patients(config.data)
         known = self.dataset.modalities
@@ -188,7 +190,7 @@ class Trained:
                 width=self.config.width,
                 seed=self.config.seed,
                 kind=self.dataset.modalities[modality].kind,
-            )
+            ).to(self.device)
         except (ValueError, M3BindError) as error:  # which of several experts, it cannot know
             raise M3BindError(f"experts.{modality}: {error}") from None
 
@@ -201,7 +203,7 @@ class Trained:
             width=self.config.width,
             seed=self.config.seed,
             head_hidden=settings.head_hidden,
-        )
+        ).to(self.device)
 
 
 def fingerprint(stages: dict[str, dict[str, EmbeddingSet]]) -> str:

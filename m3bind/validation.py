@@ -14,6 +14,7 @@ from m3bind.eval.metrics import lookup
 from m3bind.eval.store import EmbeddingSet
 from m3bind.models.expert import Expert
 from m3bind.models.text import TextEncoder
+from m3bind.parallel import Placement, gathered_objects
 
 PERMUTATIONS = 20  # enough to choose by; the test split is judged with all of them
 
@@ -63,7 +64,8 @@ class Validation:
 
     ``scores`` are paths into the evaluation, with ``{}`` for the stage. A figure that cannot be
     measured on this split (no labels, one modality) does not count; where none can, the score is
-    NaN, and `m3bind.train.fit` keeps the last weights.
+    NaN, and `m3bind.train.fit` keeps the last weights. Where ``placement`` spreads the experts over
+    ranks, each embeds with its own, and all judge all of them.
     """
 
     def __init__(
@@ -73,13 +75,19 @@ class Validation:
         text: TextEncoder | None = None,
         *,
         seed: int = 0,
+        placement: Placement | None = None,
     ) -> None:
+        self.placement = placement
         self.embedders, self.scores, self.text, self.seed = embedders, scores, text, seed
         # The evaluation measures retrieval between images for stages that may change images.
         self.stage = "aligned" if text is None else "distilled"
 
     def __call__(self) -> dict[str, float]:
         sets = {e.expert.modality: e(self.text) for e in self.embedders}
+        if self.placement and len(self.placement.own) < len(self.placement.modalities):
+            # One rank speaks for all that hold the same expert.
+            parts = gathered_objects(sets if self.placement.rank == 0 else {})
+            sets = {modality: found for part in parts for modality, found in part.items()}
         found = evaluate({self.stage: sets}, seed=self.seed, num_permutations=PERMUTATIONS)
         values = {
             path.replace(".{}", ""): lookup(found, path.format(self.stage)) for path in self.scores

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from m3bind import checkpoint as cp
 from m3bind.errors import M3BindError
@@ -83,33 +82,6 @@ def test_published_weights_are_plain_safetensors_with_their_config(tmp_path) -> 
     found, config = cp.import_weights(tmp_path / "model.safetensors")
     assert config == {"width": 3} and torch.equal(found["head.weight"], weights["head.weight"])
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o444 == 0o444
-
-
-def test_an_optimiser_goes_on_as_if_never_stopped(tmp_path) -> None:
-    def make() -> tuple[nn.Linear, torch.optim.AdamW]:
-        torch.manual_seed(0)
-        model = nn.Linear(3, 2)
-        groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
-        return model, torch.optim.AdamW(groups, lr=0.1)
-
-    def train(model: nn.Linear, optimizer: torch.optim.AdamW, steps: int) -> None:
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(torch.ones(3)).square().sum().backward()
-            optimizer.step()
-
-    whole, optimizer = make()
-    train(whole, optimizer, 6)
-    first, optimizer = make()
-    train(first, optimizer, 3)
-    tensors, data = cp.pack_optimizer(optimizer)
-    cp.save_checkpoint(tmp_path / "o", {"optimizer": tensors}, data)
-    sections, data = cp.load_checkpoint(tmp_path / "o")
-    second, optimizer = make()
-    second.load_state_dict(first.state_dict())
-    cp.unpack_optimizer(optimizer, sections["optimizer"], data)
-    train(second, optimizer, 3)
-    assert torch.equal(second.weight, whole.weight) and torch.equal(second.bias, whole.bias)
 
 
 def test_every_generator_goes_on(tmp_path) -> None:

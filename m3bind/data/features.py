@@ -80,12 +80,22 @@ class FeatureLoader:
     """As `m3bind.data.loader.Loader`, over `Features`: each batch's ``images`` are features.
 
     The order of an epoch depends on ``seed`` and its number alone, so the number of batches is
-    all of the state.
+    all of the state. Of a training batch, which all processes hold together, this one gets the
+    rows of ``part``: whatever their number, the batches are the same.
     """
 
-    def __init__(self, features: Features, batch_size: int, *, train: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        features: Features,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        part: slice = slice(None),
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
+        self._part = range(batch_size)[part]
         self.features, self.batch_size, self.train, self.seed = features, batch_size, train, seed
         self.num_samples = len(features.values)
         self._batches = 0
@@ -103,7 +113,7 @@ class FeatureLoader:
             return
         while True:
             start = self._batches * self.batch_size
-            rows = [self._row(place) for place in range(start, start + self.batch_size)]
+            rows = [self._row(start + place) for place in self._part]
             self._batches += 1
             yield self._batch(rows)
 
@@ -119,6 +129,10 @@ class FeatureLoader:
                 "not those of the checkpoint: restore them, or start without resuming"
             )
         self._batches = state["batches"]
+
+    def load_state_of_others(self, state: dict[str, Any], salt: int) -> None:
+        """As `load_state`: the batches are the same for any number of processes."""
+        self.load_state(state)
 
     def _signature(self) -> str:
         return f"{self.features.fingerprint}/{self.batch_size}/{self.seed}"

@@ -97,6 +97,7 @@ class Loader:
         self._total = total
         self._pipeline: Any = None
         self._batches = 0  # handed out since the stream, or in one pass since its start, began
+        self._salt = 0  # of a stream that began in a training's middle
         self._verified: set[str] = set()
         self._restored: bytes | None = None
         self._content: str | None = None
@@ -122,7 +123,13 @@ class Loader:
         if not self.train:
             raise ValueError("only a training loader has a state: one pass starts anew")
         checkpoint = self._built().checkpoint()
-        return {"stream": checkpoint, "batches": self._batches, "signature": self._signature()}
+        return {
+            "stream": checkpoint,
+            "batches": self._batches,
+            "salt": self._salt,
+            "content": self.content(),
+            "signature": self._signature(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises M3BindError if data or settings changed since."""
@@ -135,6 +142,21 @@ class Loader:
                 "restore them, or start without resuming"
             )
         self._restored, self._batches, self._pipeline = state["stream"], state["batches"], None
+        self._salt = state["salt"]
+
+    def load_state_of_others(self, state: dict[str, Any], salt: int) -> None:
+        """Begin a new stream, unlike any before for a new ``salt``: where another number of
+        processes stood in their parts of the shards says nothing of this one's.
+
+        Raises M3BindError if the shards changed since.
+        """
+        if state["content"] != self.content():
+            raise M3BindError(
+                f"the {self.modality} shards in {self.root} are not those of the checkpoint: "
+                "restore them, or start without resuming"
+            )
+        self._restored, self._batches, self._pipeline = None, 0, None
+        self._salt = salt
 
     def _signature(self) -> str:
         from importlib.metadata import distributions
@@ -176,7 +198,8 @@ class Loader:
                     device_id=self.device_id,
                     shard_id=self.shard_id,
                     num_shards=self.num_shards,
-                    seed=self.seed,
+                    # Of its own for each process, or they would all augment alike.
+                    seed=(self.seed + self.shard_id + self._salt) % 2**31,
                     num_threads=self.num_threads,
                     prefetch=self.prefetch,
                     checkpoint=self._restored,

@@ -44,9 +44,13 @@ class Expert(nn.Module):
 
     def scale(self) -> Tensor:
         """The scale of the similarities, exp(logit_scale), shape [1]."""
-        with torch.no_grad():  # clamped in place: a clamp in the graph would stop its gradient
-            self.logit_scale.clamp_(0.0, LARGEST_SCALE)
+        self.keep_in_bounds()
         return self.logit_scale.exp()
+
+    @torch.no_grad()
+    def keep_in_bounds(self) -> None:
+        """After a step of the optimizer. In place: a clamp in the graph would stop the gradient."""
+        self.logit_scale.clamp_(0.0, LARGEST_SCALE)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Features of the trunk [B, trunk width], without a graph where the trunk is frozen.

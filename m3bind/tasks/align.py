@@ -1,22 +1,26 @@
 """Stage 1: every expert's own loss, plus the agreement of all experts on centre texts."""
 
 import copy
+import hashlib
 import itertools
 import logging
+import math
 import random
 
 import torch
 from torch import Tensor, nn
 
+from m3bind import distributed
 from m3bind.config import AGREEMENTS, AlignConfig
-from m3bind.losses import ClipLoss
 from m3bind.models.expert import Expert
 from m3bind.ops import clip_loss, similarity_distill
+from m3bind.parallel import Placement, exchange, gathered_objects, squared_norm
 from m3bind.tasks.common import (
     Batches,
     Losses,
     Report,
     Task,
+    draw_key,
     draw_sections,
     prefixed,
     take,
@@ -76,20 +80,6 @@ def agreement_loss(
     raise ValueError(f"agreement {kind!r} is not one of {', '.join(AGREEMENTS)}")
 
 
-def preservation_loss(
-    image: Tensor,  # [N, D]
-    text: Tensor,  # [N, D]
-    scale: Tensor,  # [1]
-    old_image: Tensor,  # [N, D']
-    old_text: Tensor,  # [N, D']
-    old_scale: Tensor,  # [1]
-) -> Tensor:
-    """Mean over both directions of KL(original || now) of the image-text distributions."""
-    loss = similarity_distill(image, text, scale, old_image, old_text, old_scale)
-    assert isinstance(loss, Tensor)
-    return loss
-
-
 def equal_texts(texts: list[str]) -> Tensor:
     """One id a text, the same where only case and spacing differ, which most towers do not see."""
     ids: dict[str, int] = {}
@@ -103,7 +93,13 @@ class Align(Task):
     each step ``centre_batch`` texts are drawn from ``centre_texts`` (raw strings, of all
     modalities), every expert tokenises and embeds them itself, and the agreement is summed
     over all pairs of experts. The report tells the norm of the agreement's gradient over that
-    of the experts' own losses, both at the text heads, every 20 steps.
+    of the experts' own losses, both at the text heads, every 20 steps. With a
+    ``preserve_weight``, KL(original || now) of each expert's image-text distributions, the mean of
+    both directions, is added.
+
+    Over ranks ``experts`` are those that ``placement`` gives this one (None: all). The ranks of an
+    expert share its batch and the embedding of the centre texts, and all ranks see what all
+    experts make of these.
 
     Raises ValueError for fewer than two experts, two experts with one and the same head, or
     no centre texts.
@@ -112,12 +108,17 @@ class Align(Task):
     calls: Tensor
 
     def __init__(
-        self, experts: dict[str, Expert], centre_texts: list[str], config: AlignConfig
+        self,
+        experts: dict[str, Expert],
+        centre_texts: list[str],
+        config: AlignConfig,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
-        if len(experts) < 2:
+        self.placement = placement or Placement.of(list(experts))
+        if len(self.placement.modalities) < 2:
             raise ValueError(f"stage 1 needs at least two experts, found {sorted(experts)}")
-        _check_heads(experts)
+        _check_heads(experts, self.placement)
         # Repetitions stay: an impression that many reports share is drawn as often as they occur,
         # and what names a condition is what binds.
         self.centre_texts = [text.strip() for text in centre_texts if text.strip()]
@@ -130,24 +131,28 @@ class Align(Task):
         if config.preserve_weight > 0:
             self.originals = {m: copy.deepcopy(e).eval() for m, e in experts.items()}
         self.experts = nn.ModuleDict(experts)
-        self.loss = ClipLoss()
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, batches: Batches, rng: random.Random) -> tuple[Losses, Report]:
         take(batches, self.experts)
         count = min(self.config.centre_batch, len(self.centre_texts))
         centre = list(dict.fromkeys(rng.sample(self.centre_texts, count)))
+        own_centre = centre[self.placement.share(len(centre))]
+        key, group = draw_key(rng), self.placement.group
         losses: Losses = {}
         report: Report = {}
-        centres, preserved = {}, []
+        own_centres, preserved = {}, []
         for modality, expert in self._experts():
             batch = batches[modality]
-            texts = draw_sections(batch.reports, rng)
-            both = expert.encode_text(texts + centre)  # one pass through the tower
-            text, centres[modality] = both[: len(texts)], both[len(texts) :]
+            texts = draw_sections(batch.reports, key, modality, group)
+            both = expert.encode_text(texts + own_centre)  # one pass through the tower
+            text, own_centres[modality] = both[: len(texts)], both[len(texts) :]
             image = expert.encode_image(batch.images)
             scale = expert.scale()
-            losses[f"clip/{modality}"] = self.loss(image, text, scale)
+            report[f"scale/{modality}"] = float(scale.detach())
+            clip = distributed.clip_loss(image, text, scale, group=group)
+            assert isinstance(clip, Tensor)
+            losses[f"clip/{modality}"] = clip
             if self.originals:
                 with torch.no_grad():
                     original = self.originals[modality].to(image.device)
@@ -156,7 +161,10 @@ class Align(Task):
                         original.encode_text(texts),
                         original.scale(),
                     )
-                preserved.append(preservation_loss(image, text, scale, *old))
+                kept = distributed.similarity_distill(image, text, scale, *old, group=group)
+                assert isinstance(kept, Tensor)
+                preserved.append(kept)
+        centres = exchange(own_centres, len(centre), self.placement)
         pairs = list(itertools.combinations(centres.values(), 2))
         text_ids = equal_texts(centre).to(self.calls.device)
         agreement = torch.stack(
@@ -165,24 +173,25 @@ class Align(Task):
         with torch.no_grad():
             cosines = [(a * b).sum(1).mean() for a, b in pairs]
             report["centre_cosine"] = float(torch.stack(cosines).mean())
-        clip = torch.stack(list(losses.values())).sum()
+        own = torch.stack(list(losses.values())).sum()
         losses["agreement"] = self.config.agreement_weight * agreement
         if preserved:
-            losses["preserve"] = self.config.preserve_weight * torch.stack(preserved).sum()
+            for modality, kept in zip(own_centres, preserved, strict=True):
+                losses[f"preserve/{modality}"] = self.config.preserve_weight * kept
         if torch.is_grad_enabled() and self.config.agreement_weight > 0:
             if int(self.calls) % RATIO_EVERY == 0:
-                report["gradient_ratio"] = self._gradient_ratio(losses["agreement"], clip)
+                report["gradient_ratio"] = self._gradient_ratio(losses["agreement"], own)
             self.calls += 1
         return losses, report
 
-    def _gradient_ratio(self, agreement: Tensor, clip: Tensor) -> float:
+    def _gradient_ratio(self, agreement: Tensor, own: Tensor) -> float:
         # At the heads, the last layers: the graph below them is not walked.
         heads = [expert.text.head.weight for _, expert in self._experts()]
-        norms = []
-        for loss in (agreement, clip):
+        squares = []
+        for loss in (agreement, own):
             gradients = torch.autograd.grad(loss, heads, retain_graph=True)
-            norms.append(torch.stack([g.norm() for g in gradients]).norm())
-        ratio = float(norms[0] / norms[1].clamp_min(1e-12))
+            squares.append(squared_norm(gradients, self.placement))
+        ratio = math.sqrt(squares[0] / max(squares[1], 1e-24))
         if ratio < WEAKEST_RATIO:
             log.warning(
                 "step %d: the gradient of the agreement is %.2g of the experts' own: nothing "
@@ -208,11 +217,18 @@ class Align(Task):
         self.calls.copy_(state["calls"])
 
 
-def _check_heads(experts: dict[str, Expert]) -> None:
-    for (a, x), (b, y) in itertools.combinations(experts.items(), 2):
-        v, w = x.text.head.weight, y.text.head.weight
-        if v.shape == w.shape and torch.equal(v, w):
+def _check_heads(experts: dict[str, Expert], placement: Placement) -> None:
+    heads = {m: _digest(expert.text.head.weight) for m, expert in experts.items()}
+    if len(experts) < len(placement.modalities):
+        heads = {m: name for part in gathered_objects(heads) for m, name in part.items()}
+    for (a, v), (b, w) in itertools.combinations(heads.items(), 2):
+        if v == w:
             raise ValueError(
                 f"the experts {a} and {b} have one and the same text head: they would be bound "
                 "by construction; give them different seeds"
             )
+
+
+def _digest(weight: Tensor) -> bytes:
+    values = weight.detach().cpu().contiguous().numpy()
+    return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest()

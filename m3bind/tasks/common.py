@@ -1,12 +1,14 @@
 """What the tasks share: drawing texts, parameter groups, and the base class."""
 
+import hashlib
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from m3bind.data.reports import sample_section, sections
+from m3bind.parallel import gathered_objects, rank
 
 Report = dict[str, float]
 Losses = dict[str, Tensor]
@@ -26,7 +28,9 @@ class Task(nn.Module):
     """``forward(batches, rng) -> (losses, report)``; the trainer adds up the losses.
 
     ``batches`` maps a modality to its batch. All that a task draws at random comes from
-    ``rng`` and from torch's generator, so a resumed run draws the same.
+    ``rng`` and from torch's generator, so a resumed run draws the same. Over ranks ``batches`` are
+    this rank's part, and ``rng`` is the same on all: however many there are, and whichever experts
+    one holds, it is drawn from as often.
     """
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -48,15 +52,31 @@ class Task(nn.Module):
         raise NotImplementedError
 
 
-def draw_sections(reports: Iterable[str], rng: random.Random) -> list[str]:
-    """One random section of each report; the whole report where the section is a repetition.
+def draw_key(rng: random.Random) -> int:
+    """What `draw_sections` draws by, once a step."""
+    return rng.getrandbits(64)
 
-    Two patients of a batch with one impression would each be the other's false negative.
+
+def draw_sections(
+    reports: Sequence[str], key: int, modality: str = "", group: Any = None
+) -> list[str]:
+    """One random section of each report; the whole report where an earlier one drew the same.
+
+    Two patients of a batch with one impression would each be the other's false negative. The
+    draws depend on ``key``, ``modality`` and a report's place in the batch, which is that of all
+    ranks of ``group`` (None: of all) one after the other: they are the same for any number.
     """
-    drawn: list[str] = []
-    for report in reports:
-        section = sample_section(report, rng)
-        drawn.append(sections(report).whole if section in drawn else section)
+    first = sum(gathered_objects(len(reports), group)[: rank(group)])
+    drawn = [
+        sample_section(report, random.Random(f"{key}/{modality}/{first + row}"))
+        for row, report in enumerate(reports)
+    ]
+    own = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in drawn]
+    earlier = {name for part in gathered_objects(own, group)[: rank(group)] for name in part}
+    for row, (name, report) in enumerate(zip(own, reports, strict=True)):
+        if name in earlier:
+            drawn[row] = sections(report).whole
+        earlier.add(name)
     return drawn
 
 

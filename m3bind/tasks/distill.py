@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from m3bind.config import DistillConfig
-from m3bind.losses import ClipLoss
+from m3bind.distributed import clip_loss, mean, similarity_distill
 from m3bind.models.expert import Expert
 from m3bind.models.text import TextEncoder
-from m3bind.ops import similarity_distill
-from m3bind.tasks.common import Batches, Losses, Report, Task, draw_sections, take
+from m3bind.parallel import Placement, size
+from m3bind.tasks.common import Batches, Losses, Report, Task, draw_key, draw_sections, take
 
 
 class Distill(Task):
@@ -19,11 +19,16 @@ class Distill(Task):
     For the texts of each modality: the cosine to its expert's embedding of the same text, CLIP's
     loss with its expert's images, and KL(expert || student) of each text's distribution over
     these images, each a mean over the modalities. Experts that were not aligned
-    make the control "stage 2 without stage 1".
+    make the control "stage 2 without stage 1". Over ranks every one trains the student;
+    ``placement`` says which have which experts (None: every rank all).
     """
 
     def __init__(
-        self, student: TextEncoder, experts: dict[str, Expert], config: DistillConfig
+        self,
+        student: TextEncoder,
+        experts: dict[str, Expert],
+        config: DistillConfig,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         widths = {m: e.width for m, e in experts.items()}
@@ -34,7 +39,7 @@ class Distill(Task):
             )
         self.student, self.config = student, config
         self.experts = nn.ModuleDict(experts).requires_grad_(False).eval()
-        self.loss = ClipLoss()
+        self.placement = placement or Placement.of(list(experts))
 
     def train(self, mode: bool = True) -> "Distill":
         super().train(mode)
@@ -43,7 +48,8 @@ class Distill(Task):
 
     def forward(self, batches: Batches, rng: random.Random) -> tuple[Losses, Report]:
         take(batches, self.experts)
-        drawn = {m: draw_sections(batches[m].reports, rng) for m in self.experts}
+        key, group = draw_key(rng), self.placement.group
+        drawn = {m: draw_sections(batches[m].reports, key, m, group) for m in self.experts}
         # One pass for all: the student does not know which modality a text belongs to.
         embedded = self.student.encode_text([t for texts in drawn.values() for t in texts])
         parts = embedded.split([len(texts) for texts in drawn.values()])
@@ -56,14 +62,16 @@ class Distill(Task):
                 teacher = expert.encode_text(texts)
                 image = expert.encode_image(batches[modality].images)
                 scale = expert.scale()
-            cosine = (student * teacher).sum(1).mean()
+            cosine = mean((student * teacher).sum(1), group)
             report[f"cosine/{modality}"] = float(cosine.detach())
             terms["cosine"].append(1 - cosine)
             if self.config.contrast_weight > 0:
-                terms["contrast"].append(self.loss(image, student, scale))
+                contrast = clip_loss(image, student, scale, group=group)
+                assert isinstance(contrast, Tensor)
+                terms["contrast"].append(contrast)
             if self.config.similarity_weight > 0:
                 divergence = similarity_distill(
-                    student, image, scale, teacher, image, scale, directions="rows"
+                    student, image, scale, teacher, image, scale, directions="rows", group=group
                 )
                 assert isinstance(divergence, Tensor)
                 terms["similarity"].append(divergence)
@@ -72,7 +80,9 @@ class Distill(Task):
             "contrast": self.config.contrast_weight,
             "similarity": self.config.similarity_weight,
         }
-        losses = {n: weights[n] * torch.stack(v).mean() for n, v in terms.items() if v}
+        # The student's gradient is the mean over all ranks, a term's that over its own group.
+        share = size() / self.placement.size / len(self.placement.modalities)
+        losses = {n: weights[n] * share * torch.stack(v).sum() for n, v in terms.items() if v}
         return losses, report
 
     def trainable_state(self) -> dict[str, Tensor]:

@@ -4,9 +4,9 @@ import random
 
 from torch import Tensor
 
-from m3bind.losses import ClipLoss
+from m3bind.distributed import clip_loss
 from m3bind.models.expert import Expert
-from m3bind.tasks.common import Batches, Losses, Report, Task, draw_sections, take
+from m3bind.tasks.common import Batches, Losses, Report, Task, draw_key, draw_sections, take
 
 
 class Pretrain(Task):
@@ -15,16 +15,17 @@ class Pretrain(Task):
     def __init__(self, expert: Expert) -> None:
         super().__init__()
         self.expert = expert
-        self.loss = ClipLoss()
 
     def forward(self, batches: Batches, rng: random.Random) -> tuple[Losses, Report]:
         take(batches, [self.expert.modality])
         batch = batches[self.expert.modality]
-        texts = draw_sections(batch.reports, rng)
+        texts = draw_sections(batch.reports, draw_key(rng), self.expert.modality)
         scale = self.expert.scale()
         image = self.expert.encode_image(batch.images)
         text = self.expert.encode_text(texts)
-        return {"clip": self.loss(image, text, scale)}, {"scale": float(scale.detach())}
+        loss = clip_loss(image, text, scale)
+        assert isinstance(loss, Tensor)
+        return {"clip": loss}, {"scale": float(scale.detach())}
 
     def trainable_state(self) -> dict[str, Tensor]:
         return self.expert.trainable_state()

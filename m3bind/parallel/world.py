@@ -1,0 +1,148 @@
+"""The processes that torchrun starts: all ranks of one training, or one process alone.
+
+Every function here does nothing, or gives what one process alone would have, where no process
+group was joined.
+"""
+
+import logging
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from m3bind.errors import M3BindError
+
+TIMEOUT = timedelta(minutes=30)  # of what one rank waits for another
+
+
+@contextmanager
+def started() -> Iterator[None]:
+    """Join the ranks that torchrun started, for the length of the block.
+
+    Equivalent to ``torch.distributed.init_process_group()`` with NCCL for what lies on a GPU and
+    gloo for the rest, and ``destroy_process_group()`` once every rank is done. On a GPU each rank
+    takes the one of its LOCAL_RANK. Without torchrun, nothing happens.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    if not is_first():
+        logging.getLogger("m3bind").setLevel(logging.ERROR)  # the first rank says it for all
+    yield
+    # Only after success: a rank that fails does not wait for others.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise M3BindError(
+            f"LOCAL_RANK {local}, but this machine has {torch.cuda.device_count()} GPUs: start as "
+            "many processes a machine as it has (--nproc-per-node)"
+        )
+    return torch.device("cuda", local)
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group: Any = None) -> int:
+    """This process in the group (default: of all)."""
+    return dist.get_rank(group) if _joined() else 0
+
+
+def size(group: Any = None) -> int:
+    """The processes of the group (default: of all)."""
+    return dist.get_world_size(group) if _joined() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes and speaks for all."""
+    return rank() == 0
+
+
+def gathered_objects(own: Any, group: Any = None) -> list[Any]:
+    """Every rank's object, in their order, on all of them. Small ones: they are pickled."""
+    if size(group) == 1:
+        return [own]
+    found: list[Any] = [None] * size(group)
+    dist.all_gather_object(found, own, group=group)
+    return found
+
+
+def objects_at_first(own: Any) -> list[Any] | None:
+    """Every rank's object on the first rank, None on the others."""
+    if size() == 1:
+        return [own]
+    found: list[Any] | None = [None] * size() if is_first() else None
+    dist.gather_object(own, found)
+    return found
+
+
+def totals(*own: float, group: Any = None) -> list[float]:
+    """The sum over the ranks of each number."""
+    if size(group) == 1:
+        return list(own)
+    total = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return total.tolist()
+
+
+def meet() -> None:
+    """Wait for all ranks."""
+    if size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def first_before_others(name: str, group: Any = None) -> Iterator[None]:
+    """The block, by the group's first rank before its others: what it writes, they then find.
+
+    ``name`` is of what the block does, for this group alone. The others wait as long as it takes;
+    torchrun ends them where the first one fails.
+    """
+    if size(group) == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()
+    _turns[name] += 1
+    key = f"m3bind/{name}/{_turns[name]}"
+    if rank(group) > 0:
+        store.wait([key], timedelta(days=7))
+    yield
+    if rank(group) == 0:
+        store.set(key, "done")
+
+
+_turns: Counter[str] = Counter()
+
+
+def run_id() -> str | None:
+    """What one torchrun and its restarts have in common; None without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    # Where none was given, the agent of the first rank is what outlives a restart.
+    own = name if name != "none" else f"{socket.gethostname()}/{os.getppid()}"
+    return gathered_objects(own)[0]
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process anew, after a rank was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

@@ -1,0 +1,333 @@
+"""The loop itself."""
+
+import dataclasses
+import math
+import random
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from m3bind.config import TrainConfig
+from m3bind.data.loader import Batch
+from m3bind.errors import Interrupted, M3BindError
+from m3bind.parallel import Engine, gathered_objects, is_first, size
+from m3bind.parallel.engine import scale_gradients
+from m3bind.parallel.world import totals
+from m3bind.tracking import Tracker
+from m3bind.train.checkpoints import Checkpoints, Progress
+from m3bind.train.schedule import schedule
+from m3bind.train.signals import Stop, stop_signals
+
+
+class Task(Protocol):
+    """What can be trained: an nn.Module with these four methods (m3bind.tasks has three)."""
+
+    def __call__(
+        self, batches: dict[str, Batch], rng: random.Random
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return the losses, whose sum is minimised, and what else the log should show.
+
+        Over ranks ``rng`` is the same on all of them, and must stay so.
+        """
+
+    def parameter_groups(self) -> Iterable[Any]:
+        """What AdamW takes; a group may have its own ``lr`` and ``weight_decay``."""
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What training changes: trained parameters, and buffers that move."""
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `trainable_state`; over ranks, ``state`` may hold other ranks' too."""
+
+
+class Loader(Protocol):
+    """An endless stream of batches that can be taken up again (m3bind.data has two)."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, and under "stream" bytes, after the batch that was handed out last."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on with the batch after it."""
+
+    def load_state_of_others(self, state: dict[str, Any], salt: int) -> None:
+        """Go on after what another number of ranks was handed out; ``salt`` is new each time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FitResult:
+    """What `fit` did; ``best_*`` are of the last step, and NaN, where no score was a number."""
+
+    best_step: int
+    best_score: float
+    steps: int
+    seconds: float  # of training, over all resumed parts
+    history: list[dict[str, Any]]  # the lines of metrics.jsonl, on the first rank
+
+
+def fit(
+    task: Any,
+    loaders: Mapping[str, Loader],
+    config: TrainConfig,
+    out: Path,
+    *,
+    validate: Callable[[], dict[str, float]] | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    description: str = "train",
+    group: Any = None,
+) -> FitResult:
+    """Train ``task`` (see `Task`) and leave it with its best weights.
+
+    Equivalent to, with a schedule, logs and checkpoints around it::
+
+        losses, report = task({name: next(batches) for name, batches in loaders.items()}, rng)
+        sum(losses.values()).backward()
+        clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+
+    With ``config.accumulate`` above 1, a step is that of the mean of the losses of so many batches.
+
+    ``validate`` returns {"score": higher is better, ...}; it is called every
+    ``validate_every`` steps and after the last one. Without it, or where no score is ever a
+    finite number, the last weights are the best. Files, all under ``out``:
+    ``checkpoints/last.safetensors`` (to resume), ``checkpoints/best.safetensors``,
+    ``metrics.jsonl`` and ``tensorboard/``. ``resume`` goes on from the last checkpoint, where
+    there is one; without it, earlier checkpoints are moved to ``checkpoints.previous``.
+    ``settings`` are the task's own, by name, in plain values: like ``config`` and ``seed`` they
+    stand in the checkpoint, and a resume with others is refused.
+
+    Over ranks (`m3bind.parallel.started`), each calls it with the same arguments and its own part
+    of the batches; ``group`` are those that train the same parameters (None: all). Gradients are
+    averaged over it as ``config.parallel`` says, so the losses must be those of
+    `m3bind.distributed`. All ranks validate, and the first one's score counts. It alone writes,
+    what ranks of other groups lost and reported included. Where torchrun starts them anew, they go
+    on from the last checkpoint of this run, asked or not.
+
+    Raises Interrupted after Ctrl-C or SIGTERM, once a checkpoint is written (a second Ctrl-C
+    stops at once), and M3BindError when a loss is not finite or the checkpoint does not fit.
+    """
+    plain = {**dataclasses.asdict(config), "seed": seed, **(settings or {})}
+    return _Fit(task, loaders, config, Path(out), validate, plain, description, group).run(resume)
+
+
+class _Fit:
+    def __init__(
+        self,
+        task: Any,
+        loaders: Mapping[str, Loader],
+        config: TrainConfig,
+        out: Path,
+        validate: Callable[[], dict[str, float]] | None,
+        settings: dict[str, Any],
+        description: str,
+        group: Any,
+    ) -> None:
+        self.task, self.loaders, self.config, self.out = task, loaders, config, out
+        self.validate, self.description = validate, description
+        self.engine = Engine(task, config.parallel, group)
+        groups = list(task.parameter_groups())
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        for each in self.optimizer.param_groups:
+            each["initial_lr"] = each["lr"]
+        self.parameters: list[nn.Parameter] = [
+            p for each in self.optimizer.param_groups for p in each["params"]
+        ]
+        self.device = self.parameters[0].device
+        self.rng = random.Random(settings["seed"])
+        self.checkpoints = Checkpoints(
+            out, self.engine, self.optimizer, loaders, self.rng, settings
+        )
+        self.progress = Progress()
+        self.stopped = False  # as all ranks agreed on
+
+    def run(self, resume: bool) -> FitResult:
+        progress = self.progress = self.checkpoints.begin(resume)
+        with Tracker(self.out, progress.step) if is_first() else nullcontext() as self.tracker:
+            if progress.step < self.config.steps or self._validation_due():
+                with stop_signals() as stop:
+                    self._train(stop)
+            if progress.best_step == 0:  # nothing to choose by
+                progress.best_step, progress.best_score = progress.step, math.nan
+                self.checkpoints.save_best(progress)
+            self.checkpoints.load_best()
+            return FitResult(
+                best_step=progress.best_step,
+                best_score=progress.best_score,
+                steps=progress.step,
+                seconds=progress.seconds,
+                history=self.tracker.history if self.tracker else [],
+            )
+
+    def _train(self, stop: Stop) -> None:
+        from tqdm import tqdm
+
+        progress, config = self.progress, self.config
+        streams = {name: iter(loader) for name, loader in self.loaders.items()}
+        self.started = time.perf_counter() - progress.seconds
+        self.logged = time.perf_counter(), progress.step
+        bar = tqdm(
+            total=config.steps,
+            initial=progress.step,
+            desc=self.description,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+            dynamic_ncols=True,
+            disable=not is_first(),
+        )
+        with bar:
+            while progress.step < config.steps or self._validation_due():
+                # A run that was stopped between a step and its validation begins with it.
+                if self._validation_due():
+                    self._validate()
+                else:
+                    loss = self._train_step(streams, stop)
+                    bar.update()
+                    bar.set_postfix(
+                        loss=f"{loss:.3f}", best=f"{progress.best_score:.3f}", refresh=False
+                    )
+                progress.seconds = time.perf_counter() - self.started
+                if self.stopped or (size() == 1 and stop.requested):
+                    self.checkpoints.save_last(progress)
+                    raise Interrupted(
+                        f"{self.description}: stopped at step {progress.step} of {config.steps}; "
+                        f"{self.checkpoints.last} is written: run the same command with --resume "
+                        "to go on"
+                    )
+                due = progress.step % config.checkpoint_every == 0
+                if progress.step == config.steps or (due and not self._validation_due()):
+                    self.checkpoints.save_last(progress)
+
+    def _train_step(self, streams: Mapping[str, Iterator[Batch]], stop: Stop) -> float:
+        config, step = self.config, self.progress.step + 1
+        lr_factor = schedule(step, config.warmup, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor
+        self.task.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        values: dict[str, float] = {}
+        report: dict[str, float] = {}
+        for turn in range(config.accumulate):
+            with self.engine.accumulating(last=turn == config.accumulate - 1):
+                for name, value in self._backward(streams, report).items():
+                    values[name] = values.get(name, 0.0) + value / config.accumulate
+        self._update(step, values, stop)
+        self.progress.step = step
+        if step % config.log_every == 0 or step in (1, config.steps):
+            self._log(values, report, config.lr * lr_factor)
+        return sum(values.values())
+
+    def _backward(
+        self, streams: Mapping[str, Iterator[Batch]], report: dict[str, float]
+    ) -> dict[str, float]:
+        batches = {name: next(stream).to(self.device) for name, stream in streams.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            losses, said = self.engine(batches, self.rng)
+        report.update(said)
+        loss = torch.stack([value.float() for value in losses.values()]).sum()
+        (loss / self.config.accumulate).backward()
+        return {name: float(value.detach()) for name, value in losses.items()}
+
+    def _update(self, step: int, values: Mapping[str, float], stop: Stop) -> None:
+        """One step of the optimizer, if all is finite on all ranks."""
+        norm = float(self.engine.gradient_norm(self.parameters))
+        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if size() > 1:
+            # The only numbers that ranks exchange in every step, beside features and gradients.
+            squares, others, stops = totals(norm**2 / self.engine.size, len(bad), stop.requested)
+            self.stopped = stops > 0
+            if self.engine.size < size():
+                norm = math.sqrt(squares)
+            if others:
+                bad = {name: v for part in gathered_objects(bad) for name, v in part.items()}
+        for name, value in bad.items():
+            raise M3BindError(
+                f"{self.description}: step {step}: the loss {name!r} is {value}: lower lr "
+                f"({self.config.lr}) or raise warmup ({self.config.warmup}); {self._what_is_kept()}"
+            )
+        if not math.isfinite(norm):
+            raise M3BindError(
+                f"{self.description}: step {step}: the gradient's norm is {norm}, while the losses "
+                f"are finite ({dict(values)}): lower lr ({self.config.lr}); {self._what_is_kept()}"
+            )
+        scale_gradients(self.parameters, norm, self.config.clip or math.inf)
+        self.norm = norm
+        self.optimizer.step()
+        for part in self.task.modules():
+            if hasattr(part, "keep_in_bounds"):
+                part.keep_in_bounds()
+
+    def _log(self, values: dict[str, float], report: dict[str, float], lr: float) -> None:
+        own = values, report, _peak_mib(self.device)
+        parts = gathered_objects(own)
+        if not self.tracker:
+            return
+        losses = _means([part[0] for part in parts])
+        now, (then, before) = time.perf_counter(), self.logged
+        step = self.progress.step
+        names = {name for own in self.checkpoints.layout for name in own}
+        a_step = sum(map(self.config.batch_of, names)) * self.config.accumulate
+        self.logged = now, step
+        self.tracker.log(
+            step,
+            {
+                "loss": sum(losses.values()),
+                "losses": losses,
+                "report": _means([part[1] for part in parts]),
+                "lr": lr,
+                "grad_norm": self.norm,
+                "seconds": round(now - self.started, 3),
+                "samples_per_second": round((step - before) * a_step / (now - then), 2),
+                "peak_mib": max(part[2] for part in parts),
+            },
+        )
+
+    def _what_is_kept(self) -> str:
+        last = self.checkpoints.last
+        return f"the last checkpoint is {last}" if last.is_file() else "nothing is kept"
+
+    def _validation_due(self) -> bool:
+        progress = self.progress
+        if self.validate is None or progress.step == progress.validated:
+            return False
+        return progress.step % self.config.validate_every == 0 or progress.step == self.config.steps
+
+    def _validate(self) -> None:
+        assert self.validate is not None
+        progress = self.progress
+        self.task.eval()
+        with torch.no_grad(), self.engine.whole():
+            found = {name: float(value) for name, value in self.validate().items()}
+        scores = gathered_objects(found)[0]
+        progress.validated = progress.step
+        if not math.isfinite(scores["score"]):
+            return  # nothing could be measured: nothing to log or to choose by
+        if self.tracker:
+            self.tracker.log(progress.step, {"validation": scores})
+        if scores["score"] > progress.best_score:
+            progress.best_step, progress.best_score = progress.step, scores["score"]
+            self.checkpoints.save_best(progress)
+
+
+def _means(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Of each number over the ranks that have it: they may hold different experts."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {n: statistics.fmean(part[n] for part in parts if n in part) for n in names}
+
+
+def _peak_mib(device: torch.device) -> float:
+    """The most memory that this rank held so far: of its GPU, or else of its process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
