@@ -33,7 +33,11 @@ class Engine:
             self.sharded = True
             _shard(task, group)
         elif self.size > 1:
-            self.call = DistributedDataParallel(task, process_group=group)
+            # Otherwise DDP regroups gradients after its first step, and sums them in another order
+            # from then on: a training that goes on would not repeat one that never stopped.
+            self.call = DistributedDataParallel(
+                _WithUnused(task), process_group=group, find_unused_parameters=True
+            )
 
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
@@ -86,6 +90,19 @@ class Engine:
         What ``own`` does not have is left out: another rank holds it.
         """
         return {name: spread_as(own[name], whole[name]) for name in own if name in whole}
+
+
+class _WithUnused(nn.Module):
+    """The task beside a parameter that it does not use: DDP, told to look for some, would warn on
+    every rank that it found none."""
+
+    def __init__(self, task: nn.Module) -> None:
+        super().__init__()
+        self.task = task
+        self.unused = nn.Parameter(torch.zeros(1, device=next(task.parameters()).device))
+
+    def forward(self, *args: Any) -> Any:
+        return self.task(*args)
 
 
 def spread_as(own: Tensor, whole: Tensor) -> Tensor:

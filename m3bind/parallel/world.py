@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from m3bind.errors import M3BindError
+from m3bind.parallel.joining import fresh_store
 
 TIMEOUT = timedelta(minutes=30)  # of what one rank waits for another
 
@@ -36,7 +37,9 @@ def started() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    shared, own, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store = fresh_store(shared, own, ranks, TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=TIMEOUT)
     if not is_first():
         logging.getLogger("m3bind").setLevel(logging.ERROR)  # the first rank says it for all
     yield

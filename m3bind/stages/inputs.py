@@ -129,7 +129,8 @@ class Inputs(Trained):
         """
         caches = {id(c): c for e in experts.values() if (c := _cache_of(e)) is not None}
         for cache in caches.values():
-            for modality in experts:
+            # Of all modalities: in stage 1 every expert reads the texts of the others.
+            for modality in placement.modalities if placement else experts:
                 path = self.folder / "text_cache" / f"{modality}-{cache.fingerprint}.safetensors"
                 wanted = {*self._texts([modality]), *self._evaluation_texts(modality)}
                 with first_before_others(path.name, placement.group if placement else None):
