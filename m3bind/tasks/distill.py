@@ -38,12 +38,18 @@ class Distill(Task):
                 "build all of them with the same width"
             )
         self.student, self.config = student, config
-        self.experts = nn.ModuleDict(experts).requires_grad_(False).eval()
         self.placement = placement or Placement.of(list(experts))
+        for expert in experts.values():
+            expert.requires_grad_(False).eval()
+        # A module's parts are the same on all ranks: experts that only one has are none of it.
+        if len(experts) == len(self.placement.modalities):
+            self.teachers = nn.ModuleDict(experts)
+        self.experts = experts
 
     def train(self, mode: bool = True) -> "Distill":
         super().train(mode)
-        self.experts.eval()
+        for expert in self.experts.values():
+            expert.eval()
         return self
 
     def forward(self, batches: Batches, rng: random.Random) -> tuple[Losses, Report]:
@@ -57,7 +63,6 @@ class Distill(Task):
         report: Report = {}
         for (modality, texts), student in zip(drawn.items(), parts, strict=True):
             expert = self.experts[modality]
-            assert isinstance(expert, Expert)
             with torch.no_grad():
                 teacher = expert.encode_text(texts)
                 image = expert.encode_image(batches[modality].images)

@@ -1,0 +1,137 @@
+"""Tasks on small experts, as each rank runs its part of them, and one process the whole."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from m3bind.config import AlignConfig, DistillConfig
+from m3bind.data.preprocess import Preprocess
+from m3bind.models.expert import Expert
+from m3bind.models.heads import Head, seeded
+from m3bind.models.image import ImageTower
+from m3bind.models.text import TextEncoder, TextTower
+from m3bind.parallel import Engine, Placement, rank
+from m3bind.parallel.joining import fresh_store
+from m3bind.tasks.align import Align
+from m3bind.tasks.distill import Distill
+from m3bind.tasks.pretrain import Pretrain
+
+WIDTH = 8
+ROWS = {"xray": 7, "ct": 5, "ecg": 6}
+CENTRE = ["heart failure", "Normal", "tumour of the lung", "atrial fibrillation", "normal"]
+WORDS = ("heart", "lung", "nodule", "effusion", "normal", "rhythm", "large", "clear")
+
+
+class Text(TextTower):
+    """Counts of letters, through two layers of a list, as FSDP2 spreads them."""
+
+    width = 26
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(26, 26) for _ in range(2))
+
+    def forward(self, texts: list[str], device: torch.device) -> Tensor:
+        counts = [[t.lower().count(chr(97 + i)) for i in range(26)] for t in texts]
+        found = torch.tensor(counts, dtype=torch.float32, device=device)
+        for layer in self.layers:
+            found = layer(found).tanh()
+        return found
+
+
+class Image(ImageTower):
+    def __init__(self) -> None:
+        super().__init__(Preprocess(kind="image2d", size=(4, 4), channels=1), 16)
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(1)).tanh()
+
+
+def encoder(name: str) -> TextEncoder:
+    torch.manual_seed(sum(map(ord, name)))
+    return TextEncoder(Text(), Head(26, WIDTH, seeded(name, "text")))
+
+
+def expert(name: str) -> Expert:
+    text = encoder(name)
+    return Expert(name, Image(), Head(16, WIDTH, seeded(name, "image")), text)
+
+
+def batch(name: str) -> SimpleNamespace:
+    """The whole one, with two reports of one impression."""
+    rng, rows = random.Random(name), ROWS[name]
+    reports = [
+        f"FINDINGS: {rng.choice(WORDS)} {rng.choice(WORDS)} {i}.\nIMPRESSION: {WORDS[i % 4]}."
+        for i in range(rows)
+    ]
+    images = torch.randn(rows, 1, 4, 4, generator=seeded(name, "images"))
+    return SimpleNamespace(images=images, reports=reports)
+
+
+def task_of(kind: str, placement: Placement) -> nn.Module:
+    experts = {name: expert(name) for name in placement.own}
+    if kind == "pretrain":
+        return Pretrain(experts["xray"])
+    if kind == "distill":
+        return Distill(encoder("student"), experts, DistillConfig(), placement)
+    agreement, _, kept = kind.partition("+")
+    config = AlignConfig(
+        agreement=agreement, agreement_weight=2.0, centre_batch=9, preserve_weight=float(bool(kept))
+    )
+    task = Align(experts, CENTRE, config, placement)
+    if kept:  # somewhere else than where it began
+        with torch.no_grad():
+            for name in placement.own:
+                experts[name].text.head.weight.mul_(1 + torch.linspace(-0.5, 0.5, 26))
+    return task
+
+
+def step(kind: str, how: str, placing: str, micro: int = 1) -> dict[str, Any]:
+    """Losses, the report and every gradient (on the first rank) of one step."""
+    names = ["xray"] if kind == "pretrain" else list(ROWS)
+    placement = Placement.of(names, placing)
+    task = task_of(kind, placement)
+    engine = Engine(task, how, None if kind == "distill" else placement.group)
+    own = {name: batch(name) for name in placement.own}
+    for name, whole in own.items():
+        part = placement.share(ROWS[name])
+        own[name] = SimpleNamespace(images=whole.images[part], reports=whole.reports[part])
+    rng = random.Random(1)
+    for turn in range(micro):
+        with engine.accumulating(last=turn == micro - 1):
+            losses, report = engine(own, rng)
+            (sum(losses.values()) / micro).backward()
+    gradients = {n: p.grad for n, p in task.named_parameters() if p.grad is not None}
+    norm = engine.gradient_norm(task.parameters())
+    return {
+        "losses": {name: float(value.detach()) for name, value in losses.items()},
+        "report": report,
+        "gradients": engine.state(gradients),
+        "norm": float(norm),
+        "drawn": rng.random(),
+    }
+
+
+def state_round_trip(how: str) -> tuple[bool, dict[str, tuple[int, ...]]]:
+    """Whether every rank's tensors come back as they were, and the shapes of the whole."""
+    task = task_of("mse", Placement.of(list(ROWS)))
+    engine = Engine(task, how)
+    own = task.trainable_state()
+    whole = engine.state(own)
+    if rank() > 0:  # as read out of the file
+        whole = {
+            name: t.detach()
+            for name, t in task_of("mse", Placement.of(list(ROWS))).trainable_state().items()
+        }
+    again = engine.spread(own, whole)
+    local = [getattr(t, "to_local", lambda t=t: t)() for t in own.values()]
+    back = [getattr(t, "to_local", lambda t=t: t)() for t in again.values()]
+    same = all(torch.equal(a, b) for a, b in zip(local, back, strict=True))
+    return same, {name: tuple(t.shape) for name, t in whole.items()}
+
+
+__all__ = ["fresh_store", "state_round_trip", "step"]

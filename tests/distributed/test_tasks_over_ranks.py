@@ -1,0 +1,97 @@
+"""The stages' losses and gradients on many ranks are those of one process on the whole batch."""
+
+import functools
+import threading
+from datetime import timedelta
+
+import bound
+import pytest
+import torch
+import torch.distributed as dist
+
+from m3bind.parallel.joining import fresh_store
+
+KINDS = ("pretrain", "mse+kept", "infonce", "relational", "distill")
+WHERE = [("ddp", "replicated"), ("fsdp", "replicated"), ("ddp", "split"), ("fsdp", "split")]
+
+
+@functools.cache
+def alone(kind: str, micro: int) -> dict:
+    return bound.step(kind, "ddp", "replicated", micro)
+
+
+def check(kind: str, found: list[dict], micro: int = 1) -> None:
+    want = alone(kind, micro)
+    got = found[0]["gradients"]
+    assert got.keys() == want["gradients"].keys()
+    for name, value in want["gradients"].items():
+        torch.testing.assert_close(got[name], value, rtol=2e-4, atol=2e-6, msg=name)
+    assert all(rank["drawn"] == want["drawn"] for rank in found)
+    for name, value in want["losses"].items():
+        those = [rank["losses"][name] for rank in found if name in rank["losses"]]
+        assert sum(those) / len(those) == pytest.approx(value, rel=1e-5, abs=1e-6)
+    for name, value in want["report"].items():
+        for rank in found:
+            assert rank["report"].get(name, value) == pytest.approx(value, rel=1e-4)
+
+
+CASES = [
+    (kind, *where) for kind in KINDS for where in WHERE if (kind, where[1]) != ("pretrain", "split")
+]
+
+
+@pytest.mark.parametrize(("kind", "how", "placing"), CASES)
+def test_gradients_are_those_of_one_process(pools, kind, how, placing):
+    check(kind, pools(4).run(bound.step, [(kind, how, placing)] * 4))
+
+
+@pytest.mark.parametrize("how", ("ddp", "fsdp"))
+def test_uneven_ranks_and_accumulation(pools, how):
+    for kind in ("mse", "distill"):
+        check(kind, pools(3).run(bound.step, [(kind, how, "replicated", 3)] * 3), 3)
+
+
+@pytest.mark.parametrize("how", ("ddp", "fsdp"))
+def test_what_is_spread_is_put_together_and_spread_again(pools, how):
+    found = pools(3).run(bound.state_round_trip, [(how,)] * 3)
+    assert all(same for same, _ in found)
+    whole = bound.task_of("mse", bound.Placement.of(list(bound.ROWS))).trainable_state()
+    assert found[0][1] == {name: tuple(t.shape) for name, t in whole.items()}
+
+
+def test_fewer_ranks_than_experts_are_refused(pools):
+    with pytest.raises(AssertionError, match="placement=split needs a rank for each of xray, ct"):
+        pools(2).run(bound.step, [("mse", "ddp", "split")] * 2)
+
+
+def joined(store: dist.Store, ranks: list[int], size: int, seconds: float) -> dict[int, str]:
+    """What each of some ranks finds in the store that it was given; nothing where it gave up."""
+    found: dict[int, str] = {}
+
+    def join(rank: int) -> None:
+        try:
+            shared = fresh_store(store, rank, size, timedelta(seconds=seconds))
+        except TimeoutError:
+            return
+        if rank == 0:
+            shared.set("word", str(id(found)))
+        found[rank] = shared.get("word").decode()
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_ranks_that_are_gone_are_not_met_again():
+    """Twice all, then three of four that give up, then all: on one store, as torchrun keeps it."""
+    store = dist.HashStore()
+    for _ in range(2):
+        found = joined(store, [0, 1, 2, 3], 4, 20)
+        assert set(found.values()) == {found[0]} and len(found) == 4
+    assert joined(store, [0, 1, 3], 4, 0.5) == {}
+    words = {found[0]}
+    found = joined(store, [3, 1, 2, 0], 4, 20)
+    assert len(found) == 4 and set(found.values()) == {found[0]} and found[0] not in words

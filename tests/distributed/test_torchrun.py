@@ -1,0 +1,120 @@
+"""Stage 1 on four ranks that torchrun started: one is lost, and the training goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from m3bind.checkpoint import load_checkpoint
+
+# Without dropout, on kept features: then any number of ranks computes the same.
+EXACT = [
+    f"experts.{m}.{setting}"
+    for m in ("xray", "retina", "ecg")
+    for setting in ("image.cache=true", "lora=null", "text.train_layers=0")
+]
+LONG = ["align.steps=24", "align.validate_every=8", "align.checkpoint_every=2"]
+LOST = 3
+
+
+def start(settings: Path, ranks: int, *more: str, restarts: int = 0) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "-m", "m3bind", "align",
+            "-c", str(settings), *more,
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (folder / "align" / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def kill_after(step: int, folder: Path, process: subprocess.Popen) -> float:
+    """SIGKILL to one rank once a step is logged; when that was."""
+    deadline = time.monotonic() + 200
+    log = folder / "align" / "metrics.jsonl"
+    while not (log.is_file() and f'"step": {step},' in log.read_text()):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.02)
+    ranks = [p for p in psutil.Process(process.pid).children() if "align" in p.cmdline()]
+    (lost,) = (p for p in ranks if p.environ().get("RANK") == str(LOST))
+    lost.send_signal(signal.SIGKILL)
+    return time.monotonic()
+
+
+def lost_and_restarted(settings: Path, tmp_path: Path, *more: str) -> None:
+    """A run that loses a rank gives the losses and weights of one that does not, to the bit."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finished(start(settings, 4, *LONG, *more, f"output={whole}"))
+    process = start(settings, 4, *LONG, *more, f"output={cut}", restarts=1)
+    kill_after(9, cut, process)
+    output = finished(process)
+    assert f"rank {LOST} was lost" in output
+    assert losses(cut) == losses(whole)
+    for name in ("xray", "retina", "ecg"):
+        weights = [f / "align" / name / "model.safetensors" for f in (whole, cut)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_lost_rank_ends_the_others_and_fewer_go_on(settings, tmp_path):
+    undisturbed, cut = tmp_path / "undisturbed", tmp_path / "cut"
+    finished(start(settings, 3, *LONG, *EXACT, "align.placement=split", f"output={undisturbed}"))
+    process = start(settings, 4, *LONG, *EXACT, "align.parallel=fsdp", f"output={cut}")
+    killed = kill_after(9, cut, process)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - killed < 30 and process.returncode != 0
+    told = set(re.findall(rf"m3bind: rank (\d): rank {LOST} was lost", output))
+    assert told == {"0", "1", "2"}, output[-4000:]
+    assert "Traceback" not in output.partition("torch/distributed/elastic")[0]
+    _, data = load_checkpoint(cut / "align" / "checkpoints" / "last.safetensors")
+    assert 8 <= data["step"] < 24
+    said = finished(start(settings, 2, *LONG, *EXACT, f"output={cut}", "--resume"))
+    assert said.count("best score") == 1
+    # Four ranks with FSDP, then two with DDP, or one expert on each: the losses are the same.
+    got, want = losses(cut), losses(undisturbed)
+    assert [step for step, _ in got] == list(range(1, 25))
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in want], rel=2e-4)
+
+
+def test_a_lost_rank_is_started_again(settings, tmp_path):
+    lost_and_restarted(settings, tmp_path, *(s for s in EXACT if "image.cache" in s))
+
+
+@pytest.mark.slow
+def test_a_lost_rank_is_started_again_with_images(settings, tmp_path):
+    """Streams of images, dropout, and another parallelism."""
+    lost_and_restarted(settings, tmp_path, "align.parallel=fsdp", "align.accumulate=2")
+
+
+def test_one_process_commands_are_refused(settings):
+    done = subprocess.run(
+        [sys.executable, "-m", "m3bind", "eval", "-c", str(settings)],
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == (
+        "m3bind: rank 1: m3bind eval runs in one process; torchrun starts pretrain, align, distill "
+        "on several\n"
+    )
+
+
