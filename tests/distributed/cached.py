@@ -122,6 +122,54 @@ def towers(wrap: str, sizes: list[int], chunk: int) -> tuple[dict, dict, dict[st
     return found, gradients(model), dict(counts)
 
 
+def partial_loss(x: Tensor, scale: Tensor, y: Tensor, rank: int, leaves: dict[int, str]) -> Tensor:
+    """A rank's own loss, which may leave out a tower ("y"), or the first one's scale ("s")."""
+    left, weights = leaves.get(rank, ""), torch.arange(1.0, WIDTH + 1, dtype=x.dtype)
+    loss = (x * weights).square().sum()
+    if "s" not in left:
+        loss = loss * scale.sum()
+    return loss if "y" in left else loss + (y * weights).sum()
+
+
+def left_out(wrap: str, sizes: list[int], leaves: dict[int, str], evaluate: bool) -> dict:
+    """Gradients of two towers, one with a bare parameter, whose forward passes shard again."""
+    models: list[Any] = [Image(), Text()]
+    if wrap == "ddp":
+        models = [DistributedDataParallel(m) for m in models]
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        for model in models:  # after a forward pass without a graph a root stays gathered
+            fully_shard(model, reshard_after_forward=None if evaluate else True)
+    rank = dist.get_rank()
+    cache = GradCache(models, lambda *found: partial_loss(*found, rank, leaves), 3)
+    given = share([unit(sum(sizes), WIDTH, seed) for seed in range(2)], sizes)
+    if evaluate:
+        with torch.no_grad():
+            for model, rows in zip(models, given, strict=True):
+                model(rows)
+    cache.step(*given)
+    return gradients(models[0]) | gradients(models[1])
+
+
+def method_that_fsdp_does_not_know(register: bool) -> tuple[str, Any]:
+    """A tower that is a method of the sharded module itself, and reads its bare parameter."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    model = Image()
+    for part in (model.net, model):
+        fully_shard(part)
+    model.encode = model.forward  # type: ignore[assignment]
+    if register:
+        register_fsdp_forward_method(model, "encode")
+    cache = GradCache([model.encode], lambda x, scale: x.sum() * scale.sum(), 3)
+    try:
+        cache.step(unit(4, WIDTH, 0))
+    except ValueError as error:
+        return str(error), None
+    return "", full(model.log_scale.grad)
+
+
 def scaled(wrap: str, bad_rank: int) -> tuple[bool, float]:
     """Whether a step is skipped on this rank, where one rank's batch overflows."""
     module = Encoder()
