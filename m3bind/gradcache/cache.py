@@ -120,6 +120,8 @@ class GradCache:
             raise ValueError("GradCache.step computes gradients: call it outside torch.no_grad()")
         passes = self._passes(inputs)
         norms = self._norms()
+        # Whatever surrounds the step may have cast weights, and an optimizer changed them since.
+        torch.clear_autocast_cache()
         for each in passes:
             each.embed()
         # It holds weights that were cast without a graph.

@@ -61,6 +61,12 @@ class Pass:
             if isinstance(value, Tensor):
                 # A scale or bias, which a module that DDP or FSDP wraps has to return itself.
                 if value.dim() < 2 and value.numel() == 1:
+                    if not value.untyped_storage().nbytes():
+                        raise ValueError(
+                            f"{self.where} returned a parameter itself ({name!r}), whose memory "
+                            "FSDP2 has freed after the forward pass: return what is computed from "
+                            "it, `log_scale.exp()` or `scale * 1`"
+                        )
                     self.shared.add(name)
                     self.features[name] = value.detach().clone()
                 elif value.dim() < 2 or len(value) != part.stop - part.start:

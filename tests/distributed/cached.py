@@ -132,7 +132,7 @@ def partial_loss(x: Tensor, scale: Tensor, y: Tensor, rank: int, leaves: dict[in
 
 
 def left_out(wrap: str, sizes: list[int], leaves: dict[int, str], evaluate: bool) -> dict:
-    """Gradients of two towers, one with a bare parameter, whose forward passes shard again."""
+    """Gradients of two towers whose forward passes shard again."""
     models: list[Any] = [Image(), Text()]
     if wrap == "ddp":
         models = [DistributedDataParallel(m) for m in models]
@@ -152,19 +152,24 @@ def left_out(wrap: str, sizes: list[int], leaves: dict[int, str], evaluate: bool
     return gradients(models[0]) | gradients(models[1])
 
 
-def method_that_fsdp_does_not_know(register: bool) -> tuple[str, Any]:
-    """A tower that is a method of the sharded module itself, and reads its bare parameter."""
+class Bare(Image):
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(rows)[0], self.log_scale
+
+
+def bare_parameter(tower: str) -> tuple[str, Any]:
+    """A scale that a sharded module does not compute within what FSDP2 calls its forward pass."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    model = Image()
+    model: Any = Bare() if tower == "itself" else Image()
     for part in (model.net, model):
-        fully_shard(part)
-    model.encode = model.forward  # type: ignore[assignment]
-    if register:
+        fully_shard(part, reshard_after_forward=True)
+    model.encode = model.forward
+    if tower == "registered method":
         register_fsdp_forward_method(model, "encode")
-    cache = GradCache([model.encode], lambda x, scale: x.sum() * scale.sum(), 3)
+    encode = model if tower == "itself" else model.encode
     try:
-        cache.step(unit(4, WIDTH, 0))
+        GradCache([encode], lambda x, scale: x.sum() * scale.sum(), 3).step(unit(4, WIDTH, 0))
     except ValueError as error:
         return str(error), None
     return "", full(model.log_scale.grad)

@@ -84,14 +84,20 @@ def test_a_step_after_an_evaluation(pools, wrap):
     check_left_out(pools(2), wrap, [8, 5], {}, evaluate=True)
 
 
-def test_a_method_that_fsdp_does_not_know(pools):
-    for error, _ in pools(2).run(cached.method_that_fsdp_does_not_know, [(False,)] * 2):
-        assert "towers[0] returned a DTensor (1)" in error
-        assert "register_fsdp_forward_method(module, name)" in error
+@pytest.mark.parametrize("tower, words", (
+    ("itself", "towers[0] returned a parameter itself (1), whose memory FSDP2 has freed"),
+    ("method", "towers[0] returned a DTensor (1): FSDP2 gathers parameters for a module's forward"),
+))  # fmt: skip
+def test_a_parameter_out_of_its_forward_pass(pools, tower, words):
+    for error, _ in pools(2).run(cached.bare_parameter, [(tower,)] * 2):
+        assert words in error
+
+
+def test_a_method_that_fsdp_knows(pools):
     image = cached.Image().double()
     x, scale = image(unit(4, WIDTH, 0).double())
     (x.sum() * scale.sum()).backward()
-    for _, grad in pools(2).run(cached.method_that_fsdp_does_not_know, [(True,)] * 2):
+    for _, grad in pools(2).run(cached.bare_parameter, [("registered method",)] * 2):
         assert distance(grad, image.log_scale.grad) < 3e-6
 
 
