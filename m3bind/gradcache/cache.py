@@ -63,7 +63,9 @@ class GradCache:
     tower changes in itself while it computes, as spectral norm does.
 
     Raises:
-        ValueError: arguments that do not fit, each with what would.
+        ValueError: arguments that do not fit, each with what would. Over ranks, what is wrong on
+            one of them alone ends that one; the others wait for it until their group's timeout.
+            What a loss of `m3bind.distributed` finds wrong, all ranks raise.
 
     Source: Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited
     Setup, arXiv:2101.06983.

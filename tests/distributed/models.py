@@ -142,6 +142,31 @@ def caught(changes: dict[int, dict[str, Any]], given: dict[str, Any] | None = No
     return None
 
 
+def caught_sharded(wrong: dict[int, str], op: str) -> str:
+    """The error of a call with DTensors, which some ranks bring otherwise."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, y = (unit(4, 8, dist.get_rank() + seed) for seed in (0, 9))
+    how = wrong.get(dist.get_rank(), "")
+    placed = [Replicate() if how == "replicated" else Shard(0)]
+    given = [DTensor.from_local(t, mesh, placed, run_check=False) for t in (x, y)]
+    if "plain" in how:
+        given[1] = y
+    if how == "all plain":
+        given[0] = x
+    scale: Any = torch.tensor(5.0)
+    if how == "scale":
+        scale = DTensor.from_local(scale, mesh, [Replicate()], run_check=False)
+    teacher = [*given, 9.0] if op == "similarity_distill" else []
+    try:
+        getattr(distributed, op)(*given, scale, *teacher)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def made_of_parts(over: Any, leaves: dict[str, Tensor], ids: tuple, mean: Any, **how: Any) -> dict:
     """A loss that is not here: the mean log-sum-exp of rows and of columns, less a dot product."""
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}

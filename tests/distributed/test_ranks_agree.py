@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 from pool import SECONDS, Ranks
+from test_losses_over_ranks import LOSSES
 
 WRONG = {
     "features a row": ({1: {"features": 7}}, "rank 1 has features a row: 7; the others have"),
@@ -43,6 +44,28 @@ def test_all_ranks_raise_the_same(pools, name):
     assert len(set(found)) == 1 and found[0] is not None
     assert found[0].startswith("clip_loss: ") and words in found[0]
     assert pool.run(models.caught, [({},)] * 3) == [None] * 3  # and go on
+
+
+SHARDED = {
+    "replicated": ({1: "replicated"}, "on rank 1: x is a DTensor placed (Replicate(),) on a mesh"),
+    "one plain": ({0: "plain", 2: "plain"}, "on rank 0: y is no DTensor, as others of x, y"),
+    "all plain": ({2: "all plain"},
+                  "rank 2 has features='tensors'; the others have features='DTensors'"),
+    "scale": ({1: "scale"}, "on rank 1: logit_scale is a DTensor; pass `logit_scale.full_tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", (*LOSSES, "similarity_lse"))
+@pytest.mark.parametrize("name", SHARDED)
+def test_all_ranks_raise_the_same_of_tensors_that_are_sharded(pools, name, op):
+    changes, words = SHARDED[name]
+    pool = pools(3)
+    start = time.monotonic()
+    found = pool.run(models.caught_sharded, [(changes, op)] * 3)
+    assert time.monotonic() - start < SECONDS / 2
+    assert len(set(found)) == 1 and found[0].startswith(f"{op}: ")
+    assert words in found[0]
+    assert pool.run(models.caught_sharded, [({}, op)] * 3) == [""] * 3
 
 
 def test_a_lost_rank_ends_the_others():
