@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m3bind.distributed.order import history, numbered, parted
+
 TEXT_BYTES = 8192  # of which a character in JSON may take twelve
 
 
@@ -42,6 +44,10 @@ class Channel:
         config = str(dist.get_backend_config(group))
         kinds = [part.partition(":")[0] for part in config.split(",")]
         self.device = torch.device("cpu" if "cpu" in kinds else kinds[0])
+        self.call = 0  # its number, after the ranks have met
+
+    def begin(self, op: str) -> None:
+        self.call = history(self.group).begin(op)
 
     def numbers(self, own: list[int]) -> list[list[int]]:
         """Every rank's list of equal length."""
@@ -72,6 +78,15 @@ class Channel:
 
     def gather(self, own: Tensor, counts: list[int]) -> Tensor:
         return self.start_gather(own, counts).wait()
+
+    def gather_in_call(self, own: Tensor, counts: list[int]) -> Tensor:
+        """`gather` of [n, C], by ranks that all are in this call, or all raise."""
+        if not own.shape[1]:
+            return self.gather(own, counts)
+        found = self.gather(numbered(own, self.call), [count + 1 for count in counts])
+        numbers, rows = parted(found, counts)
+        history(self.group).met(numbers)
+        return rows
 
     def to_owners(self, values: Tensor, counts: list[int]) -> Tensor:
         """What every rank found of this rank's columns: [W, C, m] of each rank's [C, M]."""

@@ -99,6 +99,7 @@ def meet(
         options = options | call.options | {"scheme": scheme}
         agreed = agreement.agree(op, channel, brought, options, error)
     assert prepared is not None
+    channel.begin(op)
     return prepared, OverRanks(channel, prepared, agreed, scheme)
 
 

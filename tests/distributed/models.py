@@ -167,6 +167,23 @@ def caught_sharded(wrong: dict[int, str], op: str) -> str:
     return ""
 
 
+def backwards(first: int, losses: tuple[str, str], rows: tuple[int, int], how: dict) -> str:
+    """The error of two backward passes, of which rank 1 begins with loss `first`."""
+    found = []
+    for seed, (loss, n) in enumerate(zip(losses, rows, strict=True)):
+        x, y = (unit(n, 8, seed + dist.get_rank() + i).requires_grad_() for i in (0, 9))
+        scale, teacher = torch.tensor(5.0, requires_grad=True), []
+        if loss == "similarity_distill":
+            teacher = [x.detach(), y.detach(), 4.0]
+        found.append(getattr(distributed, loss)(x, y, scale, *teacher, **how))
+    try:
+        for at in (first, 1 - first) if dist.get_rank() == 1 else (0, 1):
+            found[at].backward(torch.ones_like(found[at]))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
 def made_of_parts(over: Any, leaves: dict[str, Tensor], ids: tuple, mean: Any, **how: Any) -> dict:
     """A loss that is not here: the mean log-sum-exp of rows and of columns, less a dot product."""
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}

@@ -1,12 +1,16 @@
 """Ranks that do not fit together raise the same error, and none waits; a lost rank ends all."""
 
+import re
 import time
+from types import SimpleNamespace
 
 import models
 import pytest
 import torch
 from pool import SECONDS, Ranks
-from test_losses_over_ranks import LOSSES
+from test_losses_over_ranks import LOSSES, SCHEMES
+
+from m3bind.distributed import order
 
 WRONG = {
     "features a row": ({1: {"features": 7}}, "rank 1 has features a row: 7; the others have"),
@@ -66,6 +70,44 @@ def test_all_ranks_raise_the_same_of_tensors_that_are_sharded(pools, name, op):
     assert len(set(found)) == 1 and found[0].startswith(f"{op}: ")
     assert words in found[0]
     assert pool.run(models.caught_sharded, [({}, op)] * 3) == [""] * 3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("sizes", ("exchange", "static"))
+@pytest.mark.parametrize("losses, how", (
+    (("clip_loss", "clip_loss"), {}),
+    (("similarity_distill", "similarity_distill"), {"directions": "columns"}),
+    (("siglip_loss", "siglip_loss"), {"reduction": "none"}),
+    (("siglip_loss", "siglip_loss"), {"reduce_scale": True}),
+))  # fmt: skip
+def test_backward_passes_in_another_order(pools, losses, how, sizes, scheme):
+    pool, how = pools(3), how | {"sizes": sizes, "scheme": scheme}
+    start = time.monotonic()
+    found = pool.run(models.backwards, [(1, losses, (4, 4), how)] * 3)
+    assert time.monotonic() - start < SECONDS / 2
+    assert len(set(found)) == 1
+    first, second = (f"{loss} (call {{}} of {{}})" for loss in losses)
+    count = int(re.search(r"\(call \d+ of (\d+)\)", found[0])[1])
+    for rank, name, call in ((0, first, -1), (1, second, 0), (2, first, -1)):
+        assert f"rank {rank} in that of {name.format(count + call, count)}" in found[0]
+    assert "call them in the same order on every rank" in found[0]
+    assert pool.run(models.backwards, [(0, losses, (4, 4), how)] * 3) == [""] * 3
+
+
+def test_a_device_is_not_waited_for(monkeypatch):
+    """Numbers on it are read at the next call."""
+    waited = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: waited.append(True))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(Event=lambda: event))
+    calls = order.History()
+    calls.begin("clip_loss"), calls.begin("siglip_loss")
+    for found in ([2.0, 2.0], [2.0, 1.0]):
+        copied = torch.tensor(found)
+        calls.met(SimpleNamespace(device=torch.device("cuda"), to=lambda *_, c=copied, **__: c))
+    assert not waited
+    with pytest.raises(ValueError, match=r"rank 1 in that of clip_loss \(call 1 of 2\)"):
+        calls.begin("clip_loss")
+    assert waited == [True, True] and calls.begin("clip_loss") == 3
 
 
 def test_a_lost_rank_ends_the_others():
