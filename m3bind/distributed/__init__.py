@@ -52,8 +52,9 @@ are filled up to the longest where they are gathered, and travel as they are whe
     run. Circulating, gradients of 16-bit features are rounded once a block before they are added up
     in float32: 1.4 times the rounding error of a single one.
 
-A rank that is lost ends the others with a RuntimeError within the group's timeout. torch.compile
-leaves these calls out of its graphs. There is no double backward.
+A rank that is lost ends the others with a RuntimeError within the group's timeout. They look for
+five more seconds, in the store by which they met, for the one to name. torch.compile leaves these
+calls out of its graphs. There is no double backward.
 """
 
 from m3bind.distributed.clip import clip_loss

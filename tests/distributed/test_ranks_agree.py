@@ -1,16 +1,19 @@
 """Ranks that do not fit together raise the same error, and none waits; a lost rank ends all."""
 
+import os
 import re
+import subprocess
 import time
 from types import SimpleNamespace
 
 import models
 import pytest
 import torch
+import torch.distributed as dist
 from pool import SECONDS, Ranks
 from test_losses_over_ranks import LOSSES, SCHEMES
 
-from m3bind.distributed import order
+from m3bind.distributed import lost, order
 
 WRONG = {
     "features a row": ({1: {"features": 7}}, "rank 1 has features a row: 7; the others have"),
@@ -110,15 +113,45 @@ def test_a_device_is_not_waited_for(monkeypatch):
     assert waited == [True, True] and calls.begin("clip_loss") == 3
 
 
-def test_a_lost_rank_ends_the_others():
-    timeout = 30
-    pool = Ranks(3, seconds=timeout)
+@pytest.mark.parametrize("size, last, words", (
+    (3, 2, "rank 2 ended"),
+    # Not all of the others exchange anything with it: one waits for the timeout.
+    pytest.param(4, 2, "rank 2 ended", marks=pytest.mark.slow),
+    pytest.param(3, 0, "rank 0 may be the one", marks=pytest.mark.slow),  # it holds the store
+))  # fmt: skip
+def test_a_lost_rank_ends_the_others_and_is_named(size, last, words):
+    timeout = 20
+    pool = Ranks(size, seconds=timeout)
     try:
-        pool.run(models.caught, [({},)] * 3)  # all are there
-        pool.start(models.dies, [(2,)] * 3)
-        found = pool.answers(timeout + 5)
-        assert found.keys() == {0, 1}
-        for good, message in found.values():
+        pool.run(models.caught, [({},)] * size)  # all are there
+        pool.start(models.dies, [(last,)] * size)
+        found = pool.answers(timeout + 10)
+        assert found.keys() == set(range(size)) - {last}
+        for good, (message, seconds) in found.values():
             assert good and "m3bind: a loss over several ranks lost one of them" in message
+            assert words in message and seconds < timeout + lost.SECONDS + 2
     finally:
         pool.close()
+
+
+def test_who_is_named(monkeypatch):
+    """Of rank 0, 1 and 2, on one machine or not."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(lost, "SECONDS", 0.2)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = lost._machine()
+    for processes, lives, words in (
+        ({}, (1, 2), "all of them answer"),
+        ({}, (1,), "rank 2 did not answer for 0.2 s"),
+        ({1: f"{gone.pid} elsewhere", 2: f"{os.getpid()} {here}"}, (),
+         "rank 1 and rank 2 did not answer"),
+        ({1: f"{gone.pid} {here}", 2: f"{os.getpid()} {here}"}, (), "rank 1 ended"),
+        ({1: f"{gone.pid} {here}", 2: f"{gone.pid} {here}"}, (), "rank 1 and rank 2 ended"),
+    ):  # fmt: skip
+        store = dist.HashStore()
+        for rank, process in processes.items():
+            store.set(f"m3bind/process/{rank}", process)
+        for rank in lives:
+            store.set(f"m3bind/lives/{rank}", "")
+        assert lost._who(store, [0, 1, 2]).removeprefix("yet ").startswith(words)
