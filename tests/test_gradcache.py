@@ -203,69 +203,6 @@ def test_texts_and_options(kind):
     assert_same(got, gradients(tower))
 
 
-@pytest.mark.parametrize("chunk", (3, ROWS))
-def test_autocast(chunk):
-    towers, batches = [Tower(0), Tower(1)], inputs()
-    torch.manual_seed(3)
-    with torch.autocast("cpu", torch.bfloat16):
-        for tower in towers:  # a cast weight in the cache, made without a graph
-            with torch.no_grad():
-                tower(batches[0])
-        torch.manual_seed(3)
-        GradCache(towers, clip, chunk).step(*batches)
-    got = gradients(*towers)
-    torch.manual_seed(3)
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = zip(towers, batches, strict=True)
-        x, y = (torch.cat([t(part) for part in b.split(chunk)]) for t, b in parts)
-        loss = clip(x, y)
-    assert x.dtype == torch.bfloat16
-    loss.backward()
-    # A weight's gradients of chunks are rounded to 16 bit each, those of one graph once.
-    assert_same(got, gradients(*towers), 1e-2 if chunk < ROWS else 1e-6)
-
-
-def test_steps_of_an_optimizer_within_one_autocast_block():
-    """Autocast keeps cast weights until its block ends; none of them may be of another step."""
-
-    def trained(blocks: int) -> list[Tensor]:
-        towers, batches = [Tower(0, 0.0), Tower(1, 0.0)], inputs()
-        optimizer = torch.optim.SGD([p for t in towers for p in t.parameters()], lr=1.0)
-        for _ in range(blocks):
-            with torch.autocast("cpu", torch.bfloat16):
-                for _ in range(4 // blocks):
-                    GradCache(towers, clip, 3).step(*batches)
-                    optimizer.step()
-                    optimizer.zero_grad()
-        return [p.detach() for t in towers for p in t.parameters()]
-
-    for got, want in zip(trained(1), trained(4), strict=True):
-        assert torch.equal(got, want)
-
-
-def test_backward_runs_outside_autocast():
-    seen = []
-
-    class Look(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx, grad):
-            seen.append(torch.is_autocast_enabled("cpu"))
-            return grad
-
-    class Looking(Tower):
-        def forward(self, rows):
-            assert torch.is_autocast_enabled("cpu")
-            return Look.apply(super().forward(rows))
-
-    with torch.autocast("cpu", torch.bfloat16):
-        GradCache([Looking()], lambda x: Look.apply(x.float().sum()), 4).step(inputs()[0])
-    assert seen == [False] * 4
-
-
 def test_grad_scaler():
     towers, batches = [Tower(0, 0.0), Tower(1, 0.0)], inputs()
     parameters = [p for t in towers for p in t.parameters()]

@@ -1,6 +1,7 @@
 """What GradCache leaves out, refuses, and holds in memory."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from test_gradcache import DIM, ROWS, Tower, assert_same, clip, gradients, input
 from torch import nn
 
 from m3bind import GradCache
+from m3bind.gradcache import rows as gradcache_rows
 from m3bind.losses import ClipLoss
 
 MIB = 2**20
@@ -37,6 +39,18 @@ def test_a_tower_that_the_loss_leaves_out():
     assert second.calls == 4
 
 
+def test_what_a_step_returns_stays_when_an_optimizer_changes_parameters():
+    tower = Tower(0)
+
+    def encode(self, rows):
+        return self(rows), self.log_scale  # the parameter itself
+
+    cache = GradCache([types.MethodType(encode, tower)], lambda x, s: (x.sum() ** 2, s), 3)
+    _, scale = cache.step(inputs()[0])
+    torch.optim.SGD(tower.parameters(), lr=1.0).step()
+    assert scale == 1.5 and tower.log_scale == 0.5
+
+
 def test_inputs_that_train():
     tower, prompts = Tower(0, 0.0).requires_grad_(False), inputs()[0].requires_grad_()
     GradCache([tower], lambda x: x.square().mean(), 3).step(prompts)
@@ -52,6 +66,19 @@ def test_no_rows():
     GradCache([tower], lambda x: x.sum(), 3).step(torch.zeros(0, 5))
     assert tower.calls == 2
     assert all(g is None or not g.any() for g in gradients(tower))
+
+
+@pytest.mark.parametrize("rows, chunk, number", [
+    (8, 3, 3), (5, 3, 3), (5, 3, 4), (7, 8, 3), (2, 3, 5), (0, 3, 2), (0, 3, 1), (6, 3, 2),
+])  # fmt: skip
+def test_chunks_that_other_ranks_need_are_equal(rows, chunk, number):
+    """A rank with fewer rows computes as long in each chunk as it can, while others compute."""
+    spans = gradcache_rows.spans(rows, chunk, number)
+    lengths = [span.stop - span.start for span in spans]
+    assert [i for span in spans for i in range(span.start, span.stop)] == list(range(rows))
+    assert len(spans) == number and max(lengths) <= chunk
+    if number > gradcache_rows.chunks(rows, chunk):
+        assert max(lengths) - min(lengths) <= 1
 
 
 class Normed(nn.Sequential):

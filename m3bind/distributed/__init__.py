@@ -13,7 +13,9 @@ The contract
     "none", the whole is the sum of what all ranks call `backward` on. It holds for any sub-group,
     number of rows and columns, accumulation, and a second backward. Every rank calls forward and
     backward, with the same upstream gradient, also a rank whose features need no gradient. Several
-    losses of a step go backward in the same order on every rank: nothing notices another one.
+    losses of a step go backward in the same order on every rank. The number of the call travels
+    along: where other ranks are in another one of the same size, all raise a ValueError that names
+    both (on a GPU at the next call, to wait for nothing); where sizes differ, the transport fails.
 
 Arguments of all three
     group: a ProcessGroup, a DeviceMesh of one dimension, or None, the default group. Features that
@@ -45,13 +47,14 @@ are filled up to the longest where they are gathered, and travel as they are whe
     Matrix products a rank, in units of B / W * B * D: clip_loss 5 gathering and 4 circulating,
     siglip_loss 4 and 3 (its gradient is known in the forward pass, y travels once), and
     similarity_distill 8 and 6. Beside the features travel O(B) numbers: 24 bytes a column for its
-    statistics, 32 for each row and column in the backward pass, 8 for each label or id. The schemes
-    give the same numbers to rounding, each the same bits in every run. Circulating, gradients of
-    16-bit features are rounded once a block before they are added up in float32: 1.4 times the
-    rounding error of a single one.
+    statistics, 32 for each row and column in the backward pass and for the call's number, 8 for
+    each label or id. The schemes give the same numbers to rounding, each the same bits in every
+    run. Circulating, gradients of 16-bit features are rounded once a block before they are added up
+    in float32: 1.4 times the rounding error of a single one.
 
-A rank that is lost ends the others with a RuntimeError within the group's timeout. torch.compile
-leaves these calls out of its graphs. There is no double backward.
+A rank that is lost ends the others with a RuntimeError within the group's timeout. They look for
+five more seconds, in the store by which they met, for the one to name. torch.compile leaves these
+calls out of its graphs. There is no double backward.
 """
 
 from m3bind.distributed.clip import clip_loss

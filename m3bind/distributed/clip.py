@@ -6,8 +6,7 @@ from torch import Tensor
 
 from m3bind import backends, ops
 from m3bind.distributed import groups
-from m3bind.distributed.calls import checked_call, eager, given_names, one_process
-from m3bind.distributed.exchange import Channel
+from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
 from m3bind.distributed.ranks import Prepared, meet
 from m3bind.ops import arguments
 from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids, Terms, composed
@@ -72,18 +71,17 @@ def clip_loss(
         "directions": directions, "reduction": reduction, "memory_budget": memory_budget,
         "backend": backend,
     }  # fmt: skip
-    (x, y), channel = checked_call(OP, {"x": x, "y": y}, group, scheme, sizes)
-    if channel is None:
+    call = checked_call(OP, {"x": x, "y": y}, group, scheme, sizes)
+    if call.channel is None:
+        x, y = call.features
         return ops.clip_loss(x, y, logit_scale, **given)
-    return _over_ranks(x, y, logit_scale, channel, scheme, sizes, check, reduce_scale, **given)
+    return _over_ranks(call, logit_scale, scheme, sizes, check, reduce_scale, **given)
 
 
 @eager
 def _over_ranks(
-    x: Tensor,
-    y: Tensor,
+    call: Call,
     logit_scale: Tensor | float,
-    channel: Channel,
     scheme: str,
     sizes: str,
     check: bool,
@@ -95,7 +93,7 @@ def _over_ranks(
     **given: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     def prepare() -> Prepared:
-        own_x, own_y = arguments.features(OP, x, y)
+        own_x, own_y = arguments.features(OP, *call.own())
         arguments.choice(OP, "reduction", given["reduction"], REDUCTIONS)
         arguments.choice(OP, "directions", given["directions"], DIRECTIONS)
         scale = groups.scalar(OP, "logit_scale", logit_scale, own_x)
@@ -119,7 +117,7 @@ def _over_ranks(
         options["dimensions of negatives"] = given["negatives"].dim()
     diagonal = all(given[name] is None for name in aims)
     prepared, ranks = meet(
-        OP, channel, prepare, options, diagonal=diagonal, scheme=scheme, sizes=sizes, check=check
+        OP, call, prepare, options, diagonal=diagonal, scheme=scheme, sizes=sizes, check=check
     )
     terms = prepared.terms
     with arguments.without_autocast(prepared.x):

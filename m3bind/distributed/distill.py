@@ -7,8 +7,7 @@ from torch import Tensor
 
 from m3bind import backends, ops
 from m3bind.distributed import groups
-from m3bind.distributed.calls import checked_call, eager, given_names, one_process
-from m3bind.distributed.exchange import Channel
+from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
 from m3bind.distributed.jobs import DistillJob
 from m3bind.distributed.ranks import Prepared, meet
 from m3bind.dtypes import accumulation_dtype
@@ -67,23 +66,22 @@ def similarity_distill(
         "backend": backend,
     }  # fmt: skip
     features = {"x": x, "y": y, "teacher_x": teacher_x, "teacher_y": teacher_y}
-    found, channel = checked_call(OP, features, group, scheme, sizes)
-    if channel is None:
-        x, y, teacher_x, teacher_y = found
+    call = checked_call(OP, features, group, scheme, sizes)
+    if call.channel is None:
+        x, y, teacher_x, teacher_y = call.features
         return ops.similarity_distill(
             x, y, logit_scale, teacher_x, teacher_y, teacher_scale, **given
         )
     return _over_ranks(
-        found, logit_scale, teacher_scale, channel, scheme, sizes, check, reduce_scale, **given
+        call, logit_scale, teacher_scale, scheme, sizes, check, reduce_scale, **given
     )
 
 
 @eager
 def _over_ranks(
-    features: list[Tensor],
+    call: Call,
     logit_scale: Tensor | float,
     teacher_scale: Tensor | float,
-    channel: Channel,
     scheme: str,
     sizes: str,
     check: bool,
@@ -96,9 +94,10 @@ def _over_ranks(
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     def prepare() -> Prepared:
-        x, y = arguments.features(OP, features[0], features[1])
+        *student, teacher_x, teacher_y = call.own()
+        x, y = arguments.features(OP, *student)
         teacher_x, teacher_y = arguments.features(
-            OP, features[2], features[3], names=("teacher_x", "teacher_y")
+            OP, teacher_x, teacher_y, names=("teacher_x", "teacher_y")
         )
         arguments.same_rows(OP, "teacher_x", teacher_x, "x", x)
         arguments.same_rows(OP, "teacher_y", teacher_y, "y", y)
@@ -122,7 +121,7 @@ def _over_ranks(
         "reduce_scale": reduce_scale, "check": check, **given_names({"mask_ids": mask_ids}),
     }  # fmt: skip
     own, ranks = meet(
-        OP, channel, prepare, options, diagonal=False, scheme=scheme, sizes=sizes, check=check
+        OP, call, prepare, options, diagonal=False, scheme=scheme, sizes=sizes, check=check
     )
     x, y = own.x, own.y
     assert own.teacher is not None and own.teacher_scale is not None

@@ -14,19 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m3bind.distributed.lost import announce, naming_the_lost
+from m3bind.distributed.order import history, numbered, parted
+
 TEXT_BYTES = 8192  # of which a character in JSON may take twelve
 
 
 class Transfer:
     """Something under way; `wait` gives what has arrived."""
 
-    def __init__(self, works: Sequence[Any], sent: Sequence[Tensor], found: list[Tensor]) -> None:
-        self._works, self._found = works, found
+    def __init__(
+        self, group: Any, works: Sequence[Any], sent: Sequence[Tensor], found: list[Tensor]
+    ) -> None:
+        self._group, self._works, self._found = group, works, found
         self._sent = sent  # must not be freed before the works end
 
     def wait(self) -> list[Tensor]:
         for work in self._works:
-            _guarded(work.wait)
+            _guarded(self._group, work.wait)
         self._works, self._sent = (), ()
         return self._found
 
@@ -42,6 +47,11 @@ class Channel:
         config = str(dist.get_backend_config(group))
         kinds = [part.partition(":")[0] for part in config.split(",")]
         self.device = torch.device("cpu" if "cpu" in kinds else kinds[0])
+        self.call = 0  # its number, after the ranks have met
+
+    def begin(self, op: str) -> None:
+        announce()
+        self.call = history(self.group).begin(op)
 
     def numbers(self, own: list[int]) -> list[list[int]]:
         """Every rank's list of equal length."""
@@ -60,10 +70,10 @@ class Channel:
         found = own.new_empty(self.size, *own.shape)
         if own.numel():
             work = _guarded(
-                dist.all_gather_into_tensor, _bytes(found.view(-1)), _bytes(own.reshape(-1)),
-                group=self.group, async_op=True,
+                self.group, dist.all_gather_into_tensor, _bytes(found.view(-1)),
+                _bytes(own.reshape(-1)), group=self.group, async_op=True,
             )  # fmt: skip
-            _guarded(work.wait)
+            _guarded(self.group, work.wait)
         return found
 
     def start_gather(self, own: Tensor, counts: list[int]) -> Gathered:
@@ -73,16 +83,25 @@ class Channel:
     def gather(self, own: Tensor, counts: list[int]) -> Tensor:
         return self.start_gather(own, counts).wait()
 
+    def gather_in_call(self, own: Tensor, counts: list[int]) -> Tensor:
+        """`gather` of [n, C], by ranks that all are in this call, or all raise."""
+        if not own.shape[1]:
+            return self.gather(own, counts)
+        found = self.gather(numbered(own, self.call), [count + 1 for count in counts])
+        numbers, rows = parted(found, counts)
+        history(self.group).met(numbers)
+        return rows
+
     def to_owners(self, values: Tensor, counts: list[int]) -> Tensor:
         """What every rank found of this rank's columns: [W, C, m] of each rank's [C, M]."""
         rows, own = values.T.contiguous(), counts[self.rank]  # [M, C]
         found = rows.new_empty(self.size * own, rows.shape[1])
         if rows.numel():
             work = _guarded(
-                dist.all_to_all_single, _bytes(found), _bytes(rows), [own] * self.size, counts,
-                group=self.group, async_op=True,
+                self.group, dist.all_to_all_single, _bytes(found), _bytes(rows), [own] * self.size,
+                counts, group=self.group, async_op=True,
             )  # fmt: skip
-            _guarded(work.wait)
+            _guarded(self.group, work.wait)
         return found.view(self.size, own, rows.shape[1]).transpose(1, 2)
 
     def pass_on(self, tensors: Sequence[Tensor], num_rows: int) -> Transfer:
@@ -94,8 +113,8 @@ class Channel:
         previous = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
         operations = [dist.P2POp(dist.isend, _bytes(t), following, self.group) for t in sent]
         operations += [dist.P2POp(dist.irecv, _bytes(t), previous, self.group) for t in found]
-        works = _guarded(dist.batch_isend_irecv, operations)
-        return Transfer(works, sent, [t[:num_rows] for t in found])
+        works = _guarded(self.group, dist.batch_isend_irecv, operations)
+        return Transfer(self.group, works, sent, [t[:num_rows] for t in found])
 
 
 class Gathered:
@@ -112,11 +131,11 @@ class Gathered:
         if sent.numel():
             works = [
                 _guarded(
-                    dist.all_gather_into_tensor, _bytes(self._found), _bytes(sent),
+                    channel.group, dist.all_gather_into_tensor, _bytes(self._found), _bytes(sent),
                     group=channel.group, async_op=True,
                 )
             ]  # fmt: skip
-        self._transfer = Transfer(works, [sent], [self._found])
+        self._transfer = Transfer(channel.group, works, [sent], [self._found])
 
     def wait(self) -> Tensor:
         (found,), longest = self._transfer.wait(), max(self._counts)
@@ -132,11 +151,8 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8).view(length, width)
 
 
-def _guarded(call: Any, *args: Any, **kwargs: Any) -> Any:
+def _guarded(group: Any, call: Any, /, *args: Any, **kwargs: Any) -> Any:
     try:
         return call(*args, **kwargs)
     except RuntimeError as error:
-        raise RuntimeError(
-            "m3bind: a loss over several ranks lost one of them: it ended, or did not call the "
-            f"same loss (and its backward) within the group's timeout. The transport says: {error}"
-        ) from error
+        raise naming_the_lost(error, group, "a loss") from error

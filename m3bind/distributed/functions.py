@@ -49,11 +49,9 @@ class Paired(Function):
             [saved.pop(0) for _ in range(length)] for length in (*ctx.lengths, 2)
         )
         scheme, needs, channel = ctx.scheme, ctx.needs, ctx.scheme.channel
-        job = ctx.job.bound(
-            scalars,
-            channel.gather(ctx.job.carried(rows, grad_rows).T, scheme.rows.counts).T.contiguous(),
-            channel.gather(ctx.job.carried(cols, grad_cols).T, scheme.cols.counts).T.contiguous(),
-        )
+        by_rows = channel.gather_in_call(ctx.job.carried(rows, grad_rows).T, scheme.rows.counts)
+        by_cols = channel.gather(ctx.job.carried(cols, grad_cols).T, scheme.cols.counts)
+        job = ctx.job.bound(scalars, by_rows.T.contiguous(), by_cols.T.contiguous())
         grad_x, grad_y, parts = scheme.backward(job, x, y, held, kept, needs)
         return (
             *(None,) * 5,
@@ -142,4 +140,6 @@ class SummedGradient(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, ctx.channel.stack(grad).sum(0) / ctx.channel.size
+        channel = ctx.channel
+        found = channel.gather_in_call(grad.reshape(1, 1), [1] * channel.size)
+        return None, None, (found.sum(0) / channel.size).reshape(grad.shape)

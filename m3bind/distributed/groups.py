@@ -52,10 +52,20 @@ def is_sharded(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and hasattr(tensor, "placements")
 
 
-def local(op: str, named: dict[str, Any], group: Group) -> tuple[dict[str, Any], Group]:
-    """This rank's rows of DTensors, and the group over which they are sharded."""
+def meeting_place(named: dict[str, Any], group: Group) -> Group:
+    """The group over which DTensors are sharded, whatever else is wrong with them: the ranks tell
+    each other there."""
+    if group is not None:
+        return group
+    sharded = (value for value in named.values() if is_sharded(value))
+    mesh = next((t.device_mesh for t in sharded if t.device_mesh.ndim == 1), None)
+    return None if mesh is None else mesh.get_group()
+
+
+def local(op: str, named: dict[str, Any], group: Group) -> dict[str, Any]:
+    """This rank's rows of DTensors that are sharded over this group."""
     if not any(is_sharded(value) for value in named.values()):
-        return named, group
+        return named
     from torch.distributed.tensor import Shard
 
     found: dict[str, Any] = {}
@@ -71,15 +81,13 @@ def local(op: str, named: dict[str, Any], group: Group) -> tuple[dict[str, Any],
                 f"{op}: {name} is a DTensor placed {tuple(placements)} on a mesh of {mesh.ndim} "
                 "dimensions; redistribute it to (Shard(0),) on a mesh of one dimension"
             )
-        if group is None:
-            group = mesh.get_group()
-        if process_group(group) != mesh.get_group():
+        if group is not None and process_group(group) != mesh.get_group():
             raise ValueError(
                 f"{op}: {name} is sharded over another group than the one that was passed or than "
                 "the other features; leave `group` out, or redistribute it"
             )
         found[name] = value.to_local(grad_placements=[Shard(0)])
-    return found, group
+    return found
 
 
 def scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:

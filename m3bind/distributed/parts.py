@@ -5,7 +5,7 @@ from torch import Tensor
 
 from m3bind import backends, ops
 from m3bind.distributed import groups
-from m3bind.distributed.calls import checked_call, eager, given_names, one_process
+from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
 from m3bind.distributed.exchange import Channel
 from m3bind.distributed.functions import Total, Weighted
 from m3bind.distributed.ranks import Prepared, meet
@@ -39,23 +39,22 @@ def similarity_lse(
     Raises:
         ValueError, RuntimeError: as `m3bind.distributed.clip_loss`.
     """
-    (x, y), channel = checked_call(OP, {"x": x, "y": y}, group, scheme, sizes)
-    if channel is None:
+    call = checked_call(OP, {"x": x, "y": y}, group, scheme, sizes)
+    if call.channel is None:
+        x, y = call.features
         return ops.similarity_lse(
             x, y, logit_scale, row_ids=row_ids, col_ids=col_ids, backend=backend
         )
-    return _over_ranks(x, y, logit_scale, row_ids, col_ids, backend, channel, scheme, sizes, check)
+    return _over_ranks(call, logit_scale, row_ids, col_ids, backend, scheme, sizes, check)
 
 
 @eager
 def _over_ranks(
-    x: Tensor,
-    y: Tensor,
+    call: Call,
     logit_scale: Tensor | float,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     backend: str | None,
-    channel: Channel,
     scheme: str,
     sizes: str,
     check: bool,
@@ -65,7 +64,7 @@ def _over_ranks(
         ids = (row_ids, col_ids)
 
     def prepare() -> Prepared:
-        own_x, own_y = arguments.features(OP, x, y)
+        own_x, own_y = arguments.features(OP, *call.own())
         terms = Terms.checked(
             OP, own_x, own_y, None, bias=None, labels=None, positive_ids=None,
             mask_ids=ids,  # type: ignore[arg-type]  # None within is refused
@@ -76,7 +75,7 @@ def _over_ranks(
         return Prepared(x=own_x, y=own_y, scale=scale, terms=terms, backend=chosen)
 
     own, ranks = meet(
-        OP, channel, prepare, given_names({"ids": ids}), diagonal=False, scheme=scheme,
+        OP, call, prepare, given_names({"ids": ids}), diagonal=False, scheme=scheme,
         sizes=sizes, check=check,
     )  # fmt: skip
     with arguments.without_autocast(own.x):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m3bind.distributed import agreement, schemes
 from m3bind.distributed.agreement import Brought
+from m3bind.distributed.calls import Call, check_options
 from m3bind.distributed.exchange import Channel
 from m3bind.distributed.functions import (
     KnownGradient,
@@ -21,12 +22,10 @@ from m3bind.distributed.functions import (
 from m3bind.distributed.jobs import ListedJob, StatsJob
 from m3bind.distributed.schemes import Layout, Needs
 from m3bind.dtypes import statistics_dtype
-from m3bind.ops import arguments, pairs
+from m3bind.ops import pairs
 from m3bind.ops.arguments import DTYPES
 from m3bind.ops.contrastive import Terms
 from m3bind.ops.ranks import Losses
-
-SIZES = ("exchange", "static")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,14 +69,9 @@ class Prepared:
         )
 
 
-def check_options(op: str, scheme: str, sizes: str) -> None:
-    arguments.choice(op, "scheme", scheme, schemes.SCHEMES)
-    arguments.choice(op, "sizes", sizes, SIZES)
-
-
 def meet(
     op: str,
-    channel: Channel,
+    call: Call,
     prepare: Callable[[], Prepared],
     options: dict[str, Any],
     *,
@@ -87,6 +81,8 @@ def meet(
     check: bool,
 ) -> tuple[Prepared, "OverRanks"]:
     """This rank's arguments, and the batch of all ranks; an error of any is raised by all."""
+    channel = call.channel
+    assert channel is not None
     prepared = error = None
     try:
         check_options(op, scheme, sizes)
@@ -100,8 +96,10 @@ def meet(
         agreed = [brought] * channel.size
         agreement.check_values(op, agreed)
     else:
-        agreed = agreement.agree(op, channel, brought, options | {"scheme": scheme}, error)
+        options = options | call.options | {"scheme": scheme}
+        agreed = agreement.agree(op, channel, brought, options, error)
     assert prepared is not None
+    channel.begin(op)
     return prepared, OverRanks(channel, prepared, agreed, scheme)
 
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from m3bind import backends, ops
 from m3bind.distributed import groups
-from m3bind.distributed.calls import checked_call, eager, given_names, one_process
-from m3bind.distributed.exchange import Channel
+from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
 from m3bind.distributed.jobs import SigmoidJob, SigmoidTotalJob
 from m3bind.distributed.ranks import Prepared, meet
 from m3bind.dtypes import accumulation_dtype
@@ -61,18 +60,17 @@ def siglip_loss(
         "logit_bias": logit_bias, "labels": labels, "positive_ids": positive_ids,
         "mask_ids": mask_ids, "reduction": reduction, "backend": backend,
     }  # fmt: skip
-    (x, y), channel = checked_call(OP, {"x": x, "y": y}, group, scheme, sizes)
-    if channel is None:
+    call = checked_call(OP, {"x": x, "y": y}, group, scheme, sizes)
+    if call.channel is None:
+        x, y = call.features
         return ops.siglip_loss(x, y, logit_scale, **given)
-    return _over_ranks(x, y, logit_scale, channel, scheme, sizes, check, reduce_scale, **given)
+    return _over_ranks(call, logit_scale, scheme, sizes, check, reduce_scale, **given)
 
 
 @eager
 def _over_ranks(
-    x: Tensor,
-    y: Tensor,
+    call: Call,
     logit_scale: Tensor | float,
-    channel: Channel,
     scheme: str,
     sizes: str,
     check: bool,
@@ -84,7 +82,7 @@ def _over_ranks(
     **which: Any,
 ) -> Tensor:
     def prepare() -> Prepared:
-        own_x, own_y = arguments.features(OP, x, y)
+        own_x, own_y = arguments.features(OP, *call.own())
         arguments.choice(OP, "reduction", reduction, REDUCTIONS)
         scale = groups.scalar(OP, "logit_scale", logit_scale, own_x)
         bias = groups.scalar(OP, "logit_bias", 0.0 if logit_bias is None else logit_bias, own_x)
@@ -97,7 +95,7 @@ def _over_ranks(
     options |= given_names(which | {"logit_bias": logit_bias})
     diagonal = which["labels"] is None and which["positive_ids"] is None
     own, ranks = meet(
-        OP, channel, prepare, options, diagonal=diagonal, scheme=scheme, sizes=sizes, check=check
+        OP, call, prepare, options, diagonal=diagonal, scheme=scheme, sizes=sizes, check=check
     )
     terms = own.terms
     with arguments.without_autocast(own.x):

@@ -63,7 +63,9 @@ class GradCache:
     tower changes in itself while it computes, as spectral norm does.
 
     Raises:
-        ValueError: arguments that do not fit, each with what would.
+        ValueError: arguments that do not fit, each with what would. Over ranks, what is wrong on
+            one of them alone ends that one; the others wait for it until their group's timeout.
+            What a loss of `m3bind.distributed` finds wrong, all ranks raise.
 
     Source: Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited
     Setup, arXiv:2101.06983.
@@ -120,6 +122,8 @@ class GradCache:
             raise ValueError("GradCache.step computes gradients: call it outside torch.no_grad()")
         passes = self._passes(inputs)
         norms = self._norms()
+        # Whatever surrounds the step may have cast weights, and an optimizer changed them since.
+        torch.clear_autocast_cache()
         for each in passes:
             each.embed()
         # It holds weights that were cast without a graph.

@@ -81,6 +81,12 @@ def agreed(numbers: list[int], modules: list[nn.Module]) -> list[int]:
     each of their forward passes gathers parameters, so all ranks must run as many."""
     by_mesh: dict[Any, list[int]] = {}
     for place, module in enumerate(modules):
+        if any(p.requires_grad for p in module.parameters()):
+            # What a forward pass without a graph left unsharded, an evaluation, tells no mesh; and
+            # it would be gathered from the first backward pass on.
+            for part in module.modules():
+                if isinstance(part, _sharding_class()):
+                    part.reshard()
         meshes = (getattr(p, "device_mesh", None) for p in module.parameters())
         mesh = next((found for found in meshes if found is not None), None)
         if mesh is not None:

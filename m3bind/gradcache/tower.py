@@ -52,9 +52,21 @@ class Pass:
         if not any(isinstance(value, Tensor) for value in found.values()):
             raise ValueError(f"{self.where} returned no tensor: its result is what the loss takes")
         for name, value in found.items():
+            if hasattr(value, "placements"):
+                raise ValueError(
+                    f"{self.where} returned a DTensor ({name!r}): FSDP2 gathers parameters for a "
+                    "module's forward, and for a method after torch.distributed.fsdp."
+                    "register_fsdp_forward_method(module, name); else return `full_tensor()`"
+                )
             if isinstance(value, Tensor):
                 # A scale or bias, which a module that DDP or FSDP wraps has to return itself.
                 if value.dim() < 2 and value.numel() == 1:
+                    if not value.untyped_storage().nbytes():
+                        raise ValueError(
+                            f"{self.where} returned a parameter itself ({name!r}), whose memory "
+                            "FSDP2 has freed after the forward pass: return what is computed from "
+                            "it, `log_scale.exp()` or `scale * 1`"
+                        )
                     self.shared.add(name)
                     self.features[name] = value.detach().clone()
                 elif value.dim() < 2 or len(value) != part.stop - part.start:

@@ -122,6 +122,59 @@ def towers(wrap: str, sizes: list[int], chunk: int) -> tuple[dict, dict, dict[st
     return found, gradients(model), dict(counts)
 
 
+def partial_loss(x: Tensor, scale: Tensor, y: Tensor, rank: int, leaves: dict[int, str]) -> Tensor:
+    """A rank's own loss, which may leave out a tower ("y"), or the first one's scale ("s")."""
+    left, weights = leaves.get(rank, ""), torch.arange(1.0, WIDTH + 1, dtype=x.dtype)
+    loss = (x * weights).square().sum()
+    if "s" not in left:
+        loss = loss * scale.sum()
+    return loss if "y" in left else loss + (y * weights).sum()
+
+
+def left_out(wrap: str, sizes: list[int], leaves: dict[int, str], evaluate: bool) -> dict:
+    """Gradients of two towers whose forward passes shard again."""
+    models: list[Any] = [Image(), Text()]
+    if wrap == "ddp":
+        models = [DistributedDataParallel(m) for m in models]
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        for model in models:  # after a forward pass without a graph a root stays gathered
+            fully_shard(model, reshard_after_forward=None if evaluate else True)
+    rank = dist.get_rank()
+    cache = GradCache(models, lambda *found: partial_loss(*found, rank, leaves), 3)
+    given = share([unit(sum(sizes), WIDTH, seed) for seed in range(2)], sizes)
+    if evaluate:
+        with torch.no_grad():
+            for model, rows in zip(models, given, strict=True):
+                model(rows)
+    cache.step(*given)
+    return gradients(models[0]) | gradients(models[1])
+
+
+class Bare(Image):
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(rows)[0], self.log_scale
+
+
+def bare_parameter(tower: str) -> tuple[str, Any]:
+    """A scale that a sharded module does not compute within what FSDP2 calls its forward pass."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    model: Any = Bare() if tower == "itself" else Image()
+    for part in (model.net, model):
+        fully_shard(part, reshard_after_forward=True)
+    model.encode = model.forward
+    if tower == "registered method":
+        register_fsdp_forward_method(model, "encode")
+    encode = model if tower == "itself" else model.encode
+    try:
+        GradCache([encode], lambda x, scale: x.sum() * scale.sum(), 3).step(unit(4, WIDTH, 0))
+    except ValueError as error:
+        return str(error), None
+    return "", full(model.log_scale.grad)
+
+
 def scaled(wrap: str, bad_rank: int) -> tuple[bool, float]:
     """Whether a step is skipped on this rank, where one rank's batch overflows."""
     module = Encoder()

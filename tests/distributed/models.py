@@ -1,6 +1,8 @@
 """Programs that tests run in each rank: encoders, groups, and calls that go wrong."""
 
 import os
+import signal
+import time
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -142,6 +144,48 @@ def caught(changes: dict[int, dict[str, Any]], given: dict[str, Any] | None = No
     return None
 
 
+def caught_sharded(wrong: dict[int, str], op: str) -> str:
+    """The error of a call with DTensors, which some ranks bring otherwise."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, y = (unit(4, 8, dist.get_rank() + seed) for seed in (0, 9))
+    how = wrong.get(dist.get_rank(), "")
+    placed = [Replicate() if how == "replicated" else Shard(0)]
+    given = [DTensor.from_local(t, mesh, placed, run_check=False) for t in (x, y)]
+    if "plain" in how:
+        given[1] = y
+    if how == "all plain":
+        given[0] = x
+    scale: Any = torch.tensor(5.0)
+    if how == "scale":
+        scale = DTensor.from_local(scale, mesh, [Replicate()], run_check=False)
+    teacher = [*given, 9.0] if op == "similarity_distill" else []
+    try:
+        getattr(distributed, op)(*given, scale, *teacher)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def backwards(first: int, losses: tuple[str, str], rows: tuple[int, int], how: dict) -> str:
+    """The error of two backward passes, of which rank 1 begins with loss `first`."""
+    found = []
+    for seed, (loss, n) in enumerate(zip(losses, rows, strict=True)):
+        x, y = (unit(n, 8, seed + dist.get_rank() + i).requires_grad_() for i in (0, 9))
+        scale, teacher = torch.tensor(5.0, requires_grad=True), []
+        if loss == "similarity_distill":
+            teacher = [x.detach(), y.detach(), 4.0]
+        found.append(getattr(distributed, loss)(x, y, scale, *teacher, **how))
+    try:
+        for at in (first, 1 - first) if dist.get_rank() == 1 else (0, 1):
+            found[at].backward(torch.ones_like(found[at]))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
 def made_of_parts(over: Any, leaves: dict[str, Tensor], ids: tuple, mean: Any, **how: Any) -> dict:
     """A loss that is not here: the mean log-sum-exp of rows and of columns, less a dot product."""
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
@@ -212,17 +256,18 @@ def counted(loss: str, leaves: dict, given: dict, frozen: tuple, how: dict) -> d
     return dict(found.sent)
 
 
-def dies(last: int) -> str:
-    """Rank `last` ends without a word before the others' loss needs it."""
+def dies(last: int) -> tuple[str, float]:
+    """Rank `last` is killed before the others' loss needs it: their error, and its time."""
     x, y = unit(4, 8, 0).requires_grad_(), unit(4, 8, 1)
     if dist.get_rank() == last:
         distributed.clip_loss(x, y, 5.0)
-        os._exit(9)
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
     try:
         distributed.clip_loss(x, y, 5.0).backward()
     except RuntimeError as error:
-        return str(error)
-    return ""
+        return str(error), time.monotonic() - start
+    return "", 0.0
 
 
 def compiled_and_cast(rows: list[int]) -> dict[str, Any]:

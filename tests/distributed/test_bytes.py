@@ -21,7 +21,7 @@ def expected(loss, scheme, rows, cols, size, rank):
     if loss != "siglip_loss":
         swapped = 3 * NUMBERS * (M - cols[rank])
         carried = 4 if loss == "clip_loss" else 3
-        gathered += (n + m) * carried * NUMBERS
+        gathered += (n + m + 1) * carried * NUMBERS  # one for the call's number
     ring = 0
     if scheme == "gather":
         gathered += (n + m) * both

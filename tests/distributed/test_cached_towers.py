@@ -2,6 +2,7 @@
 
 import cached
 import pytest
+import torch
 from cases import distance, unit
 from models import WIDTH, train_alone
 from test_losses_over_ranks import LOSSES, SCHEMES
@@ -51,6 +52,53 @@ def test_towers_of_their_own(pools, wrap, chunk):
             assert distance(found[name], parameter.grad) < 3e-6, name
             assert distance(again[name], 2 * parameter.grad) < 3e-6, name
         assert counts == {"Image": 2, "Text": 2}
+
+
+def check_left_out(pool, wrap, sizes, leaves, evaluate=False):
+    image, text = cached.Image().double(), cached.Text().double()
+    total = torch.zeros((), dtype=torch.float64)
+    parts = [unit(sum(sizes), WIDTH, seed).double().split(sizes) for seed in range(2)]
+    for rank, (a, b) in enumerate(zip(*parts, strict=True)):
+        total = total + cached.partial_loss(*image(a), text(b), rank, leaves)
+    (total / len(sizes)).backward()
+    for found in pool.run(cached.left_out, [(wrap, sizes, leaves, evaluate)] * len(sizes)):
+        for name, parameter in [*image.named_parameters(), *text.named_parameters()]:
+            want = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            assert found[name] is not None, name
+            assert distance(found[name], want) < 3e-6, name
+
+
+@pytest.mark.parametrize("leaves", (
+    {0: "y", 1: "y"}, {0: "sy", 1: "sy"}, {0: "y"}, {1: "s"}, {0: "s", 1: "y"},
+))  # fmt: skip
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_what_a_loss_leaves_out_has_gradients_of_zero(pools, wrap, leaves):
+    """Not none: other ranks would wait for them."""
+    for sizes in ([8, 5], [5, 0]):
+        check_left_out(pools(2), wrap, sizes, leaves)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_step_after_an_evaluation(pools, wrap):
+    """It leaves FSDP2's root gathered, where no parameter tells which ranks share it."""
+    check_left_out(pools(2), wrap, [8, 5], {}, evaluate=True)
+
+
+@pytest.mark.parametrize("tower, words", (
+    ("itself", "towers[0] returned a parameter itself (1), whose memory FSDP2 has freed"),
+    ("method", "towers[0] returned a DTensor (1): FSDP2 gathers parameters for a module's forward"),
+))  # fmt: skip
+def test_a_parameter_out_of_its_forward_pass(pools, tower, words):
+    for error, _ in pools(2).run(cached.bare_parameter, [(tower,)] * 2):
+        assert words in error
+
+
+def test_a_method_that_fsdp_knows(pools):
+    image = cached.Image().double()
+    x, scale = image(unit(4, WIDTH, 0).double())
+    (x.sum() * scale.sum()).backward()
+    for _, grad in pools(2).run(cached.bare_parameter, [("registered method",)] * 2):
+        assert distance(grad, image.log_scale.grad) < 3e-6
 
 
 @pytest.mark.parametrize("wrap", WRAPS)

@@ -1,11 +1,19 @@
 """Ranks that do not fit together raise the same error, and none waits; a lost rank ends all."""
 
+import os
+import re
+import subprocess
 import time
+from types import SimpleNamespace
 
 import models
 import pytest
 import torch
+import torch.distributed as dist
 from pool import SECONDS, Ranks
+from test_losses_over_ranks import LOSSES, SCHEMES
+
+from m3bind.distributed import lost, order
 
 WRONG = {
     "features a row": ({1: {"features": 7}}, "rank 1 has features a row: 7; the others have"),
@@ -45,15 +53,105 @@ def test_all_ranks_raise_the_same(pools, name):
     assert pool.run(models.caught, [({},)] * 3) == [None] * 3  # and go on
 
 
-def test_a_lost_rank_ends_the_others():
-    timeout = 30
-    pool = Ranks(3, seconds=timeout)
+SHARDED = {
+    "replicated": ({1: "replicated"}, "on rank 1: x is a DTensor placed (Replicate(),) on a mesh"),
+    "one plain": ({0: "plain", 2: "plain"}, "on rank 0: y is no DTensor, as others of x, y"),
+    "all plain": ({2: "all plain"},
+                  "rank 2 has features='tensors'; the others have features='DTensors'"),
+    "scale": ({1: "scale"}, "on rank 1: logit_scale is a DTensor; pass `logit_scale.full_tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", (*LOSSES, "similarity_lse"))
+@pytest.mark.parametrize("name", SHARDED)
+def test_all_ranks_raise_the_same_of_tensors_that_are_sharded(pools, name, op):
+    changes, words = SHARDED[name]
+    pool = pools(3)
+    start = time.monotonic()
+    found = pool.run(models.caught_sharded, [(changes, op)] * 3)
+    assert time.monotonic() - start < SECONDS / 2
+    assert len(set(found)) == 1 and found[0].startswith(f"{op}: ")
+    assert words in found[0]
+    assert pool.run(models.caught_sharded, [({}, op)] * 3) == [""] * 3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("sizes", ("exchange", "static"))
+@pytest.mark.parametrize("losses, how", (
+    (("clip_loss", "clip_loss"), {}),
+    (("similarity_distill", "similarity_distill"), {"directions": "columns"}),
+    (("siglip_loss", "siglip_loss"), {"reduction": "none"}),
+    (("siglip_loss", "siglip_loss"), {"reduce_scale": True}),
+))  # fmt: skip
+def test_backward_passes_in_another_order(pools, losses, how, sizes, scheme):
+    pool, how = pools(3), how | {"sizes": sizes, "scheme": scheme}
+    start = time.monotonic()
+    found = pool.run(models.backwards, [(1, losses, (4, 4), how)] * 3)
+    assert time.monotonic() - start < SECONDS / 2
+    assert len(set(found)) == 1
+    first, second = (f"{loss} (call {{}} of {{}})" for loss in losses)
+    count = int(re.search(r"\(call \d+ of (\d+)\)", found[0])[1])
+    for rank, name, call in ((0, first, -1), (1, second, 0), (2, first, -1)):
+        assert f"rank {rank} in that of {name.format(count + call, count)}" in found[0]
+    assert "call them in the same order on every rank" in found[0]
+    assert pool.run(models.backwards, [(0, losses, (4, 4), how)] * 3) == [""] * 3
+
+
+def test_a_device_is_not_waited_for(monkeypatch):
+    """Numbers on it are read at the next call."""
+    waited = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: waited.append(True))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(Event=lambda: event))
+    calls = order.History()
+    calls.begin("clip_loss"), calls.begin("siglip_loss")
+    for found in ([2.0, 2.0], [2.0, 1.0]):
+        copied = torch.tensor(found)
+        calls.met(SimpleNamespace(device=torch.device("cuda"), to=lambda *_, c=copied, **__: c))
+    assert not waited
+    with pytest.raises(ValueError, match=r"rank 1 in that of clip_loss \(call 1 of 2\)"):
+        calls.begin("clip_loss")
+    assert waited == [True, True] and calls.begin("clip_loss") == 3
+
+
+@pytest.mark.parametrize("size, last, words", (
+    (3, 2, "rank 2 ended"),
+    # Not all of the others exchange anything with it: one waits for the timeout.
+    pytest.param(4, 2, "rank 2 ended", marks=pytest.mark.slow),
+    pytest.param(3, 0, "rank 0 may be the one", marks=pytest.mark.slow),  # it holds the store
+))  # fmt: skip
+def test_a_lost_rank_ends_the_others_and_is_named(size, last, words):
+    timeout = 20
+    pool = Ranks(size, seconds=timeout)
     try:
-        pool.run(models.caught, [({},)] * 3)  # all are there
-        pool.start(models.dies, [(2,)] * 3)
-        found = pool.answers(timeout + 5)
-        assert found.keys() == {0, 1}
-        for good, message in found.values():
+        pool.run(models.caught, [({},)] * size)  # all are there
+        pool.start(models.dies, [(last,)] * size)
+        found = pool.answers(timeout + 10)
+        assert found.keys() == set(range(size)) - {last}
+        for good, (message, seconds) in found.values():
             assert good and "m3bind: a loss over several ranks lost one of them" in message
+            assert words in message and seconds < timeout + lost.SECONDS + 2
     finally:
         pool.close()
+
+
+def test_who_is_named(monkeypatch):
+    """Of rank 0, 1 and 2, on one machine or not."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(lost, "SECONDS", 0.2)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = lost._machine()
+    for processes, lives, words in (
+        ({}, (1, 2), "all of them answer"),
+        ({}, (1,), "rank 2 did not answer for 0.2 s"),
+        ({1: f"{gone.pid} elsewhere", 2: f"{os.getpid()} {here}"}, (),
+         "rank 1 and rank 2 did not answer"),
+        ({1: f"{gone.pid} {here}", 2: f"{os.getpid()} {here}"}, (), "rank 1 ended"),
+        ({1: f"{gone.pid} {here}", 2: f"{gone.pid} {here}"}, (), "rank 1 and rank 2 ended"),
+    ):  # fmt: skip
+        store = dist.HashStore()
+        for rank, process in processes.items():
+            store.set(f"m3bind/process/{rank}", process)
+        for rank in lives:
+            store.set(f"m3bind/lives/{rank}", "")
+        assert lost._who(store, [0, 1, 2]).removeprefix("yet ").startswith(words)
