@@ -37,21 +37,27 @@ def main() -> None:
             "pip install 'm3bind[train]'   (m3bind info works without it)"
         )
     except Interrupted as stop:
-        print(f"m3bind: {stop}", file=sys.stderr)
+        print(f"{_name()}: {stop}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (M3BindError, ValueError) as error:
         if os.environ.get("M3BIND_DEBUG"):
             raise
-        print(f"m3bind: {error}", file=sys.stderr)
+        print(f"{_name()}: {error}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
     except (OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("M3BIND_DEBUG") or not (line := _one_line(error)):
             raise
-        print(f"m3bind: {line}", file=sys.stderr)
+        print(f"{_name()}: {line}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         print("m3bind: stopped", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _name() -> str:
+    """Who speaks: of several ranks, which."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return f"m3bind: rank {os.environ.get('RANK')}" if several else "m3bind"
 
 
 def _one_line(error: OSError | MemoryError | RuntimeError) -> str | None:

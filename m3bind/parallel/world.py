@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from m3bind.distributed.lost import announce, naming_the_lost
 from m3bind.errors import M3BindError
 from m3bind.parallel.joining import fresh_store
 
@@ -111,6 +112,27 @@ def meet() -> None:
     """Wait for all ranks."""
     if size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def lost_ranks_named(doing: str) -> Iterator[None]:
+    """Turn what the transport says of a rank that is gone into one line that names it."""
+    if size() == 1:
+        yield
+        return
+    announce()
+    try:
+        yield
+    except RuntimeError as error:
+        named = error
+        if not str(error).startswith("m3bind: "):
+            if not any(word in str(error) for word in ("gloo", "NCCL", "TCPStore")):
+                raise
+            named = naming_the_lost(error, doing=doing)
+        line = str(named).removeprefix("m3bind: ").partition(". The transport says")[0]
+        raise M3BindError(
+            f"{line}; torchrun goes on by itself with --max-restarts, or start again with --resume"
+        ) from error
 
 
 @contextmanager

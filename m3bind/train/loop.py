@@ -21,7 +21,7 @@ from m3bind.data.loader import Batch
 from m3bind.errors import Interrupted, M3BindError
 from m3bind.parallel import Engine, gathered_objects, is_first, size
 from m3bind.parallel.engine import scale_gradients
-from m3bind.parallel.world import totals
+from m3bind.parallel.world import lost_ranks_named, totals
 from m3bind.tracking import Tracker
 from m3bind.train.checkpoints import Checkpoints, Progress
 from m3bind.train.schedule import schedule
@@ -156,7 +156,8 @@ class _Fit:
         progress = self.progress = self.checkpoints.begin(resume)
         with Tracker(self.out, progress.step) if is_first() else nullcontext() as self.tracker:
             if progress.step < self.config.steps or self._validation_due():
-                with stop_signals() as stop:
+                # Signals are noted within: torchrun sends one where a rank is lost.
+                with stop_signals() as stop, lost_ranks_named(self.description):
                     self._train(stop)
             if progress.best_step == 0:  # nothing to choose by
                 progress.best_step, progress.best_score = progress.step, math.nan
