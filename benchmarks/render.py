@@ -1,5 +1,5 @@
-"""`m3bind results`: docs/performance.md, the block in README.md and m3bind/_verified.json, out of
-all that is recorded under benchmarks/results. Nothing in them is typed.
+"""`m3bind results`: docs/performance.md, the blocks in README.md and docs/scaling.md, and
+m3bind/_verified.json, out of all that is recorded under benchmarks/results. Nothing is typed.
 
 python benchmarks/render.py
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_page
+import scaling_page
 import table
 import verify
 from record import Record, check
@@ -184,6 +185,7 @@ def pages(read: Callable[[Path], str] = lambda path: path.read_text(encoding="ut
         PERFORMANCE: performance(records, cpu),
         README: with_block(read(README), block(records, cpu)),
         VERIFIED: json.dumps(verified(records), indent=1) + "\n",
+        scaling_page.PAGE: scaling_page.page(read(scaling_page.PAGE)),
     }
 
 

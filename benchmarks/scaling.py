@@ -1,0 +1,150 @@
+"""Measures rates and steps of the losses over gloo ranks here, one thread each, and compares.
+
+    python benchmarks/scaling.py [--quick]
+
+W = 1, 2 and 4 ranks on this machine: with fewer cores than ranks, rates are those that all ranks
+see at once. Writes benchmarks/results/scaling.json, which `m3bind results` renders into
+docs/scaling.md; --quick writes build/scaling.json, at sizes that say nothing.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import run
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from scale_model import WORK, Rates
+from turns import DTYPES, unit_rows
+
+from m3bind.distributed import clip_loss, siglip_loss
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
+FEATURES, SCALE = 512, 30.0
+LOSSES = {
+    "clip_loss": lambda x, y, **how: clip_loss(x, y, SCALE, **how),
+    "siglip_loss": lambda x, y, **how: siglip_loss(x, y, SCALE, -10.0, **how),
+}
+
+
+def shortest(call: Callable[[], Any], rounds: int) -> float:
+    """The least of the seconds that the slowest rank took."""
+    found = []
+    for _ in range(rounds + 1):
+        dist.barrier()
+        begin = time.perf_counter()
+        call()
+        taken = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        found.append(taken.item())
+    return min(found[1:])
+
+
+def rates(dtype: str, rounds: int) -> dict[str, float]:
+    """Of matrix products of a panel, of a long and of a short message."""
+    a, b = (torch.randn(1024, FEATURES).to(DTYPES[dtype]) for _ in range(2))
+    out = torch.empty(1024, 1024, dtype=a.dtype)
+    products = shortest(lambda: [torch.mm(a, b.T, out=out) for _ in range(4)], rounds)
+    W = dist.get_world_size()
+    long, short = torch.zeros(1 << 22, dtype=torch.uint8), torch.zeros(160, dtype=torch.uint8)
+    seconds = []
+    for sent in (long, short):
+        found = sent.new_empty(W * sent.numel())
+        seconds.append(shortest(lambda s=sent, f=found: dist.all_gather_into_tensor(f, s), rounds))
+    return {
+        "flops": 4 * 2 * 1024 * 1024 * FEATURES / products,
+        "link": (W - 1) * long.numel() / seconds[0],
+        "latency": seconds[1],
+    }
+
+
+def steps(dtype: str, loss: str, scheme: str, rows: int, rounds: int) -> float:
+    x, y = (t.requires_grad_() for t in unit_rows(rows, 2, dtype, seed=dist.get_rank()))
+    how = {"scheme": scheme} if dist.get_world_size() > 1 else {}
+
+    def step() -> None:
+        LOSSES[loss](x, y, **how).backward()
+
+    return shortest(step, rounds)
+
+
+def serve(rank: int, path: str, W: int, quick: bool, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=W,
+        timeout=timedelta(minutes=10),
+    )  # fmt: skip
+    rounds, batches = (2, (64, 128)) if quick else (7, (1024, 2048, 4096))
+    found: dict[str, Any] = {"W": W, "rates": {}, "steps": []}
+    for dtype in ("fp32", "bf16"):
+        found["rates"][dtype] = rates(dtype, rounds)
+        for loss, scheme in WORK:
+            if (scheme == "one rank") != (W == 1):
+                continue
+            for B in (W, *batches):
+                seconds = steps(dtype, loss, scheme, B // W, rounds)
+                found["steps"].append(
+                    {"loss": loss, "scheme": scheme, "dtype": dtype, "B": B, "seconds": seconds}
+                )
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def alone(record: dict[str, Any], dtype: str, loss: str) -> tuple[float, float]:
+    """Of one rank: the seconds of a call, and pairs a second and pass, out of what its step takes
+    at the smallest batch beside its matrix products."""
+    one = record["runs"][0]
+    steps = [s for s in one["steps"] if (s["dtype"], s["loss"]) == (dtype, loss)]
+    nothing, smallest, *_ = sorted(steps, key=lambda s: s["B"])
+    forward, backward = WORK[loss, "one rank"]
+    products, passes = forward[0] + backward[0], forward[1] + backward[1]
+    pairs = smallest["B"] ** 2
+    rest = smallest["seconds"] - nothing["seconds"]
+    rest -= products * 2 * pairs * FEATURES / one["rates"][dtype]["flops"]
+    # Our products may be faster than the library's: then nothing is seen of the rest.
+    return nothing["seconds"], passes * pairs / max(rest, 1e-12)
+
+
+def rates_of(record: dict[str, Any], W: int, dtype: str, loss: str) -> Rates:
+    """Exponentials slow down with matrix products where ranks share cores."""
+    one, here = (next(r for r in record["runs"] if r["W"] == w) for w in (1, W))
+    own, single = here["rates"][dtype], one["rates"][dtype]
+    call, pairs = alone(record, dtype, loss)
+    shared = own["flops"] / single["flops"]
+    return Rates(
+        flops=own["flops"], pairs=pairs * shared, link=own["link"], latency=own["latency"],
+        call=call / shared,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    runs = []
+    for W in (1, 2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            out = f"{folder}/found.json"
+            multiprocessing.spawn(serve, (f"{folder}/meet", W, quick, out), W)
+            runs.append(json.loads(Path(out).read_text()))
+    record = {
+        "date": run.today(), "commit": run.commit(), **run.machine(), "features": FEATURES,
+        "cores": len(os.sched_getaffinity(0)), "runs": runs,
+    }  # fmt: skip
+    path = ROOT / "build" / "scaling.json" if quick else RESULTS
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
