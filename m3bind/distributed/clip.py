@@ -53,6 +53,8 @@ def clip_loss(
             its own column i are positive.
         negatives: [K, D] are this rank's part of what all rows of all ranks compete with (a queue
             that every rank holds is passed as `queue.chunk(W)[rank]`); [n, K, D]: its own rows'.
+        directions: one costs as much as both. Its three matrix products of one process would need
+            that unfinished gradients travel in the forward pass, which takes longer.
         reduction: "mean" and "sum" over all ranks; "none": of this rank's rows and columns.
         memory_budget: MiB of this rank.
         group, scheme, sizes, check, reduce_scale: see `m3bind.distributed`.

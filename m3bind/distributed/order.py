@@ -9,6 +9,7 @@ from __future__ import annotations  # torch may be built without ProcessGroup
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class History:
         self._unread.append((event, found))
 
     def _compare(self, numbers: Tensor) -> None:
-        found = [int(number) for number in numbers.tolist()]
+        found = numbers.tolist()
         if len(set(found)) == 1:
             return
         named = [f"rank {r} in that of {self._name(v)}" for r, v in enumerate(found)]
@@ -55,16 +56,17 @@ class History:
             "order on every rank, or one backward on the sum of the losses"
         )
 
-    def _name(self, number: int) -> str:
+    def _name(self, number: float) -> str:  # anything, where rows of another width were read
         ops = (op for count, op in self._ops if count % EXACT == number)
-        return f"{next(ops, 'a loss')} (call {number} of {self.count})"
+        return f"{next(ops, 'a loss')} (call {number:.0f} of {self.count})"
 
 
-_HISTORIES: dict[str, History] = {}
+# By the group itself: one that is made anew takes the old one's name, and may have other ranks.
+_histories: WeakKeyDictionary[Any, History] = WeakKeyDictionary()
 
 
 def history(group: Any) -> History:
-    return _HISTORIES.setdefault(str(group.group_name), History())
+    return _histories.setdefault(group, History())
 
 
 def numbered(values: Tensor, number: int) -> Tensor:  # [L + 1, C] of [L, C]

@@ -33,8 +33,10 @@ class GradCache:
 
     Every chunk goes through its tower twice: without a graph, for the features of the whole batch;
     and, when the loss has left its gradients at these features, with a graph through which they go
-    back. The second time draws the same random numbers (dropout). In memory are the features of the
-    whole batch and their gradients, the loss, and the activations of one chunk.
+    back, the last tower's first. The second time draws the same random numbers (dropout). In memory
+    are the features of the whole batch, their gradients and the loss; then the activations of one
+    chunk, and the gradients of features whose towers are to come: least, where the tower with the
+    largest activations is the first.
 
     Args:
         towers: nn.Modules, bound methods of nn.Modules, or functools.partial of either. One may
@@ -51,7 +53,7 @@ class GradCache:
     of such. Tensors [] and [1] are the same for all rows, as a scale is; they get their gradient
     once. Other values are those of the first chunk.
 
-    DDP and FSDP2 synchronise gradients once a step: in the last chunk of the last tower in which a
+    DDP and FSDP2 synchronise gradients once a step: in the last chunk of the first tower in which a
     module takes part. A parameter that they hold must be used within their forward pass: return a
     scale from it; one that is used in `loss` alone is synchronised by whatever wraps the loss, or
     by `reduce_scale=True`. Ranks may hold different numbers of rows, and none. Where parameters are
@@ -210,11 +212,14 @@ class GradCache:
     def _back(self, passes: list[Pass], norms: list[tuple[str, Any]], sync: bool) -> None:
         for each in passes:
             each.take_gradients()
-        last = {module: place for place, each in enumerate(passes) for module in each.held}
+        # The last tower first, as autograd would: beside the first one's activations, the largest
+        # as a rule, only its own features' gradients are left.
+        order = passes[::-1]
+        last = {module: place for place, each in enumerate(order) for module in each.held}
         with ExitStack() as stack:
             stack.enter_context(kept_statistics(norms))
             stack.enter_context(passes[0].generators.unmoved())
-            for place, each in enumerate(passes):
+            for place, each in enumerate(order):
                 if not each.grads:
                     continue
                 for index in range(len(each.spans)):

@@ -111,6 +111,8 @@ def test_a_device_is_not_waited_for(monkeypatch):
     with pytest.raises(ValueError, match=r"rank 1 in that of clip_loss \(call 1 of 2\)"):
         calls.begin("clip_loss")
     assert waited == [True, True] and calls.begin("clip_loss") == 3
+    with pytest.raises(ValueError, match=r"rank 1 in that of a loss \(call nan of 3\)"):
+        calls.met(torch.tensor([3.0, torch.nan]))
 
 
 @pytest.mark.parametrize("size, last, words", (
