@@ -133,8 +133,18 @@ def test_waves_against_float64(many_waves, dtype):
     check_rule(list(shape_samples(140, 40, 30.0, 2.0, dtype)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("d", (16, 33, 130))
+HALF_SIDES = [(d, dtype) for d in (16, 33, 130) for dtype in DTYPES[1:]]
+
+
+# Every second case holds each number of features, and both dtypes.
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    [
+        c if i in (0, 3, 4) else pytest.param(*c, marks=pytest.mark.slow)
+        for i, c in enumerate(HALF_SIDES)
+    ],
+    ids=str,
+)
 def test_sides_with_rounded_derivatives(monkeypatch, d, dtype):
     """Few features, as for very large matrices."""
     monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
