@@ -18,12 +18,12 @@ width: 64
 threads: 1
 experts:
   xray: &expert
-    text: {{source: minilm, max_tokens: 48, train_layers: 1, cache: true}}
+    text: {{source: minilm, max_tokens: 24, train_layers: 1, cache: true}}
     lora: {{r: 4, alpha: 4, dropout: 0.1}}
     image: {{size: [48, 48]}}
   retina: *expert
   ecg:
-    text: {{source: minilm, max_tokens: 48, train_layers: 1, cache: true}}
+    text: {{source: minilm, max_tokens: 24, train_layers: 1, cache: true}}
     lora: {{r: 4, alpha: 4, dropout: 0.1}}
     image: {{size: [500]}}
 pretrain: {{steps: 4, batch_size: 8, warmup: 1, validate_every: 4, log_every: 1}}

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, whoever is killed or fails."""
 
+import contextlib
 import resource
 import stat
 import subprocess
@@ -49,18 +50,22 @@ def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
     assert not left.exists() and living.exists() and (tmp_path / "x").read_text() == "whole"
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_space():
-    """No file may grow beyond a few bytes: as on a full disk, but for this process alone."""
+    """No file may grow beyond a few bytes: as on a full disk, but for this process alone. Not a
+    fixture, which would end after pytest has told the outcome, perhaps into a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_tensors_that_find_no_space_leave_the_old_file_and_say_so(tmp_path, no_space):
+def test_tensors_that_find_no_space_leave_the_old_file_and_say_so(tmp_path):
     path = tmp_path / "last.safetensors"
     path.write_text("old")
-    with pytest.raises(M3BindError, match=r"cannot write .*last\.safetensors: .*the space"):
+    wanted = pytest.raises(M3BindError, match=r"cannot write .*last\.safetensors: .*the space")
+    with wanted, no_space():
         write_tensors(path, {"x": torch.zeros(100)}, {})
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3bind.commands import app
 from m3bind.data.audit import audit
 from m3bind.data.constants import LEADS, MODALITIES, SPLITS
 from m3bind.data.dataset import Dataset
@@ -70,16 +71,19 @@ def real(tmp_path_factory) -> Real:
     return Real(folder / "files", folder / "shards", {k: v for k, v in found.items() if v})
 
 
+def overrides(real: Real, output: Path) -> list[str]:
+    short = [f"experts.{modality}.text.max_tokens=16" for modality in MODALITIES]
+    steps = [f"align.steps={STEPS}", f"distill.steps={STEPS}"]
+    return [f"data={real.shards}", f"output={output}", *steps, *short]
+
+
 @pytest.fixture(scope="module")
 def run(real, tmp_path_factory) -> Path:
     """The folder of a run that went through align, distill, embed and eval."""
     output = tmp_path_factory.mktemp("run")
-    overrides = (f"data={real.shards}", f"output={output}", f"align.steps={STEPS}")
-    overrides += (f"distill.steps={STEPS}",)
+    # In one process, as imports take longer than a command; tests/test_path.py starts one for each.
     for command in ("align", "distill", "embed", "eval"):
-        done = m3bind(command, "-c", str(SETTINGS), *overrides)
-        assert done.returncode == 0, f"{command}: {done.stderr[-3000:]}"
-        assert "Traceback" not in done.stderr
+        app([command, "-c", str(SETTINGS), *overrides(real, output)], standalone_mode=False)
     return output
 
 
@@ -240,7 +244,7 @@ def test_report_of_a_real_data_set_does_not_call_it_simulated(real, run):
     from m3bind.config import load_config
     from m3bind.stages import Run
 
-    Run(load_config(SETTINGS, [f"data={real.shards}", f"output={run}"])).report()
+    Run(load_config(SETTINGS, overrides(real, run))).report()
     page = (run / "report.html").read_text()
     assert "samples" in page or "shards" in page
     assert "simulated cohort" not in page.lower()

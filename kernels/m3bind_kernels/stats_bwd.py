@@ -30,6 +30,7 @@ def _stats_bwd_kernel(
     row_vectors, col_vectors,  # [4, N], [4, M] float32: shift, weight, positives', totals' gradient
     out,  # [N, M] derivatives by the dot products
     scale_parts,  # [tiles] float32: sums of derivative * dot
+    row_lost, col_lost,  # [column tiles, N], [row tiles, M] float32 or None: lost in rounding
     num_rows, num_cols, num_features, row_stride, col_stride, out_stride, margin,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
@@ -75,6 +76,7 @@ def _stats_bwd_kernel(
             row_tile, col_tile, num_rows, num_cols, BLOCK_M, BLOCK_N, HAS_CLASSES, HAS_MASKS,
         )  # fmt: skip
         by_scale = tl.zeros([BLOCK_M], tl.float32)
+        lost = tl.zeros([BLOCK_M], tl.float32)
         pieces = pieces_of(dots, BLOCK_M, BLOCK_N, PIECE)
         for p in tl.static_range(BLOCK_N // PIECE):
             cols = col_tile * BLOCK_N + p * PIECE + tl.arange(0, PIECE)
@@ -86,6 +88,11 @@ def _stats_bwd_kernel(
             )  # fmt: skip
             by_scale += by_dot
             rounded = grad.to(out.dtype.element_ty)
+            if row_lost is not None:
+                left = grad - rounded.to(tl.float32)
+                lost += tl.sum(left, 1)
+                at = col_lost + row_tile.to(tl.int64) * num_cols + cols
+                tl.store(at, tl.sum(left, 0), mask=cols < num_cols)
             if STORE_BY_DESCRIPTOR:
                 first_col = col_tile * BLOCK_N + p * PIECE
                 out_tiles.store([row_tile * BLOCK_M, first_col], rounded)
@@ -94,21 +101,26 @@ def _stats_bwd_kernel(
                 inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
                 tl.store(at, rounded, mask=inside)
         tl.store(scale_parts + tile, tl.sum(by_scale, 0))
+        if row_lost is not None:
+            at = row_lost + col_tile.to(tl.int64) * num_rows + rows
+            tl.store(at, lost, mask=rows < num_rows)
 
 
 def stats_bwd_kernel(
     inputs: Inputs, band: slice, upstream: Upstream, ranges: list[Tensor], apart: bool,
-    out: Tensor, scale_parts: Tensor, config: Config,
+    out: Tensor, scale_parts: Tensor, row_lost: Tensor, col_lost: Tensor, config: Config,
 ) -> None:  # fmt: skip
-    """Fills `out` [rows of the band, M] with derivatives by the dot products, and the parts of the
-    scale's gradient, one a tile. `ranges`: of the shifts of the band's rows and of the columns."""
+    """Fills `out` [rows of the band, M] with derivatives by the dot products, the parts of the
+    scale's gradient, one a tile, and what rounding takes from the sums of rows and columns in each
+    tile. `ranges`: of the shifts of the band's rows and of the columns."""
     part = inputs.rows(band)
     row_vectors = upstream.rows[:, band]
     constants = part.constants(config)
+    lost = (None, None) if out.dtype == torch.float32 else (row_lost, col_lost)
     launch(
         _stats_bwd_kernel, config, *part.shape,
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(config), *ranges,
-        row_vectors, upstream.cols, out, scale_parts, *part.shape, part.x.shape[1],
+        row_vectors, upstream.cols, out, scale_parts, *lost, *part.shape, part.x.shape[1],
         row_vectors.stride(0), upstream.cols.stride(0), out.stride(0), part.margin,
         HAS_CLASSES=part.row_class is not None, TOTALS=part.totals, APART=apart,
         STORE_BY_DESCRIPTOR=constants["DESCRIPTORS"] and out.dtype != torch.float32, **constants,
@@ -150,30 +162,39 @@ def _fill_by_waves(grads: Gradients, upstream: Upstream) -> Tensor:
     inputs = grads.inputs
     back = inputs.scale / upstream.factor
 
-    def derive(band: slice, out: Tensor, config: Config) -> Tensor:
-        """The derivatives by some rows' dot products; returns the scale's gradient from them."""
+    def derive(band: slice, out: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+        """The derivatives by some rows' dot products. Returns the scale's gradient from them, and
+        what rounding took from the sums of rows and columns."""
         row_ranges = block_ranges(upstream.rows[0, band], config.block_m)
         ranges = [row_ranges, block_ranges(upstream.cols[0], config.block_n)]
-        scale_parts = upstream.cols.new_empty(row_ranges.shape[0] * ranges[1].shape[0])
-        stats_bwd_kernel(inputs, band, upstream, ranges, grads.apart, out, scale_parts, config)
-        return scale_parts.sum(dtype=torch.float64)
+        tiles_n, tiles_m = (found.shape[0] for found in ranges)
+        scale_parts = upstream.cols.new_empty(tiles_n * tiles_m)
+        row_lost = scale_parts.new_empty(0 if grads.precise else tiles_m, out.shape[0])
+        col_lost = scale_parts.new_empty(0 if grads.precise else tiles_n, out.shape[1])
+        stats_bwd_kernel(
+            inputs, band, upstream, ranges, grads.apart, out, scale_parts, row_lost, col_lost,
+            config,
+        )  # fmt: skip
+        return scale_parts.sum(dtype=torch.float64), row_lost.sum(0), col_lost.sum(0)
 
     def first_wave(_: Inputs, config: Config) -> None:
         derive(*grads.waves(config)[0], config)
 
     config = choose("stats_bwd", inputs, first_wave)
-    by_scale = []
+    by_scale, cols_lost = [], []
     for band, out in grads.waves(config):
-        by_scale.append(derive(band, out, config))
+        by_dot, row_lost, col_lost = derive(band, out, config)
+        by_scale.append(by_dot)
+        cols_lost.append(col_lost)
         lone = None
         if grads.row_partner is not None:
             rows = upstream.rows[:, band]
             lone = partner_derivatives(grads.row_partner[band], rows, upstream.cols)
-        grads.add(band, out, back, lone)
+        grads.add(band, out, back, lone, row_lost)
     lone = None
     if grads.col_partner is not None:
         lone = partner_derivatives(grads.col_partner, upstream.cols, upstream.rows)
-    grads.finish(back, lone)
+    grads.finish(back, lone, torch.stack(cols_lost).sum(0))
     return (torch.stack(by_scale).sum() / upstream.factor).float()
 
 
@@ -182,16 +203,18 @@ def _fill_by_sides(grads: Gradients, upstream: Upstream) -> Tensor:
     inputs = grads.inputs
     back = inputs.scale / upstream.factor
     need_x, need_y = grads.x.shape[0] > 0, grads.y.shape[0] > 0
-    by_scale = None
+    by_scale = lost = None
     if need_x or not need_y:
-        found, by_scale = stats_side_kernel(inputs, upstream, grads.other_y, need_x, grads.apart)
+        found, by_scale, lost = stats_side_kernel(
+            inputs, upstream, grads.other_y, need_x, grads.apart
+        )
         if need_x:
             lone = None
             if grads.row_partner is not None:
                 lone = partner_derivatives(grads.row_partner, upstream.rows, upstream.cols)
-            grads.set_rows(slice(None), found, back, lone)
+            grads.set_rows(slice(None), found, back, lone, lost)
     if need_y:
-        found, by_dot = stats_side_kernel(
+        found, by_dot, lost = stats_side_kernel(
             exchanged(inputs), upstream.exchanged(), grads.other_x, True, grads.apart
         )
         by_scale = by_dot if by_scale is None else by_scale
@@ -199,6 +222,6 @@ def _fill_by_sides(grads: Gradients, upstream: Upstream) -> Tensor:
     lone = None
     if grads.col_partner is not None:
         lone = partner_derivatives(grads.col_partner, upstream.cols, upstream.rows)
-    grads.finish(back, lone)
+    grads.finish(back, lone, lost)
     assert by_scale is not None
     return (by_scale / upstream.factor).float()

@@ -33,6 +33,7 @@ def _stats_side_kernel(
     row_vectors, col_vectors,  # [4, N], [4, M] float32: see `Upstream`
     gradient,  # [N, D] float32: sums of derivative * other
     scale_parts,  # [tiles of rows] float32: sums of derivative * dot
+    lost,  # [N] float32: what rounding takes from the sums of rows, or None
     num_rows, num_cols, num_features, row_stride, col_stride, margin,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,  # all features, padded to a power of two
@@ -51,6 +52,7 @@ def _stats_side_kernel(
     base2 = tl.load(factor)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     by_scale = tl.zeros([BLOCK_M], tl.float32)
+    row_lost = tl.zeros([BLOCK_M], tl.float32)
     for col_tile in range(0, tl.cdiv(num_cols, BLOCK_N)):
         cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         # The forward pass's bits: the rounding of its log-sum-exps cancels theirs.
@@ -73,8 +75,13 @@ def _stats_side_kernel(
         by_scale += by_dot
         if GRADIENT:
             factors = row_features(other, cols, num_cols, num_features, BLOCK_D, EVEN_D)
-            sums += times(grad.to(factors.dtype), factors, INTERPRETED)
+            rounded = grad.to(factors.dtype)
+            if lost is not None:
+                row_lost += tl.sum(grad - rounded.to(tl.float32), 1)
+            sums += times(rounded, factors, INTERPRETED)
     tl.store(scale_parts + row_tile, tl.sum(by_scale, 0))
+    if lost is not None:
+        tl.store(lost + rows, row_lost, mask=rows < num_rows)
     if GRADIENT:
         at = tl.arange(0, BLOCK_D)
         inside = (rows < num_rows)[:, None] & (at < num_features)[None, :]
@@ -101,18 +108,20 @@ def _with_other_bits(classes: Tensor | None) -> Tensor | None:
 
 def stats_side_kernel(
     inputs: Inputs, upstream: Upstream, other: Tensor, wanted: bool, apart: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums of derivative * other for every row [N, D] float32 (without rows where they are not
-    wanted), and the sum of derivative * dot [] float64."""
+    wanted), the sum of derivative * dot [] float64, and what rounding took from the sums of
+    derivatives of every row [N], where they were rounded."""
     (num_rows, num_cols), features = inputs.shape, inputs.x.shape[1]
     config = side_config(other.dtype, features)
     out = other.new_empty((num_rows if wanted else 0, features), dtype=torch.float32)
     row_ranges = block_ranges(upstream.rows[0], config.block_m)
     scale_parts = out.new_empty(row_ranges.shape[0])
+    lost = out.new_empty(num_rows) if wanted and other.dtype != torch.float32 else None
     _stats_side_kernel[(row_ranges.shape[0],)](
         inputs.x, inputs.y, other, inputs.factor, *inputs.numbers(), *inputs.ranges(config),
         row_ranges, block_ranges(upstream.cols[0], config.block_n), upstream.rows, upstream.cols,
-        out, scale_parts, num_rows, num_cols, features, upstream.rows.stride(0),
+        out, scale_parts, lost, num_rows, num_cols, features, upstream.rows.stride(0),
         upstream.cols.stride(0), inputs.margin, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_K=config.block_k, EVEN_K=features % config.block_k == 0,
         BLOCK_D=config.block_d, EVEN_D=features == config.block_d,
@@ -120,4 +129,4 @@ def stats_side_kernel(
         TOTALS=inputs.totals, GRADIENT=wanted, APART=apart, INTERPRETED=INTERPRETED,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    return out, scale_parts.sum(dtype=torch.float64)
+    return out, scale_parts.sum(dtype=torch.float64), lost

@@ -5,6 +5,7 @@ derivatives are float16.
 """
 
 import math
+from functools import cached_property
 
 import torch
 import triton
@@ -65,26 +66,48 @@ class Gradients:
             for end in (min(i + step, num_rows),)
         ]
 
-    def add(self, band: slice, wave: Tensor, back: Tensor, lone: Tensor | None = None) -> None:
+    def add(
+        self, band: slice, wave: Tensor, back: Tensor, lone: Tensor | None = None,
+        lost: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """A wave's products. `back` [] float64 turns derivatives into those by the features; `lone`
-        [rows of the band] are those at the partners, where they are apart."""
+        [rows of the band] are those at the partners, where they are apart, and `lost` [rows of the
+        band] is what rounding took from the rows' sums."""
         if self.x.shape[0] > 0:
-            self.set_rows(band, product(wave, self.other_y), back, lone)
+            self.set_rows(band, product(wave, self.other_y), back, lone, lost)
         if self.y.shape[0] > 0:
             add_product(self.y, wave.T, self.other_x[band])
 
-    def set_rows(self, band: slice, sums: Tensor, back: Tensor, lone: Tensor | None = None) -> None:
+    def set_rows(
+        self, band: slice, sums: Tensor, back: Tensor, lone: Tensor | None = None,
+        lost: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """The gradient of some rows of x, from their sums of derivative * other_y."""
+        if lost is not None and not self.precise:
+            sums.addr_(lost, self.mean_y)
         if self.row_partner is not None and lone is not None:
             add_partners(sums, self.row_partner[band], lone, self.inputs.y)
         self.x[band] = sums.mul_(back / self.factor_y)
 
-    def finish(self, back: Tensor, lone: Tensor | None = None) -> None:
-        """Makes the gradient of y of the sum of all products; `lone` [M]."""
+    def finish(self, back: Tensor, lone: Tensor | None = None, lost: Tensor | None = None) -> None:
+        """Makes the gradient of y of the sum of all products; `lone` and `lost` [M]."""
         if self.y.shape[0] > 0:
+            if lost is not None and not self.precise:
+                self.y.addr_(lost, self.mean_x)
             if self.col_partner is not None and lone is not None:
                 add_partners(self.y, self.col_partner, lone, self.inputs.x)
             self.y.mul_(back / self.factor_x)
+
+    # What rounding takes from a sum of derivatives goes to the features' mean: derivatives that sum
+    # up to 0 cancel what features have in common, and their rounding would not.
+
+    @cached_property
+    def mean_x(self) -> Tensor:
+        return self.other_x.mean(0, dtype=torch.float32)
+
+    @cached_property
+    def mean_y(self) -> Tensor:
+        return self.other_y.mean(0, dtype=torch.float32)
 
 
 @triton.jit

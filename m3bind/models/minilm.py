@@ -119,7 +119,9 @@ class SharedLayers:
 
 @lru_cache(maxsize=4)
 def shared_layers(folder: Path, train_layers: int, max_tokens: int, bf16: bool) -> SharedLayers:
-    return SharedLayers(folder, train_layers, max_tokens, bf16)
+    # Made once in a process: the first tower must not draw other adapters than a later one.
+    with torch.random.fork_rng(devices=[]):
+        return SharedLayers(folder, train_layers, max_tokens, bf16)
 
 
 class MiniLM(TextTower):

@@ -51,8 +51,9 @@ KERNELS = {
 }
 POINTERS = dict.fromkeys(
     ("factor", "row_parts", "col_parts", "row_vectors", "col_vectors", "scale_parts", "parts",
-     "row_shift_ranges", "col_shift_ranges", "logits", "losses", "weights", "boost", "lone", "sums",
-     "ratio", "factors", "total", "limits", "gradient"), "*fp32",
+     "row_shift_ranges", "col_shift_ranges", "row_lost", "col_lost", "lost", "logits", "losses",
+     "weights", "boost", "lone", "sums", "ratio", "factors", "total", "limits", "gradient"),
+    "*fp32",
 ) | dict.fromkeys(
     ("values", "far", "wanted", "labels", "own", "better", "counts"), "*i32",
 ) | {"state": "*fp64", "keys": "*i64"}  # fmt: skip
@@ -93,6 +94,8 @@ def stats_constants(
     if name == "stats_bwd":
         constants["STORE_BY_DESCRIPTOR"] = describe and out != "fp32"
         constants["APART"] = classes and dtype == out == "fp16"
+        if out == "fp32":
+            constants |= {"row_lost": None, "col_lost": None}
     for kind, given in (("class", classes), ("mask", masks)):
         if not given:
             names = [n for n in KERNELS[name].arg_names if kind in n]

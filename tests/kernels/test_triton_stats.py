@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from clip_oracle import Results, errors, float32_logits_loss, run, truth, unit_pairs
+from clip_oracle import Results, errors, float32_logits_loss, in_a_cone, run, truth, unit_pairs
 from feature_oracle import cases, feature_loss
 from test_clip_features import features, widened
 from test_clip_loss import HARD, rows_with_logits
@@ -133,12 +133,47 @@ def test_waves_against_float64(many_waves, dtype):
     check_rule(list(shape_samples(140, 40, 30.0, 2.0, dtype)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("d", (16, 33, 130))
+HALF_SIDES = [(d, dtype) for d in (16, 33, 130) for dtype in DTYPES[1:]]
+
+
+# Every second case holds each number of features, and both dtypes.
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    [
+        c if i in (0, 3, 4) else pytest.param(*c, marks=pytest.mark.slow)
+        for i, c in enumerate(HALF_SIDES)
+    ],
+    ids=str,
+)
 def test_sides_with_rounded_derivatives(monkeypatch, d, dtype):
     """Few features, as for very large matrices."""
     monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
     check_rule(list(shape_samples(140, d, 30.0, 2.0, dtype)))
+
+
+@pytest.mark.parametrize(
+    ("cone", "dtype", "way"),
+    [(10.0, DTYPES[1], "sides"), (100.0, DTYPES[1], "waves"), (100.0, DTYPES[2], "sides"),
+     (10.0, DTYPES[2], "waves")],
+    ids=str,
+)  # fmt: skip
+def test_rounded_derivatives_of_features_that_share_a_direction(
+    many_waves, monkeypatch, cone, dtype, way
+):
+    """Derivatives cancel what features have in common; what rounding loses of them would not."""
+    monkeypatch.setattr(stats_bwd, "MOST_FEATURES", 64 if way == "sides" else 0)
+    x, y = in_a_cone(130, 64, cone, dtype)
+    several = (torch.arange(130) // 2,) * 2
+    for options in (
+        {"label_smoothing": 0.1, "margin": 0.1},
+        {"directions": "columns", "positive_ids": several},
+    ):
+        reference = partial(clip_loss, **options, backend="reference")
+        want = run(reference, x.double(), y.double(), 14.0)
+        plain, got = run(reference, x, y, 14.0), run_triton(x, y, 14.0, **options)
+        for name in ("x", "y"):
+            ours, formula = errors(got, want)[name], errors(plain, want)[name]
+            assert ours <= 1.5 * formula + TOLERANCE[name], (options, name, ours, formula)
 
 
 @pytest.mark.parametrize("feature", ("mask_ids", "margin", "smoothing", "labels"))

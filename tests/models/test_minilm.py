@@ -94,6 +94,13 @@ def test_only_the_adapters_of_the_last_layers_and_the_head_train() -> None:
     assert set(encoder.trainable_state()) == trained  # 45 MB of MiniLM stay out of checkpoints
 
 
+def test_the_first_tower_of_a_process_starts_as_a_later_one() -> None:
+    config = TextTowerConfig(train_layers=1)
+    shared_layers.cache_clear()
+    first, second = (build_text_encoder(config, LoraConfig(r=4)).trainable_state() for _ in "ab")
+    assert first and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def test_padding_and_neighbours_do_not_change_an_embedding() -> None:
     encoder = build_text_encoder(TextTowerConfig(), None, width=64).eval()
     with torch.no_grad():

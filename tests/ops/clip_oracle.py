@@ -65,3 +65,14 @@ def unit_pairs(
     x = F.normalize(torch.randn(n, d, generator=generator), dim=1)
     y = F.normalize(x + noise * F.normalize(torch.randn(n, d, generator=generator), dim=1), dim=1)
     return x.to(dtype), y.to(dtype)
+
+
+def in_a_cone(n: int, d: int, cone: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Features [n, d] that have a direction in common, `cone` times what each has of its own."""
+    generator = torch.Generator().manual_seed(0)
+    middle = cone * F.normalize(torch.randn(d, generator=generator), dim=0)
+    x, y = (
+        F.normalize(F.normalize(torch.randn(n, d, generator=generator), dim=1) + middle, dim=1)
+        for _ in range(2)
+    )
+    return x.to(dtype), y.to(dtype)

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from clip_oracle import errors, needs_native, run, unit_pairs
+from clip_oracle import errors, in_a_cone, needs_native, run, unit_pairs
 from feature_oracle import cases, feature_loss
 
 from m3bind.ops import clip_loss
@@ -225,13 +224,7 @@ def test_wrong_arguments_give_one_clear_error(name):
 @pytest.mark.parametrize("backend", FAST)
 def test_bfloat16_features_that_share_a_direction(backend, cone):
     """Derivatives cancel what features have in common; what rounding loses of them would not."""
-    generator = torch.Generator().manual_seed(0)
-    middle = cone * F.normalize(torch.randn(64, generator=generator), dim=0)
-    x, y = (
-        F.normalize(F.normalize(torch.randn(300, 64, generator=generator), dim=1) + middle, dim=1)
-        for _ in range(2)
-    )
-    x, y = x.bfloat16(), y.bfloat16()
+    x, y = in_a_cone(300, 64, cone, torch.bfloat16)
     several = torch.arange(300) // 2
     for options in (
         {},
