@@ -47,10 +47,8 @@ def compared(record: dict[str, Any]) -> list[tuple[dict[str, Any], Cost]]:
     """Each measured step beside what the model says; what it was fitted to is left out."""
     found = []
     for run in record["runs"]:
-        W, smallest = (
-            run["W"],
-            sorted({step["B"] for step in run["steps"]})[: 2 if run["W"] == 1 else 1],
-        )
+        W, fitted = run["W"], 2 if run["W"] == 1 else 1
+        smallest = sorted({step["B"] for step in run["steps"]})[:fitted]
         for step in run["steps"]:
             if step["B"] in smallest:
                 continue
