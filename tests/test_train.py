@@ -356,3 +356,41 @@ def test_batches_move_to_the_device_of_the_task() -> None:
     moved = batch.to("meta")
     assert moved.images.device.type == "meta" and batch.images.device.type == "cpu"
     assert moved.reports == ["r"] and len(moved) == 1
+
+
+def test_a_step_is_the_mean_of_accumulated_batches(tmp_path) -> None:
+    def function(weight, number):
+        return {"a": ((weight - number) ** 2).sum()}
+
+    task = Stub(function)
+    settings = config(steps=2, warmup=0, clip=0, accumulate=3)
+    result = fit(task, {"stub": StubLoader()}, settings, tmp_path)
+    expected = nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.AdamW([expected], lr=0.1, weight_decay=settings.weight_decay)
+    for step, numbers in ((1, (1, 2, 3)), (2, (4, 5, 6))):
+        optimizer.param_groups[0]["lr"] = 0.1 * schedule(step, 0, 2)
+        optimizer.zero_grad()
+        loss = sum(((expected - n) ** 2).sum() for n in numbers) / 3
+        loss.backward()
+        optimizer.step()
+        assert result.history[step - 1]["loss"] == pytest.approx(loss.item())
+    assert task.weight.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_what_torchrun_starts_again_goes_on_with_this_run_and_no_other(
+    tmp_path, monkeypatch
+) -> None:
+    def steps_taken(name: str, restarts: int) -> int:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        task = Stub(quadratic)
+        fit(task, {"stub": StubLoader()}, config(steps=4, checkpoint_every=1), tmp_path)
+        return len(task.modes)
+
+    assert steps_taken("17", 0) == 4
+    assert steps_taken("17", 1) == 0  # nothing is left to do
+    assert steps_taken("18", 0) == 4
+    assert steps_taken("17", 1) == 4  # not with what run 18 wrote
+    assert steps_taken("17", 0) == 4  # started by hand under the same name
+    history = read_history(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in history] == [1, 2, 3, 4]

@@ -87,3 +87,29 @@ def test_a_stream_is_taken_up_where_it_stood() -> None:
             other.load_state(state)
     with pytest.raises(ValueError, match="batch_size 0"):
         FeatureLoader(kept, 0, train=True)
+
+
+@pytest.mark.parametrize("parts", (1, 2, 3, 5))
+def test_parts_of_any_number_are_the_same_batches(parts) -> None:
+    """Also where another number goes on in the middle of an epoch."""
+    kept, size = features(), 5
+
+    def loaders(count: int) -> list[FeatureLoader]:
+        bounds = [size * i // count for i in range(count + 1)]
+        return [
+            FeatureLoader(kept, size, train=True, seed=2, part=slice(*bounds[i : i + 2]))
+            for i in range(count)
+        ]
+
+    whole = list(itertools.islice(FeatureLoader(kept, size, train=True, seed=2), 8))
+    shared = loaders(parts)
+    streams = [iter(loader) for loader in shared]
+    for batch in whole[:4]:
+        assert ids(*(next(stream) for stream in streams)) == ids(batch)
+    others = loaders(4)
+    for loader in others:
+        loader.load_state_of_others(shared[0].state(), salt=1)
+    for batch in whole[4:]:
+        assert ids(*(next(iter(loader)) for loader in others)) == ids(batch)
+    with pytest.raises(M3BindError, match="restore them"):
+        FeatureLoader(kept, 6, train=True, seed=2).load_state_of_others(shared[0].state(), 1)

@@ -14,7 +14,7 @@ from m3bind.data.loader import Batch, Loader
 from m3bind.data.preprocess import Preprocess
 from m3bind.errors import M3BindError
 
-from loader_cases import cohort, record, write  # isort: skip
+from loader_cases import cohort, noise, record, write  # isort: skip
 
 pytest.importorskip("nvidia.dali")
 SIZES = {"image2d": (32, 32), "volume": (6, 16, 16), "signal": (400,)}
@@ -100,6 +100,55 @@ def test_processes_share_a_split_without_overlap(tmp_path) -> None:
         for part in range(3)
     ]  # fmt: skip
     assert sorted(itertools.chain(*parts)) == [f"retina-{i:04d}" for i in range(11)]
+
+
+def test_a_stream_after_another_number_of_processes_is_new(tmp_path) -> None:
+    """And the same again for the same salt, also where it is stopped and taken up."""
+    cohort(tmp_path, "retina", 12)
+
+    def loader(part: int = 0, parts: int = 1) -> Loader:
+        return Loader(
+            tmp_path, "retina", "train", small("retina"), 4, train=True, seed=3, shard_id=part,
+            num_shards=parts,
+        )  # fmt: skip
+
+    before = loader()
+    old = list(itertools.islice(before, 2))
+    state = before.state()
+    found = {}
+    for salt in (7, 8):
+        new = loader(1, 2)
+        new.load_state_of_others(state, salt)
+        found[salt] = list(itertools.islice(new, 2))
+        expected, rest = list(itertools.islice(new, 2)), loader(1, 2)
+        again = loader(1, 2)
+        again.load_state_of_others(state, salt)
+        list(itertools.islice(again, 2))
+        rest.load_state(again.state())
+        assert all(map(same, itertools.islice(rest, 2), expected))
+    assert not same(found[7][0], found[8][0]) and not same(found[7][0], old[0])
+    assert {*ids(*found[7])} <= {f"retina-{i:04d}" for i in range(6, 12)}
+    cohort(tmp_path, "retina", 3)
+    with pytest.raises(M3BindError, match=r"shards .* are not those of the checkpoint"):
+        loader().load_state_of_others(state, 7)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return ids(a) == ids(b) and torch.equal(a.images, b.images)
+
+
+def test_processes_do_not_augment_alike(tmp_path) -> None:
+    """The first halves of the shards hold the same images as the second ones."""
+    write(tmp_path, [record("xray", i, noise("xray", i % 4)) for i in range(8)])
+    first, second = (
+        next(iter(Loader(
+            tmp_path, "xray", "train", small("xray"), 4, train=True, shard_id=part, num_shards=2
+        )))
+        for part in (0, 1)
+    )  # fmt: skip
+    images = [dict(zip(ids(batch), batch.images, strict=True)) for batch in (first, second)]
+    for i in range(4):
+        assert not torch.equal(images[0][f"xray-{i:04d}"], images[1][f"xray-{i + 4:04d}"])
 
 
 def test_five_loaders_at_once(tmp_path) -> None:
