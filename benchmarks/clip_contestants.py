@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from turns import Contestant, fullgraph, ours, peer, step, unit_rows
 
 from m3bind.ops import clip_loss
+from m3bind.ops.clip import MEMORY_BUDGET
 
 SCALE = 100.0
 PANEL_ROWS = 512
@@ -72,7 +73,7 @@ def cut_cross_entropy() -> Loss:
 
 # What makes the loss, and its setting. Made when its turn comes: a peer may be missing.
 OURS: dict[str, tuple[Callable[[], Loss], str]] = {
-    "m3bind": (lambda: clip_loss, ""),
+    "m3bind": (lambda: clip_loss, f"memory_budget {MEMORY_BUDGET:g} MiB, as by default"),
     KEPT: (lambda: partial(clip_loss, memory_budget=AMPLE_MIB), "memory_budget for all of them"),
     "m3bind chunked": (lambda: partial(clip_loss, backend="chunked"), "plain PyTorch in panels"),
 }

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from m3bind import distributed, ops
+from m3bind.ops.clip import MEMORY_BUDGET
 
 
 class _OverRanks:
@@ -70,7 +71,7 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
-        memory_budget: float = 0.0,
+        memory_budget: float = MEMORY_BUDGET,
         backend: str | None = None,
         group: Any = None,
         scheme: str = "auto",

@@ -9,6 +9,7 @@ from m3bind.distributed import groups
 from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
 from m3bind.distributed.ranks import Prepared, meet
 from m3bind.ops import arguments
+from m3bind.ops.clip import MEMORY_BUDGET
 from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids, Terms, composed
 from m3bind.ops.stats import rows_to_keep
 
@@ -31,7 +32,7 @@ def clip_loss(
     margin: float = 0.0,
     directions: str = "both",
     reduction: str = "mean",
-    memory_budget: float = 0.0,
+    memory_budget: float = MEMORY_BUDGET,
     backend: str | None = None,
     group: groups.Group = None,
     scheme: str = "auto",

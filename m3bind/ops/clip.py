@@ -10,6 +10,8 @@ from m3bind.ops.info_nce_rows import info_nce_rows
 from m3bind.ops.ranks import ONE_RANK
 from m3bind.ops.stats import rows_to_keep
 
+MEMORY_BUDGET = 32.0  # MiB
+
 
 def clip_loss(
     x: Tensor,  # [N, D]
@@ -27,7 +29,7 @@ def clip_loss(
     margin: float = 0.0,
     directions: str = "both",
     reduction: str = "mean",
-    memory_budget: float = 0.0,
+    memory_budget: float = MEMORY_BUDGET,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Symmetric InfoNCE without the N x M matrix of logits in memory.
@@ -61,7 +63,8 @@ def clip_loss(
             positive. Nothing to average has the mean NaN and the sum 0, as in torch.
         memory_budget: MiB in which the forward pass may leave dot products of x and y for the
             backward pass, which forms the others again; N * M * 4 bytes hold all of them, and save
-            one of four matrix products. A single direction has three anyway, where it is plain and
+            one of four matrix products: the default holds those of batches up to 2896, and an
+            eighth of 8192's. A single direction has three anyway, where it is plain and
             the backend "cpp". Results differ by no more than the order of sums. Not with
             `backend="triton"`, which keeps nothing, and "reference", which keeps everything.
         backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.

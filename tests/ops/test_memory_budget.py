@@ -158,6 +158,10 @@ def test_compiled(backend):
 def test_module_and_messages():
     x, y = (t.requires_grad_() for t in unit_pairs(150, D, seed=0))
     assert kept_of(ClipLoss(memory_budget=1)(x, y, 20.0)).shape == (150, 150)
-    assert kept_of(ClipLoss()(x, y, 20.0)).shape == (0, 150)
+    assert kept_of(ClipLoss()(x, y, 20.0)).shape == (150, 150)
+    assert kept_of(ClipLoss(memory_budget=0)(x, y, 20.0)).shape == (0, 150)
+    long = unit_pairs(3000, D, seed=0)
+    kept = kept_of(ClipLoss()(*(t.requires_grad_() for t in long), 20.0))
+    assert kept.shape == (32 * 2**20 // (3000 * 4) // 64 * 64, 3000)  # 32 MiB, whole blocks
     with pytest.raises(ValueError, match="memory_budget=-1; pass a number of at least 0"):
         clip_loss(x, y, 1.0, memory_budget=-1)
