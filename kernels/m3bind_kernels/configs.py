@@ -158,10 +158,11 @@ def side_config(dtype: torch.dtype, features: int) -> SideConfig:
     block_d = max(16, 1 << (features - 1).bit_length())
     if INTERPRETED:
         return SideConfig(64, 64, 64, block_d, 4, 1)
-    # Fewer warps, or wider tiles beside masks of features, would spill.
+    # Fewer warps, or wider tiles beside masks of features, would spill; of 32 features the compiler
+    # keeps to half of the registers, and spills what wider tiles need more.
     if dtype == torch.float32:
         return SideConfig(32, 16, 32, block_d, 8, 2)
-    wide = block_d <= 128 or features == block_d
+    wide = block_d != 32 and (block_d <= 128 or features == block_d)
     return SideConfig(64, 64 if wide else 32, 32, block_d, 8, 3)
 
 

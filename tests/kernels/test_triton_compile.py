@@ -167,7 +167,7 @@ def test_side(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", (DIAGONAL, EVERYTHING), ids=("diagonal", "everything"))
-@pytest.mark.parametrize("features", (13, 16, 32, 61, 64, 96, 123, 128, 251, 256))
+@pytest.mark.parametrize("features", (13, 16, 24, 32, 61, 64, 96, 123, 128, 251, 256))
 @pytest.mark.parametrize(
     ("capability", "dtype", "other"),
     [(c, d, "fp16") for c in CAPABILITIES for d in ("bf16", "fp16")]
