@@ -101,7 +101,8 @@ def contestant(name: str, n: int, dtype: str, seed: int = 0) -> Contestant:
     if name == "floor":
         return gemm_floor(n, dtype, logits=2)
     make, setting = {**OURS, **PEERS}[name]
-    setting = setting or ours("clip_loss", dtype)
+    if name in ("m3bind", KEPT):
+        setting = f"{ours('clip_loss', dtype)}, {setting}"
     loss = make()
     x, y = unit_rows(n, 2, dtype, seed)
     if dtype == "fp32":

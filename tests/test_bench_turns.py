@@ -66,7 +66,7 @@ def test_who_did_not_run_has_a_row_that_says_why(turns, monkeypatch, tmp_path):
 
 
 def test_memory_of_a_cold_call_counts_what_the_call_adds():
-    """open_clip holds two matrices of 16 MiB at N=2048, m3bind none."""
+    """Of 16 MiB at N=2048, open_clip holds several matrices, m3bind one within its budget."""
     command = [sys.executable, str(BENCHMARKS / "cold.py")]
 
     def extra(name):
@@ -75,7 +75,7 @@ def test_memory_of_a_cold_call_counts_what_the_call_adds():
         )
         return json.loads(done.stdout)["extra_mib"]
 
-    assert 0 < extra("m3bind") < 32 < extra("open_clip") < 200
+    assert 16 < extra("m3bind") < 48 < extra("open_clip") < 200
 
 
 class PretendedEvent:
