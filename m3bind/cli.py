@@ -37,7 +37,8 @@ def main() -> None:
             "pip install 'm3bind[train]'   (m3bind info works without it)"
         )
     except Interrupted as stop:
-        print(f"{_name()}: {stop}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all ranks were stopped alike
+            print(f"m3bind: {stop}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (M3BindError, ValueError) as error:
         if os.environ.get("M3BIND_DEBUG"):

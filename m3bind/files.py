@@ -1,6 +1,7 @@
 """Files that appear under their name only when they are whole."""
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
@@ -12,10 +13,12 @@ from m3bind.errors import M3BindError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_HOST = socket.gethostname()
+
 
 def partial_path(path: Path) -> Path:
     """Where this process writes ``path`` until it is whole: hidden, and in the same folder."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.part")
 
 
 @contextmanager
@@ -56,8 +59,8 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping
 
 
 def _sweep(path: Path) -> None:
-    """Remove what processes left that were killed while they wrote this file."""
-    for partial in path.parent.glob(f".{escape(path.name)}.*.part"):
+    """Remove what processes of this machine left that were killed while they wrote this file."""
+    for partial in path.parent.glob(f".{escape(path.name)}.{escape(_HOST)}.*.part"):
         pid = partial.name.split(".")[-2]
         if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
             partial.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """What a run writes down: JSON lines always, TensorBoard beside them.
 
 ``metrics.jsonl`` holds one object a line: ``{"step", "loss", "losses", "report", "lr",
-"grad_norm", "seconds"}`` for training, ``{"step", "validation": {...}}`` for validation.
+"grad_norm", "seconds", "samples_per_second", "peak_mib"}`` for training, of all ranks, and
+``{"step", "validation": {...}}`` for validation.
 """
 
 import json

@@ -198,8 +198,7 @@ class Loader:
                     device_id=self.device_id,
                     shard_id=self.shard_id,
                     num_shards=self.num_shards,
-                    # Of its own for each process, or they would all augment alike.
-                    seed=(self.seed + self.shard_id + self._salt) % 2**31,
+                    seed=self._stream_seed(),
                     num_threads=self.num_threads,
                     prefetch=self.prefetch,
                     checkpoint=self._restored,
@@ -228,6 +227,13 @@ class Loader:
             meta=meta,
             modality=self.modality,
         )
+
+    def _stream_seed(self) -> int:
+        """Of its own for each process, or they would all augment alike."""
+        if not self.shard_id and not self._salt:
+            return self.seed
+        parts = f"{self.seed}/{self.modality}/{self.shard_id}/{self._salt}"
+        return int.from_bytes(hashlib.sha256(parts.encode()).digest()[:4], "little") >> 1
 
     def _explain(self, error: Exception) -> M3BindError:
         """Turn DALI's traceback into the shard, the sample and the remedy."""

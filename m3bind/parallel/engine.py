@@ -14,6 +14,17 @@ from m3bind.config import PARALLEL
 from m3bind.parallel import world
 
 
+class _Root(nn.Module):
+    """The task in what ranks share, so that whatever is computed with it runs within a forward."""
+
+    def __init__(self, task: nn.Module) -> None:
+        super().__init__()
+        self.task = task
+
+    def forward(self, call: Callable[..., Any], *args: Any) -> Any:
+        return call(*args)
+
+
 class Engine:
     """Trains ``task`` on the ranks of ``group`` (None: all) as one process would train it.
 
@@ -26,42 +37,53 @@ class Engine:
     def __init__(self, task: nn.Module, how: str = "ddp", group: Any = None) -> None:
         if how not in PARALLEL:
             raise ValueError(f"parallel {how!r} is not one of {', '.join(PARALLEL)}")
-        self.task, self.group, self.sharded = task, group, False
-        self.call: Callable[..., Any] = task
-        self.size = world.size(group)
-        if self.size > 1 and how == "fsdp":
-            self.sharded = True
-            _shard(task, group)
+        self.task, self.group, self.size = task, group, world.size(group)
+        self.sharded = self.size > 1 and how == "fsdp"
+        self.root: Any = _Root(task)
+        if self.sharded:
+            _shard(self.root, group)
         elif self.size > 1:
-            # Otherwise DDP regroups gradients after its first step, and sums them in another order
-            # from then on: a training that goes on would not repeat one that never stopped.
-            self.call = DistributedDataParallel(
-                _WithUnused(task), process_group=group, find_unused_parameters=True
+            # DDP looks for parameters that are not used: otherwise it would regroup gradients after
+            # its first step, and sum them in another order from then on, so that a training that
+            # goes on would not repeat one that never stopped. It warns where it finds none.
+            self.root.unused = nn.Parameter(torch.zeros(1, device=next(task.parameters()).device))
+            self.root = DistributedDataParallel(
+                self.root, process_group=group, find_unused_parameters=True
             )
 
     def __call__(self, *args: Any) -> Any:
-        return self.call(*args)
+        return self.root(self.task, *args)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
         """A forward and a backward pass; gradients are averaged in the last of several."""
         if self.sharded:
-            self.task.set_requires_gradient_sync(last)  # type: ignore[operator]
-            yield
-            return
-        wrapped = isinstance(self.call, DistributedDataParallel) and not last
-        with self.call.no_sync() if wrapped else nullcontext():  # type: ignore[attr-defined]
+            self.root.set_requires_gradient_sync(last)
+        waits = isinstance(self.root, DistributedDataParallel) and not last
+        with self.root.no_sync() if waits else nullcontext():
             yield
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """The task with all its parameters, to call other methods of it than forward."""
-        parts = [m for m in self.task.modules() if hasattr(m, "unshard")] if self.sharded else []
-        for part in parts:
-            part.unshard()  # type: ignore[operator]
-        yield
-        for part in parts:
-            part.reshard()  # type: ignore[operator]
+    def whole(self, call: Callable[[], Any]) -> Any:
+        """What ``call`` returns, which may use any method of the task, as often as it likes.
+
+        Ranks need not call alike: all parameters are gathered before, and freed after.
+        """
+        if not self.sharded:
+            return call()
+        parts = [m for m in self.root.modules() if hasattr(m, "unshard") and m is not self.root]
+
+        def gathered() -> Any:
+            for part in parts:
+                part.unshard()
+            return call()
+
+        self.root.set_reshard_after_forward(False)
+        try:
+            return self.root(gathered)
+        finally:
+            for part in (*parts, self.root):
+                part.reshard()
+                part.set_reshard_after_forward(part is not self.root, recurse=False)
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """The norm of the gradients of this group's parameters, the same on its ranks."""
@@ -78,11 +100,11 @@ class Engine:
         for name, value in own.items():
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
             if world.rank(self.group) == 0:
-                whole[name] = value.detach()
-        if world.size() == self.size:  # the first rank has it all
-            return whole
-        parts = world.objects_at_first({name: value.cpu() for name, value in whole.items()})
-        return {name: value for part in parts or () for name, value in part.items()}
+                whole[name] = value.detach().cpu()  # a GPU never holds more than one
+        if world.size() > self.size:
+            parts = world.sent_to_first(whole if world.rank(self.group) == 0 else None)
+            whole = {name: value for part in parts for name, value in part.items()}
+        return whole
 
     def spread(self, own: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `state`: ``whole`` tensors, spread as those of ``own`` of that name are.
@@ -90,19 +112,6 @@ class Engine:
         What ``own`` does not have is left out: another rank holds it.
         """
         return {name: spread_as(own[name], whole[name]) for name in own if name in whole}
-
-
-class _WithUnused(nn.Module):
-    """The task beside a parameter that it does not use: DDP, told to look for some, would warn on
-    every rank that it found none."""
-
-    def __init__(self, task: nn.Module) -> None:
-        super().__init__()
-        self.task = task
-        self.unused = nn.Parameter(torch.zeros(1, device=next(task.parameters()).device))
-
-    def forward(self, *args: Any) -> Any:
-        return self.task(*args)
 
 
 def spread_as(own: Tensor, whole: Tensor) -> Tensor:
@@ -124,15 +133,15 @@ def scale_gradients(parameters: Iterable[nn.Parameter], norm: float, limit: floa
         torch._foreach_mul_(found, factor)
 
 
-def _shard(task: nn.Module, group: Any) -> None:
+def _shard(root: nn.Module, group: Any) -> None:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    device_type = next(task.parameters()).device.type
+    device_type = next(root.parameters()).device.type
     everyone: Any = dist.group.WORLD
     mesh = DeviceMesh.from_group(everyone if group is None else group, device_type)
-    lists = [m for m in task.modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList)]
     for layer in (layer for layers in lists for layer in layers):
         if not hasattr(layer, "unshard") and type(layer).forward is not nn.Module.forward:
             fully_shard(layer, mesh=mesh)
-    fully_shard(task, mesh=mesh)
+    fully_shard(root, mesh=mesh)

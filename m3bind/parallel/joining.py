@@ -1,5 +1,6 @@
 """How ranks find each other, also after torchrun started them anew."""
 
+import hashlib
 import time
 import uuid
 from datetime import timedelta
@@ -18,18 +19,24 @@ def fresh_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> 
     Raises TimeoutError where they do not in ``timeout``.
     """
     name, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    store.set(f"m3bind/here/{rank}", name)
-    agreed = ""
+    here = [f"m3bind/here/{other}" for other in range(size)]
+    store.set(here[rank], name)
+    listed = agreed = ""
     while time.monotonic() < end:
-        if rank == 0:
-            found = [f"m3bind/here/{other}" for other in range(size)]
-            if store.check(found):
-                store.set("m3bind/list", ",".join(store.get(key).decode() for key in found))
-        names = store.get("m3bind/list").decode() if store.check(["m3bind/list"]) else ""
-        if names != agreed and names.split(",")[rank : rank + 1] == [name]:
-            agreed = names
-            store.add(f"m3bind/agreed/{names}", 1)
+        if rank == 0 and store.check(here):
+            names = ",".join(one.decode() for one in store.multi_get(here))
+            latest = hashlib.sha256(names.encode()).hexdigest()[:32]
+            if latest != listed:
+                store.set(f"m3bind/names/{latest}", names)
+                store.set("m3bind/list", latest)
+                listed = latest
+        found = store.get("m3bind/list").decode() if store.check(["m3bind/list"]) else ""
+        if found and found != agreed:
+            names = store.get(f"m3bind/names/{found}").decode()
+            if names.split(",")[rank : rank + 1] == [name]:
+                agreed = found
+                store.add(f"m3bind/agreed/{agreed}", 1)
         if agreed and store.add(f"m3bind/agreed/{agreed}", 0) == size:
-            return dist.PrefixStore(f"m3bind/{agreed[:32]}", store)
+            return dist.PrefixStore(f"m3bind/{agreed}", store)
         time.sleep(POLL_SECONDS)
     raise TimeoutError(f"rank {rank}: not all of {size} ranks arrived within {timeout}")

@@ -6,9 +6,8 @@ group was joined.
 
 import logging
 import os
-import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -43,9 +42,10 @@ def started() -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=TIMEOUT)
     if not is_first():
         logging.getLogger("m3bind").setLevel(logging.ERROR)  # the first rank says it for all
-    yield
+    with lost_ranks_named("a run"):
+        yield
+        dist.barrier()
     # Only after success: a rank that fails does not wait for others.
-    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -99,6 +99,25 @@ def objects_at_first(own: Any) -> list[Any] | None:
     return found
 
 
+def sent_to_first(own: Any | None) -> list[Any]:
+    """On the first rank every rank's object but None, one after the other; on others, nothing.
+
+    Unlike a gather it needs no room for as many copies of the largest as there are ranks.
+    """
+    senders = [other for other, sends in enumerate(gathered_objects(own is not None)) if sends]
+    if not is_first():
+        if own is not None:
+            dist.send_object_list([own], dst=0)
+        return []
+    found = []
+    for sender in senders:
+        received = [own]
+        if sender > 0:
+            dist.recv_object_list(received, src=sender)
+        found.append(received[0])
+    return found
+
+
 def totals(*own: float, group: Any = None) -> list[float]:
     """The sum over the ranks of each number."""
     if size(group) == 1:
@@ -136,36 +155,36 @@ def lost_ranks_named(doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def first_before_others(name: str, group: Any = None) -> Iterator[None]:
-    """The block, by the group's first rank before its others: what it writes, they then find.
+def first_before_others(name: str, ranks: Sequence[int]) -> Iterator[None]:
+    """The block, by the first of these ranks before the others: what it writes, they then find.
 
-    ``name`` is of what the block does, for this group alone. The others wait as long as it takes;
-    torchrun ends them where the first one fails.
+    ``name`` is of what the block does, the same on all of them. The others wait as long as it
+    takes; torchrun ends them where the first one fails.
     """
-    if size(group) == 1:
+    if len(ranks) < 2:
         yield
         return
     store = dist.distributed_c10d._get_default_store()
     _turns[name] += 1
     key = f"m3bind/{name}/{_turns[name]}"
-    if rank(group) > 0:
+    if rank() != ranks[0]:
         store.wait([key], timedelta(days=7))
     yield
-    if rank(group) == 0:
+    if rank() == ranks[0]:
         store.set(key, "done")
 
 
 _turns: Counter[str] = Counter()
 
 
-def run_id() -> str | None:
-    """What one torchrun and its restarts have in common; None without it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    name = os.environ["TORCHELASTIC_RUN_ID"]
-    # Where none was given, the agent of the first rank is what outlives a restart.
-    own = name if name != "none" else f"{socket.gethostname()}/{os.getppid()}"
-    return gathered_objects(own)[0]
+def launched() -> float:
+    """When the first of the torchruns was started that started these ranks, in seconds since 1970.
+
+    Restarts do not change it.
+    """
+    import psutil
+
+    return min(gathered_objects(psutil.Process(os.getppid()).create_time()))
 
 
 def restarted() -> bool:

@@ -16,7 +16,7 @@ from m3bind.models.expert import Expert
 from m3bind.models.hidden_cache import HiddenCache
 from m3bind.models.minilm import MiniLM
 from m3bind.models.text import TextEncoder
-from m3bind.parallel import Placement, first_before_others
+from m3bind.parallel import Placement, first_before_others, gathered_objects
 from m3bind.trained import Trained
 from m3bind.validation import SplitEmbedder, Validation
 
@@ -46,30 +46,42 @@ class Inputs(Trained):
         self, experts: dict[str, Expert], settings: TrainConfig, placement: Placement
     ) -> dict[str, Loader | FeatureLoader]:
         """Endless batches of each modality: this rank's part of them."""
+        return {m: self._training(e, settings, placement) for m, e in experts.items()}
+
+    def _check_batches(self, settings: TrainConfig, placement: Placement, *, frozen: bool) -> None:
+        """Refuse batches that the ranks cannot share, before anything is computed for them."""
         unknown = sorted(settings.batch_sizes.keys() - set(self.modalities))
         if unknown:
             raise M3BindError(
                 f"batch_sizes.{unknown[0]}: this run has no such modality, only "
                 f"{', '.join(self.modalities)}"
             )
-        return {m: self._training(e, settings, placement) for m, e in experts.items()}
+        for modality, owners in placement.owners.items():
+            batch, ranks = settings.batch_of(modality), len(owners)
+            if batch < ranks:
+                raise M3BindError(
+                    f"a batch of {batch} samples of {modality} is less than one for each of "
+                    f"{ranks} ranks: raise batch_size, or start fewer"
+                )
+            image = self._config_of(modality).image
+            if batch % ranks and not (image.cache and (frozen or image.freeze)):
+                raise M3BindError(
+                    f"a batch of {batch} samples of {modality} does not divide by {ranks} ranks, "
+                    "each of which streams an equal part of the images: some would be seen more "
+                    "often than others; choose a multiple, or image.cache=true"
+                )
 
     def _training(
         self, expert: Expert, settings: TrainConfig, placement: Placement
     ) -> Loader | FeatureLoader:
-        batch, ranks = settings.batch_of(expert.modality), placement.size
-        if batch < ranks:
-            raise M3BindError(
-                f"a batch of {batch} samples of {expert.modality} is less than one for each of "
-                f"{ranks} ranks: raise batch_size, or start fewer"
-            )
+        batch = settings.batch_of(expert.modality)
         part = placement.share(batch)
         if self._keeps_features(expert):
             features = self._features(expert, "train", placement)
             return FeatureLoader(features, batch, train=True, seed=self.config.seed, part=part)
         return self._images(
             expert, "train", part.stop - part.start, train=True, shard_id=placement.rank,
-            num_shards=ranks,
+            num_shards=placement.size,
         )  # fmt: skip
 
     def _one_pass(
@@ -99,7 +111,8 @@ class Inputs(Trained):
         images = self._images(expert, split, _few(expert), train=False)
         path = self.folder / "features" / f"{expert.modality}-{split}.safetensors"
         fingerprint = f"{expert.image.fingerprint()}/{images.content()}"
-        with first_before_others(path.name, placement.group if placement else None):
+        ranks = placement.owners[expert.modality] if placement else ()
+        with first_before_others(path.name, ranks):
             found = Features.load(path, expert.modality, fingerprint)
             if found is None:
                 bar = tqdm(images, desc=f"{expert.modality}, {split}: image features")
@@ -127,13 +140,15 @@ class Inputs(Trained):
         text that training, validation and test will ask for, or read them from ``text_cache`` if
         an earlier stage of a run in this folder computed them.
         """
-        caches = {id(c): c for e in experts.values() if (c := _cache_of(e)) is not None}
-        for cache in caches.values():
+        caches = {c.fingerprint: c for e in experts.values() if (c := _cache_of(e)) is not None}
+        needed = gathered_objects(sorted(caches))
+        for name, cache in sorted(caches.items()):
+            ranks = [rank for rank, names in enumerate(needed) if name in names]
             # Of all modalities: in stage 1 every expert reads the texts of the others.
             for modality in placement.modalities if placement else experts:
                 path = self.folder / "text_cache" / f"{modality}-{cache.fingerprint}.safetensors"
                 wanted = {*self._texts([modality]), *self._evaluation_texts(modality)}
-                with first_before_others(path.name, placement.group if placement else None):
+                with first_before_others(path.name, ranks):
                     cache.load(path)
                     if any(text not in cache for text in wanted):
                         bar = partial(tqdm, desc=f"{modality}: frozen text layers")

@@ -13,6 +13,7 @@ from m3bind.models.expert import Expert
 from m3bind.models.published import publish
 from m3bind.models.text import TextEncoder
 from m3bind.parallel import Placement, is_first, meet, size
+from m3bind.parallel.world import restarted
 from m3bind.stages.inputs import Inputs
 from m3bind.tasks.align import Align
 from m3bind.tasks.common import Task, without_prefix
@@ -30,6 +31,7 @@ class Training(Inputs):
         if modality not in self.modalities:
             raise M3BindError(f"--modality {modality}: this run has {', '.join(self.modalities)}")
         folder, placement = self.folder / "pretrain" / modality, Placement.of([modality])
+        self._check_batches(self.config.pretrain, placement, frozen=False)
         with self._measured(f"pretrain/{modality}", resume):
             experts = {modality: self._build(modality)}
             self._prepare_texts(experts, placement)
@@ -49,6 +51,7 @@ class Training(Inputs):
         folder, config = self.folder / "align", self.config.align
         with self._measured("align", resume):
             placement = Placement.of(self.modalities, config.placement)
+            self._check_batches(config, placement, frozen=True)
             start = self._start("before")
             experts = self.experts("before", list(placement.own))
             self._prepare_texts(experts, placement)
@@ -75,6 +78,7 @@ class Training(Inputs):
         config = self.config.distill
         with self._measured(name, resume):
             placement = Placement.of(self.modalities, config.placement)
+            self._check_batches(config, placement, frozen=True)
             start = self._start(stage)
             experts = self.experts(stage, list(placement.own))
             settings = self._settings(self.modalities, stage)
@@ -97,7 +101,7 @@ class Training(Inputs):
         if not is_first():
             yield
             return
-        with measured(self.folder, stage, resume=resume):
+        with measured(self.folder, stage, resume=resume or restarted()):
             yield
 
     def _fit(

@@ -93,7 +93,7 @@ class Align(Task):
     each step ``centre_batch`` texts are drawn from ``centre_texts`` (raw strings, of all
     modalities), every expert tokenises and embeds them itself, and the agreement is summed
     over all pairs of experts. The report tells the norm of the agreement's gradient over that
-    of the experts' own losses, both at the text heads, every 20 steps. With a
+    of the experts' own losses, both at the text heads, every 20 batches. With a
     ``preserve_weight``, KL(original || now) of each expert's image-text distributions, the mean of
     both directions, is added.
 

@@ -22,7 +22,7 @@ from m3bind.checkpoint import (
 from m3bind.errors import M3BindError
 from m3bind.parallel import Engine, gathered_objects, is_first, meet, rank
 from m3bind.parallel.engine import spread_as
-from m3bind.parallel.world import objects_at_first, restarted, run_id
+from m3bind.parallel.world import launched, objects_at_first, restarted
 
 # These say how often something is done, how fast or on how many ranks, not what is computed.
 _MAY_CHANGE = (
@@ -70,15 +70,16 @@ class Checkpoints:
         self.last, self.best = (self.folder / f"{name}.safetensors" for name in ("last", "best"))
         names = {p: name for name, p in engine.task.named_parameters()}
         self.parameters = {names[p]: p for g in optimizer.param_groups for p in g["params"]}
-        self.run = run_id()
         # Who holds what: [[modality, ...] of each rank].
         self.layout = gathered_objects(list(loaders))
 
     def begin(self, resume: bool) -> Progress:
         """Go on from the last one, if that is wanted and there is one; else set old ones aside."""
-        # A restart goes on with what this run wrote, not with what an earlier one left.
-        again = any(gathered_objects(restarted()))
-        found = self.last.is_file() and (resume or (again and self._written_by() == self.run))
+        # A restart goes on with what this torchrun wrote, not with what was there before it.
+        again = any(gathered_objects(restarted())) and launched()
+        found = self.last.is_file() and (
+            resume or (again > 0 and self.last.stat().st_mtime > again)
+        )
         if not gathered_objects(found)[0]:
             self._set_aside()
             seed = self.settings["seed"]
@@ -104,7 +105,6 @@ class Checkpoints:
             "loaders": [part[3] for part in parts],
             "config": self.settings,
             "layout": self.layout,
-            "run": self.run,
         }
         self._write(self.last, sections, data)
 
@@ -123,9 +123,6 @@ class Checkpoints:
             shutil.rmtree(previous, ignore_errors=True)
             self.folder.rename(previous)
         meet()
-
-    def _written_by(self) -> str | None:
-        return load_checkpoint(self.last)[1].get("run")
 
     def _model(self) -> dict[str, Tensor]:
         return self.engine.state(self.task.trainable_state())

@@ -245,7 +245,6 @@ class _Fit:
         norm = float(self.engine.gradient_norm(self.parameters))
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         if size() > 1:
-            # The only numbers that ranks exchange in every step, beside features and gradients.
             squares, others, stops = totals(norm**2 / self.engine.size, len(bad), stop.requested)
             self.stopped = stops > 0
             if self.engine.size < size():
@@ -308,8 +307,9 @@ class _Fit:
         assert self.validate is not None
         progress = self.progress
         self.task.eval()
-        with torch.no_grad(), self.engine.whole():
-            found = {name: float(value) for name, value in self.validate().items()}
+        with torch.no_grad():
+            found = self.engine.whole(self.validate)
+        found = {name: float(value) for name, value in found.items()}
         scores = gathered_objects(found)[0]
         progress.validated = progress.step
         if not math.isfinite(scores["score"]):

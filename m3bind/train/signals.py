@@ -13,7 +13,10 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Note SIGINT and SIGTERM instead of dying; the second one is Python's as before."""
+    """Note SIGINT and SIGTERM instead of dying; a second SIGINT is Python's as before.
+
+    A second SIGTERM is not: a scheduler sends one to every process, and torchrun passes its own on.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals belong to the main thread
@@ -23,8 +26,7 @@ def stop_signals() -> Iterator[Stop]:
 
     def note(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        for each in numbers:
-            signal.signal(each, before[each])
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for number in numbers:
         signal.signal(number, note)

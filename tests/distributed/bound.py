@@ -1,6 +1,7 @@
 """Tasks on small experts, as each rank runs its part of them, and one process the whole."""
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,7 +91,9 @@ def task_of(kind: str, placement: Placement) -> nn.Module:
     return task
 
 
-def step(kind: str, how: str, placing: str, micro: int = 1) -> dict[str, Any]:
+def step(
+    kind: str, how: str, placing: str, micro: int = 1, evaluate: Callable | None = None
+) -> dict[str, Any]:
     """Losses, the report and every gradient (on the first rank) of one step."""
     names = ["xray"] if kind == "pretrain" else list(ROWS)
     placement = Placement.of(names, placing)
@@ -100,6 +103,8 @@ def step(kind: str, how: str, placing: str, micro: int = 1) -> dict[str, Any]:
     for name, whole in own.items():
         part = placement.share(ROWS[name])
         own[name] = SimpleNamespace(images=whole.images[part], reports=whole.reports[part])
+    if evaluate is not None:
+        engine.whole(lambda: evaluate(task))
     rng = random.Random(1)
     for turn in range(micro):
         with engine.accumulating(last=turn == micro - 1):
@@ -107,13 +112,28 @@ def step(kind: str, how: str, placing: str, micro: int = 1) -> dict[str, Any]:
             (sum(losses.values()) / micro).backward()
     gradients = {n: p.grad for n, p in task.named_parameters() if p.grad is not None}
     norm = engine.gradient_norm(task.parameters())
+    if evaluate is not None:
+        engine.whole(lambda: evaluate(task))
     return {
         "losses": {name: float(value.detach()) for name, value in losses.items()},
         "report": report,
         "gradients": engine.state(gradients),
         "norm": float(norm),
         "drawn": rng.random(),
+        "own": "all" if kind == "distill" else ",".join(placement.own),
     }
+
+
+def step_between_evaluations(kind: str, how: str, placing: str) -> dict[str, Any]:
+    """Each rank calls encoders, not the task, and as often as its number."""
+
+    def evaluate(task: Any) -> None:
+        with torch.no_grad():
+            for turn in range(1 + rank()):
+                encoders = [task.student] if kind == "distill" else task.experts.values()
+                assert all(e.encode_text([f"text {turn}"]).isfinite().all() for e in encoders)
+
+    return step(kind, how, placing, evaluate=evaluate)
 
 
 def state_round_trip(how: str) -> tuple[bool, dict[str, tuple[int, ...]]]:

@@ -1,6 +1,7 @@
 """The stages' losses and gradients on many ranks are those of one process on the whole batch."""
 
 import functools
+import math
 import threading
 from datetime import timedelta
 
@@ -27,12 +28,15 @@ def check(kind: str, found: list[dict], micro: int = 1) -> None:
     for name, value in want["gradients"].items():
         torch.testing.assert_close(got[name], value, rtol=2e-4, atol=2e-6, msg=name)
     assert all(rank["drawn"] == want["drawn"] for rank in found)
+    # A group's norm is of its own experts; together they are all.
+    norms = {rank["own"]: rank["norm"] for rank in found}
+    assert math.hypot(*norms.values()) == pytest.approx(want["norm"], rel=1e-4)
     for name, value in want["losses"].items():
         those = [rank["losses"][name] for rank in found if name in rank["losses"]]
         assert sum(those) / len(those) == pytest.approx(value, rel=1e-5, abs=1e-6)
     for name, value in want["report"].items():
-        for rank in found:
-            assert rank["report"].get(name, value) == pytest.approx(value, rel=1e-4)
+        those = [rank["report"][name] for rank in found if name in rank["report"]]
+        assert those and those == pytest.approx([value] * len(those), rel=1e-4)
 
 
 CASES = [
@@ -57,6 +61,13 @@ def test_what_is_spread_is_put_together_and_spread_again(pools, how):
     assert all(same for same, _ in found)
     whole = bound.task_of("mse", bound.Placement.of(list(bound.ROWS))).trainable_state()
     assert found[0][1] == {name: tuple(t.shape) for name, t in whole.items()}
+
+
+def test_ranks_call_what_they_like_of_what_is_spread(pools):
+    """Before any step and after one, each rank another number of times."""
+    for kind, ranks in (("distill", 3), ("mse", 4)):
+        given = [(kind, "fsdp", "split")] * ranks
+        check(kind, pools(ranks).run(bound.step_between_evaluations, given))
 
 
 def test_fewer_ranks_than_experts_are_refused(pools):

@@ -41,11 +41,13 @@ def beside(run: Run, folder: Path) -> Path:
     return folder
 
 
-def start(settings: Path, ranks: int, *more: str, restarts: int = 0) -> subprocess.Popen:
+def start(
+    settings: Path, ranks: int, *more: str, restarts: int = 0, command: str = "align"
+) -> subprocess.Popen:
     return subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "-m", "m3bind", "align",
+            f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "-m", "m3bind", command,
             "-c", str(settings), *more,
         ],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -64,17 +66,24 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-def kill_after(step: int, folder: Path, process: subprocess.Popen) -> float:
-    """SIGKILL to one rank once a step is logged; when that was."""
+def wait_for(step: int, log: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 200
-    log = folder / "align" / "metrics.jsonl"
     while not (log.is_file() and f'"step": {step},' in log.read_text()):
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.02)
-    ranks = [p for p in psutil.Process(process.pid).children() if "align" in p.cmdline()]
-    last = max(ranks, key=lambda p: int(p.environ()["RANK"]))
-    last.send_signal(signal.SIGKILL)
+
+
+def children(process: subprocess.Popen, command: str) -> list[psutil.Process]:
+    """The ranks, in their order."""
+    found = [p for p in psutil.Process(process.pid).children() if command in p.cmdline()]
+    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
+
+
+def kill_after(step: int, folder: Path, process: subprocess.Popen) -> float:
+    """SIGKILL to the last rank once a step is logged; when that was."""
+    wait_for(step, folder / "align" / "metrics.jsonl", process)
+    children(process, "align")[-1].send_signal(signal.SIGKILL)
     return time.monotonic()
 
 
@@ -121,16 +130,42 @@ def test_a_lost_rank_of_four_is_started_again(settings, tmp_path, more):
     parallel, accumulate = more
     lost_and_restarted(
         settings, tmp_path / "whole", tmp_path / "cut", 4,
-        f"align.parallel={parallel}", f"align.accumulate={accumulate}",
+        f"align.parallel={parallel}", f"align.accumulate={accumulate}", "align.batch_size=8",
     )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_one_expert_on_each_rank(alone, settings, tmp_path):
-    split = beside(alone, tmp_path / "split")
-    finished(start(settings, 3, *LONG, *EXACT, "align.placement=split", f"output={split}"))
+    """From nothing: hidden states that experts share are computed once, by whoever needs them."""
+    split = tmp_path / "split"
+    output = finished(start(settings, 3, *LONG, *EXACT, "align.placement=split", f"output={split}"))
+    assert len(re.findall("frozen text layers: +0%", output)) == 3  # one for each modality's texts
     want = [loss for _, loss in losses(alone.folder)]
     assert [loss for _, loss in losses(split)] == pytest.approx(want, rel=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ("split", "replicated"))
+def test_distill_over_ranks(alone, settings, tmp_path, placement):
+    """The student spread over all ranks, with its last layers training: it validates, stops at a
+    step that is due for it, and goes on."""
+    out = beside(alone, tmp_path / "out")
+    log = out / "control" / "metrics.jsonl"
+    more = [
+        "--control", *(s for s in EXACT if "image.cache" in s), "distill.parallel=fsdp",
+        f"distill.placement={placement}", "distill.steps=200", "distill.validate_every=1",
+        "distill.checkpoint_every=1000", f"output={out}",
+    ]  # fmt: skip
+    process = start(settings, 3, *more, command="distill")
+    wait_for(2, log, process)
+    for each in (process, *children(process, "distill")):  # as a scheduler does
+        each.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    (stopped,) = re.findall(r"m3bind: control: stopped at step (\d+) of 200", output)
+    resumed = start(settings, 3, *more, "--resume", command="distill")
+    wait_for(int(stopped) + 2, log, resumed)
+    resumed.send_signal(signal.SIGTERM)
+    assert "control: stopped at step" in resumed.communicate(timeout=60)[0]
 
 
 def test_one_process_commands_are_refused(settings):
