@@ -3,8 +3,9 @@
 One step is the forward and the backward pass of the loss alone, of B rows and columns in all,
 b = B / W on each rank, D features of s bytes.
 
-    compute      matrix products of 2 * b * B * D operations each, at the measured rate, and so many
-                 passes of exponentials over b * B pairs, at the rate that one rank's loss shows
+    compute      matrix products of 2 * b * B * D operations each, at the measured rate, with no dot
+                 products kept, and so many passes of exponentials over b * B pairs, at the rate
+                 that one rank's loss shows
     gather       y has arrived before the forward pass, x while it runs; gradients do not travel
     circulate    W steps; in each the next block, and in the backward pass a gradient in float32,
                  travels while one is computed on: a step takes as long as the longer of the two
@@ -16,7 +17,9 @@ whether links are shared or differ; sends and computation are taken not to slow 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+FEATURES = 512  # of what is recorded
 STATISTICS_BYTES = 88  # a row or column, at most
 SMALL_CALLS = 6
 
@@ -81,4 +84,31 @@ def predict(loss: str, scheme: str, B: int, W: int, D: int, size: int, rates: Ra
     return Cost(
         seconds=seconds, compute=compute, sent=round(sent),
         memory=round(held + STATISTICS_BYTES * (B if scheme == "gather" else 2 * b)),
+    )  # fmt: skip
+
+
+def alone(record: dict[str, Any], dtype: str, loss: str) -> tuple[float, float]:
+    """Of one rank: the seconds of a call, and pairs a second and pass, out of what its step takes
+    at the smallest batch beside its matrix products."""
+    one = record["runs"][0]
+    steps = [s for s in one["steps"] if (s["dtype"], s["loss"]) == (dtype, loss)]
+    nothing, smallest, *_ = sorted(steps, key=lambda s: s["B"])
+    forward, backward = WORK[loss, "one rank"]
+    products, passes = forward[0] + backward[0], forward[1] + backward[1]
+    pairs = smallest["B"] ** 2
+    rest = smallest["seconds"] - nothing["seconds"]
+    rest -= products * 2 * pairs * FEATURES / one["rates"][dtype]["flops"]
+    # Our products may be faster than the library's: then nothing is seen of the rest.
+    return nothing["seconds"], passes * pairs / max(rest, 1e-12)
+
+
+def rates_of(record: dict[str, Any], W: int, dtype: str, loss: str) -> Rates:
+    """Exponentials slow down with matrix products where ranks share cores."""
+    one, here = (next(r for r in record["runs"] if r["W"] == w) for w in (1, W))
+    own, single = here["rates"][dtype], one["rates"][dtype]
+    call, pairs = alone(record, dtype, loss)
+    shared = own["flops"] / single["flops"]
+    return Rates(
+        flops=own["flops"], pairs=pairs * shared, link=own["link"], latency=own["latency"],
+        call=call / shared,
     )  # fmt: skip

@@ -21,16 +21,16 @@ import run
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from scale_model import WORK, Rates
+from scale_model import FEATURES, WORK
+from scaling_page import RESULTS
 from turns import DTYPES, unit_rows
 
 from m3bind.distributed import clip_loss, siglip_loss
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
-FEATURES, SCALE = 512, 30.0
+SCALE = 30.0
 LOSSES = {
-    "clip_loss": lambda x, y, **how: clip_loss(x, y, SCALE, **how),
+    "clip_loss": lambda x, y, **how: clip_loss(x, y, SCALE, memory_budget=0, **how),
     "siglip_loss": lambda x, y, **how: siglip_loss(x, y, SCALE, -10.0, **how),
 }
 
@@ -97,33 +97,6 @@ def serve(rank: int, path: str, W: int, quick: bool, out: str) -> None:
     if rank == 0:
         Path(out).write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-def alone(record: dict[str, Any], dtype: str, loss: str) -> tuple[float, float]:
-    """Of one rank: the seconds of a call, and pairs a second and pass, out of what its step takes
-    at the smallest batch beside its matrix products."""
-    one = record["runs"][0]
-    steps = [s for s in one["steps"] if (s["dtype"], s["loss"]) == (dtype, loss)]
-    nothing, smallest, *_ = sorted(steps, key=lambda s: s["B"])
-    forward, backward = WORK[loss, "one rank"]
-    products, passes = forward[0] + backward[0], forward[1] + backward[1]
-    pairs = smallest["B"] ** 2
-    rest = smallest["seconds"] - nothing["seconds"]
-    rest -= products * 2 * pairs * FEATURES / one["rates"][dtype]["flops"]
-    # Our products may be faster than the library's: then nothing is seen of the rest.
-    return nothing["seconds"], passes * pairs / max(rest, 1e-12)
-
-
-def rates_of(record: dict[str, Any], W: int, dtype: str, loss: str) -> Rates:
-    """Exponentials slow down with matrix products where ranks share cores."""
-    one, here = (next(r for r in record["runs"] if r["W"] == w) for w in (1, W))
-    own, single = here["rates"][dtype], one["rates"][dtype]
-    call, pairs = alone(record, dtype, loss)
-    shared = own["flops"] / single["flops"]
-    return Rates(
-        flops=own["flops"], pairs=pairs * shared, link=own["link"], latency=own["latency"],
-        call=call / shared,
-    )  # fmt: skip
 
 
 def main() -> None:
