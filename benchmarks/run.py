@@ -137,6 +137,14 @@ def write(kept: dict, target: Path) -> None:
     target.with_suffix(".md").write_text(table.page(kept), encoding="utf-8")
 
 
+def recorded(here: dict) -> dict:
+    """The parts that are recorded of this machine and versions, perhaps from another clone."""
+    if not table.RESULTS.is_file():
+        return {}
+    kept = json.loads(table.RESULTS.read_text(encoding="utf-8"))
+    return kept["parts"] if kept["machine"] == here else {}
+
+
 def main(chosen: list[str], quick: bool) -> None:
     folder = BUILD / ("bench-quick" if quick else "bench")
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,9 +154,12 @@ def main(chosen: list[str], quick: bool) -> None:
         print(f"\n== {name}: {at} of {len(chosen)}, after {minutes:.1f} min", flush=True)
         part = run(name, folder, quick)
         (folder / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    here = machine()
     done = {name: folder / f"{name}.json" for name in PARTS}
-    parts = {name: json.loads(path.read_text()) for name, path in done.items() if path.is_file()}
-    kept = {"machine": machine(), "parts": parts}
+    found = {name: json.loads(path.read_text()) for name, path in done.items() if path.is_file()}
+    earlier = {} if quick else recorded(here)
+    parts = {name: p for name in PARTS if (p := found.get(name) or earlier.get(name))}
+    kept = {"machine": here, "parts": parts}
     write(kept, folder / "cpu")
     if not quick:
         write(kept, table.RESULTS)
