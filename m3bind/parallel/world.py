@@ -90,15 +90,6 @@ def gathered_objects(own: Any, group: Any = None) -> list[Any]:
     return found
 
 
-def objects_at_first(own: Any) -> list[Any] | None:
-    """Every rank's object on the first rank, None on the others."""
-    if size() == 1:
-        return [own]
-    found: list[Any] | None = [None] * size() if is_first() else None
-    dist.gather_object(own, found)
-    return found
-
-
 def sent_to_first(own: Any | None) -> list[Any]:
     """On the first rank every rank's object but None, one after the other; on others, nothing.
 

@@ -22,7 +22,7 @@ from m3bind.checkpoint import (
 from m3bind.errors import M3BindError
 from m3bind.parallel import Engine, gathered_objects, is_first, meet, rank
 from m3bind.parallel.engine import spread_as
-from m3bind.parallel.world import launched, objects_at_first, restarted
+from m3bind.parallel.world import launched, restarted, sent_to_first
 
 # These say how often something is done, how fast or on how many ranks, not what is computed.
 _MAY_CHANGE = (
@@ -97,7 +97,7 @@ class Checkpoints:
         generators, random_data = pack_random(self.rng)
         states = {name: loader.state() for name, loader in self.loaders.items()}
         streams = {name: pack_bytes(state.pop("stream")) for name, state in states.items()}
-        parts = objects_at_first([generators, random_data, streams, states]) or []
+        parts = sent_to_first([generators, random_data, streams, states])
         sections["random"] = _by_rank(part[0] for part in parts)
         sections["loader"] = _by_rank(part[2] for part in parts)
         data = vars(progress) | {

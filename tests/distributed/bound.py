@@ -15,7 +15,6 @@ from m3bind.models.heads import Head, seeded
 from m3bind.models.image import ImageTower
 from m3bind.models.text import TextEncoder, TextTower
 from m3bind.parallel import Engine, Placement, rank
-from m3bind.parallel.joining import fresh_store
 from m3bind.tasks.align import Align
 from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
@@ -152,6 +151,3 @@ def state_round_trip(how: str) -> tuple[bool, dict[str, tuple[int, ...]]]:
     back = [getattr(t, "to_local", lambda t=t: t)() for t in again.values()]
     same = all(torch.equal(a, b) for a, b in zip(local, back, strict=True))
     return same, {name: tuple(t.shape) for name, t in whole.items()}
-
-
-__all__ = ["fresh_store", "state_round_trip", "step"]
