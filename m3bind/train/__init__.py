@@ -1,7 +1,8 @@
 """The training loop: one for every task, stoppable at any moment, resumable to the bit."""
 
 from m3bind.train.checkpoints import load_best
-from m3bind.train.loop import FitResult, Loader, Task, fit
+from m3bind.train.interfaces import FitResult, Loader, Task
+from m3bind.train.loop import fit
 from m3bind.train.schedule import schedule
 
 __all__ = ["FitResult", "Loader", "Task", "fit", "load_best", "schedule"]

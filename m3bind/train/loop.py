@@ -7,14 +7,13 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from m3bind.config import TrainConfig
 from m3bind.data.loader import Batch
@@ -24,55 +23,9 @@ from m3bind.parallel.engine import scale_gradients
 from m3bind.parallel.world import lost_ranks_named, totals
 from m3bind.tracking import Tracker
 from m3bind.train.checkpoints import Checkpoints, Progress
+from m3bind.train.interfaces import FitResult, Loader
 from m3bind.train.schedule import schedule
 from m3bind.train.signals import Stop, stop_signals
-
-
-class Task(Protocol):
-    """What can be trained: an nn.Module with these four methods (m3bind.tasks has three)."""
-
-    def __call__(
-        self, batches: dict[str, Batch], rng: random.Random
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the losses, whose sum is minimised, and what else the log should show.
-
-        Over ranks ``rng`` is the same on all of them, and must stay so.
-        """
-
-    def parameter_groups(self) -> Iterable[Any]:
-        """What AdamW takes; a group may have its own ``lr`` and ``weight_decay``."""
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """What training changes: trained parameters, and buffers that move."""
-
-    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `trainable_state`; over ranks, ``state`` may hold other ranks' too."""
-
-
-class Loader(Protocol):
-    """An endless stream of batches that can be taken up again (m3bind.data has two)."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def state(self) -> dict[str, Any]:
-        """Plain values, and under "stream" bytes, after the batch that was handed out last."""
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on with the batch after it."""
-
-    def load_state_of_others(self, state: dict[str, Any], salt: int) -> None:
-        """Go on after what another number of ranks was handed out; ``salt`` is new each time."""
-
-
-@dataclass(kw_only=True, slots=True)
-class FitResult:
-    """What `fit` did; ``best_*`` are of the last step, and NaN, where no score was a number."""
-
-    best_step: int
-    best_score: float
-    steps: int
-    seconds: float  # of training, over all resumed parts
-    history: list[dict[str, Any]]  # the lines of metrics.jsonl, on the first rank
 
 
 def fit(
