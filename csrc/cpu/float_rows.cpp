@@ -1,7 +1,8 @@
 #include "float_rows.h"
 
 #include <algorithm>
-#include <cstring>
+
+#include "row_kernels.h"
 
 namespace m3bind::cpu {
 namespace {
@@ -24,12 +25,9 @@ void for_rows(const FloatRows& t, const F& f) {
 const float* FloatRows::read(int64_t first, int64_t count, std::vector<float>& space) const {
   const int64_t begin = first * features(), size = count * features();
   if (wide_) return static_cast<const float*>(tensor_.const_data_ptr()) + begin;
-  const uint16_t* from = static_cast<const uint16_t*>(tensor_.const_data_ptr()) + begin;
   space.resize(size);
-  for (int64_t i = 0; i < size; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    std::memcpy(&space[i], &bits, sizeof bits);
-  }
+  row_kernels().widen(static_cast<const uint16_t*>(tensor_.const_data_ptr()) + begin, size,
+                      space.data());
   return space.data();
 }
 
@@ -37,7 +35,7 @@ std::vector<double> FloatRows::sum(const std::vector<double>* weights) const {
   std::vector<double> total(features());
   for_rows(*this, [&](int64_t i, const float* row) {
     const double weight = weights == nullptr ? 1.0 : (*weights)[i];
-    for (int64_t d = 0; d < features(); ++d) total[d] += weight * row[d];
+    row_kernels().add_wide(total.data(), row, features_, weight);
   });
   return total;
 }

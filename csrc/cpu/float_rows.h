@@ -16,10 +16,13 @@ using torch::stable::Tensor;
 class FloatRows {
  public:
   explicit FloatRows(const Tensor& t)
-      : tensor_(t), wide_(t.scalar_type() == torch::headeronly::ScalarType::Float) {}
+      : tensor_(t),
+        rows_(t.size(0)),
+        features_(t.size(1)),
+        wide_(t.scalar_type() == torch::headeronly::ScalarType::Float) {}
 
-  int64_t rows() const { return tensor_.size(0); }
-  int64_t features() const { return tensor_.size(1); }
+  int64_t rows() const { return rows_; }
+  int64_t features() const { return features_; }
   const Tensor& tensor() const { return tensor_; }
 
   // Rows [first, first + count), which may lie in `space`.
@@ -30,12 +33,13 @@ class FloatRows {
   std::vector<double> dots(const std::vector<double>& with) const;
   // Uninitialised float32 [rows, D].
   Tensor new_rows(int64_t rows) const {
-    return torch::stable::new_empty(tensor_, {rows, features()},
+    return torch::stable::new_empty(tensor_, {rows, features_},
                                     torch::headeronly::ScalarType::Float);
   }
 
  private:
   Tensor tensor_;
+  int64_t rows_, features_;
   bool wide_;
 };
 

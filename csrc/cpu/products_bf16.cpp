@@ -28,6 +28,25 @@ constexpr int64_t kWide = 32;   // the inner dimension is padded to this many ze
 
 int64_t padded(int64_t n) { return (n + kWide - 1) / kWide * kWide; }
 
+// Uninitialised: every element of it is written before it is read.
+template <class T>
+class Space {
+ public:
+  explicit Space(int64_t size = 0) { resize(size); }
+  bool empty() const { return data_ == nullptr; }
+  // Loses what is there.
+  void resize(int64_t size) {
+    if (size == size_) return;
+    data_.reset(size == 0 ? nullptr : new T[size]);
+    size_ = size;
+  }
+  T* data() { return data_.get(); }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  int64_t size_ = 0;
+};
+
 class Bf16Products : public Products {
  public:
   Bf16Products(const Tensor& x, const Tensor& y)
@@ -71,8 +90,8 @@ class Bf16Products : public Products {
   bool exact() const override { return false; }
 
   Tensor take_grad_y() override {
-    for (auto* done : {&y_turned_, &y_packed_, &x_turned_}) std::vector<uint32_t>().swap(*done);
-    for (auto* done : {&rounded_, &packed_}) std::vector<Bf16>().swap(*done);
+    for (auto* done : {&y_turned_, &y_packed_, &x_turned_}) done->resize(0);
+    for (auto* done : {&rounded_, &packed_}) done->resize(0);
     Tensor grad_y =
         torch::stable::new_empty(y_, {cols_, features_}, torch::headeronly::ScalarType::Float);
     float* out = static_cast<float*>(grad_y.mutable_data_ptr());
@@ -80,7 +99,7 @@ class Bf16Products : public Products {
       transpose(reinterpret_cast<const uint32_t*>(grad_y_turned_.data() + first * features_), width,
                 features_, width, reinterpret_cast<uint32_t*>(out + first * features_), features_);
     });
-    std::vector<float>().swap(grad_y_turned_);
+    grad_y_turned_.resize(0);
     return grad_y;
   }
 
@@ -120,11 +139,8 @@ class Bf16Products : public Products {
   // [padded count, width] in packed_.
   void round_panel(const float* panel, int64_t count, int64_t inner) {
     const int64_t wide = tiles_ * kTile;
-    // The padding stays zero from one panel of the same size to the next.
-    if (static_cast<int64_t>(rounded_.size()) != count * wide) {
-      rounded_.assign(count * wide, 0);
-      packed_.assign(inner * wide, 0);
-    }
+    rounded_.resize(count * wide);
+    packed_.resize(inner * wide);
     over_rows(count, [&](int64_t begin, int64_t rows) {
       for (int64_t j = 0; j < cols_; j += kTile) {
         const int64_t width = std::min(kTile, cols_ - j);
@@ -136,6 +152,10 @@ class Bf16Products : public Products {
           round_pair(from, two ? from + cols_ : nullptr, width, plain + i * padded(width),
                      two ? plain + (i + 1) * padded(width) : nullptr, pairs + i * width);
         }
+        for (int64_t i = begin; i < begin + rows; ++i)
+          std::fill_n(plain + i * padded(width) + width, padded(width) - width, Bf16{0});
+        if (const int64_t end = begin + rows + rows % 2; end >= count)
+          std::fill_n(pairs + end * width, (inner - end) * width, Bf16{0});
       }
     });
   }
@@ -181,7 +201,7 @@ class Bf16Products : public Products {
   void pack_y() {
     y_packed_.resize(tiles_ * kTile / 2 * features_);
     over_tiles([&](int64_t first, int64_t width) {
-      for (int64_t j = first; j < first + width; j += 2)
+      for (int64_t j = first; j < first + padded(width); j += 2)
         pack_pair(y_rows_, j, cols_, y_packed_.data() + j / 2 * features_);
     });
   }
@@ -199,9 +219,9 @@ class Bf16Products : public Products {
   int64_t cols_, features_, inner_, tiles_;
   std::vector<Bf16> x_space_, y_space_;  // of padded rows, where there are any
   const Bf16 *x_rows_, *y_rows_;
-  std::vector<uint32_t> y_turned_, y_packed_, x_turned_;  // pairs
-  std::vector<Bf16> rounded_, packed_;
-  std::vector<float> grad_y_turned_;
+  Space<uint32_t> y_turned_, y_packed_, x_turned_;  // pairs
+  Space<Bf16> rounded_, packed_;
+  Space<float> grad_y_turned_;
 };
 
 }  // namespace

@@ -15,8 +15,7 @@ void add_mean(const Tensor& out, const std::vector<double>& lost, const FloatRow
   float* to = static_cast<float*>(out.mutable_data_ptr());
   for_row_blocks(out.size(0), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t d = 0; d < features; ++d)
-        to[i * features + d] += static_cast<float>(lost[i] * mean[d]);
+      row_kernels().add_narrow(to + i * features, mean.data(), features, lost[i]);
   });
 }
 

@@ -40,6 +40,12 @@ struct RowKernels {
   void (*multiply)(float* s, int64_t count, float factor);
   // sums += values * factor, element by element.
   void (*add_multiple)(float* sums, const float* values, int64_t count, float factor);
+  // sums += values * factor, in double.
+  void (*add_wide)(double* sums, const float* values, int64_t count, double factor);
+  // sums += constant * factors, each product in double and rounded once.
+  void (*add_narrow)(float* sums, const double* factors, int64_t count, double constant);
+  // out = bfloat16 values as float.
+  void (*widen)(const uint16_t* values, int64_t count, float* out);
   // logits = dots * factor + summand, rounded once.
   void (*affine)(const float* dots, float* logits, int64_t count, float factor, float summand);
   // The sum of softplus(logits).

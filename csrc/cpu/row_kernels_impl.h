@@ -191,6 +191,32 @@ void add_multiple(float* sums, const float* values, int64_t count, float factor)
   store_part(sums + j, fma(load_part(values + j, count - j, 0), times, last), count - j);
 }
 
+void add_wide(double* sums, const float* values, int64_t count, double factor) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes)
+    *reinterpret_cast<UnalignedDoubleVec*>(sums + j) +=
+        __builtin_convertvector(load(values + j), DoubleVec) * factor;
+  for (; j < count; ++j) sums[j] += static_cast<double>(values[j]) * factor;
+}
+
+void add_narrow(float* sums, const double* factors, int64_t count, double constant) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    const DoubleVec product = *reinterpret_cast<const UnalignedDoubleVec*>(factors + j) * constant;
+    store(sums + j, load(sums + j) + __builtin_convertvector(product, Vec));
+  }
+  for (; j < count; ++j) sums[j] += static_cast<float>(factors[j] * constant);
+}
+
+void widen(const uint16_t* values, int64_t count, float* out) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) store(out + j, load_bf16(values + j));
+  for (; j < count; ++j) {
+    const uint32_t bits = static_cast<uint32_t>(values[j]) << 16;
+    __builtin_memcpy(out + j, &bits, sizeof bits);
+  }
+}
+
 inline bool any(IntVec condition) {
 #if defined(__AVX512F__)
   const __m512i bits = reinterpret_cast<__m512i>(condition);
@@ -257,6 +283,9 @@ const RowKernels& M3BIND_JOIN(row_kernels_, M3BIND_NAME)() {
       row_dots,
       multiply,
       add_multiple,
+      add_wide,
+      add_narrow,
+      widen,
       affine,
       softplus_sum,
       sigmoid,

@@ -22,6 +22,9 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
 typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
+typedef double DoubleVec __attribute__((vector_size(kLanes * 8)));
+typedef double UnalignedDoubleVec __attribute__((vector_size(kLanes * 8), aligned(8), may_alias));
+
 // Less zero, not plus: v - 0 is v for every v, so that nothing but a broadcast is left.
 inline Vec splat(float v) { return v - Vec{}; }
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
@@ -60,6 +63,18 @@ inline float reduce_max(Vec v) {
   float m = v[0];
   for (int64_t l = 1; l < kLanes; ++l) m = v[l] > m ? v[l] : m;
   return m;
+}
+
+// bfloat16 values as float.
+inline Vec load_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#else
+  UintVec bits;
+  for (int64_t l = 0; l < kLanes; ++l) bits[l] = static_cast<uint32_t>(p[l]) << 16;
+  return reinterpret_cast<Vec>(bits);
+#endif
 }
 
 // 1.5 * 2^23: adding it to a small number and taking it away rounds to the nearest integer.
