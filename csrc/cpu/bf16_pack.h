@@ -16,8 +16,4 @@ void round_pair(const float* from0, const float* from1, int64_t count, Bf16* row
 // pairs[d] = (row0[d], row1[d]); row1 may be null: then it is zero.
 void interleave(const Bf16* row0, const Bf16* row1, int64_t count, uint32_t* pairs);
 
-// to [cols, rows] = from [rows, cols] turned; `ld` elements from row to row.
-void transpose(const uint32_t* from, int64_t from_ld, int64_t rows, int64_t cols, uint32_t* to,
-               int64_t to_ld);
-
 }  // namespace m3bind::cpu

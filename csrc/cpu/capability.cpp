@@ -22,11 +22,11 @@ Capability choose() {
 #endif
   const Candidate candidates[] = {
 #ifdef M3BIND_X86
-      {{"avx512_bf16", row_kernels_avx512(), true}, bf16},
-      {{"avx512", row_kernels_avx512(), false}, avx512},
-      {{"avx2", row_kernels_avx2(), false}, avx2},
+      {{"avx512_bf16", row_kernels_avx512(), true, true}, bf16},
+      {{"avx512", row_kernels_avx512(), true, false}, avx512},
+      {{"avx2", row_kernels_avx2(), false, false}, avx2},
 #endif
-      {{"default", row_kernels_default(), false}, true},
+      {{"default", row_kernels_default(), false, false}, true},
   };
   const char* named = std::getenv("M3BIND_CPU_CAPABILITY");
   const std::string wanted = named == nullptr ? "" : named;

@@ -12,9 +12,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 // Enough rows for a GEMM at full speed, and few enough for the panel to stay near the cache.
-constexpr int64_t kPanelElements = int64_t{1} << 22;
-constexpr int64_t kMinPanelRows = 512;
-constexpr int64_t kMaxPanelRows = 1024;
+constexpr int64_t kPanelRows = 512;
 // Of fewer derivatives the rounding to bfloat16 does not average out, and there is no time to win.
 constexpr int64_t kFewPairs = 128 * 128;
 constexpr double kSmallestFactor = 1e-30;
@@ -66,7 +64,9 @@ Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
                bool narrow)
     : x_(prepared(x, narrow)),
       y_(prepared(y, narrow)),
-      products_((narrow ? bf16_products : float_products)(x_.tensor(), y_.tensor())),
+      products_((narrow                         ? bf16_products
+                 : blocked_products_available() ? blocked_products
+                                                : float_products)(x_.tensor(), y_.tensor())),
       rules_(std::move(rules)),
       rows_(x_.rows()),
       cols_(y_.rows()),
@@ -74,8 +74,7 @@ Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
       margin_(margin) {
   rules_.check(rows_, cols_);
   log2_longest_ = std::log2(static_cast<double>(std::max({rows_, cols_, int64_t{1}})));
-  const int64_t wanted = kPanelElements / std::max<int64_t>(1, cols_);
-  step_ = std::min(rows_, std::clamp(wanted, kMinPanelRows, kMaxPanelRows));
+  step_ = std::min(rows_, kPanelRows);
   // A left-out pair is -inf in the panel and must stay -inf as a logit, so both parts of the factor
   // must be positive: the panel takes the sign, and a scale of 0 is next to nothing.
   sign_ = scale_ < 0 ? -1.0 : 1.0;

@@ -25,8 +25,11 @@ class Products {
   virtual bool exact() const { return true; }
 };
 
-// x [N, D] and y [M, D] are float32 and contiguous.
+// x [N, D] and y [M, D] are float32 and contiguous. By the GEMMs of torch's BLAS, ...
 std::unique_ptr<Products> float_products(const Tensor& x, const Tensor& y);
+// ... or in blocks. Only where blocked_products_available().
+std::unique_ptr<Products> blocked_products(const Tensor& x, const Tensor& y);
+bool blocked_products_available();
 
 // The same of bfloat16 rows, of which there must be some: the dots are as exact as in float32, the
 // panel of derivatives is rounded to bfloat16. Only where bf16_products_available().

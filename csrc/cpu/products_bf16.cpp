@@ -5,20 +5,12 @@
 #include <vector>
 
 #include "bf16_pack.h"
+#include "brgemm.h"
 #include "gemm.h"
 #include "products.h"
 #include "row_kernels.h"
-
-// at::native::cpublas::brgemm and brgemm_release: torch exports these two, under the same names in
-// 2.11 to 2.15, though not as part of its stable ABI. Where a later one does not, they are null.
-extern "C" {
-__attribute__((weak)) void m3bind_brgemm(
-    int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const void* a,
-    const void* b, float* c,
-    bool packed) __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
-__attribute__((weak)) void m3bind_brgemm_release(bool packed) __asm__(
-    "_ZN2at6native7cpublas14brgemm_releaseEb");
-}
+#include "space.h"
+#include "transpose.h"
 
 namespace m3bind::cpu {
 namespace {
@@ -27,25 +19,6 @@ constexpr int64_t kTile = 256;  // columns at a time: with 64 rows, operands and
 constexpr int64_t kWide = 32;   // the inner dimension is padded to this many zeros
 
 int64_t padded(int64_t n) { return (n + kWide - 1) / kWide * kWide; }
-
-// Uninitialised: every element of it is written before it is read.
-template <class T>
-class Space {
- public:
-  explicit Space(int64_t size = 0) { resize(size); }
-  bool empty() const { return data_ == nullptr; }
-  // Loses what is there.
-  void resize(int64_t size) {
-    if (size == size_) return;
-    data_.reset(size == 0 ? nullptr : new T[size]);
-    size_ = size;
-  }
-  T* data() { return data_.get(); }
-
- private:
-  std::unique_ptr<T[]> data_;
-  int64_t size_ = 0;
-};
 
 class Bf16Products : public Products {
  public:
@@ -71,9 +44,9 @@ class Bf16Products : public Products {
     over_rows(count, [&](int64_t begin, int64_t rows) {
       for (int64_t j = 0; j < cols_; j += kTile) {
         const int64_t width = std::min(kTile, cols_ - j);
-        m3bind_brgemm(rows, width, inner_, inner_, width, cols_, false,
-                      x_rows_ + (first + begin) * inner_, y_turned_.data() + j * inner_ / 2,
-                      out + begin * cols_ + j, true);
+        m3bind_brgemm_bf16(rows, width, inner_, inner_, width, cols_, false,
+                           x_rows_ + (first + begin) * inner_, y_turned_.data() + j * inner_ / 2,
+                           out + begin * cols_ + j, true);
       }
     });
   }
@@ -165,9 +138,9 @@ class Bf16Products : public Products {
     over_rows(count, [&](int64_t begin, int64_t rows) {
       for (int64_t j = 0; j < cols_; j += kTile) {
         const int64_t inner = padded(std::min(kTile, cols_ - j));
-        m3bind_brgemm(rows, features_, inner, inner, features_, features_, j > 0,
-                      rounded_.data() + j * count + begin * inner,
-                      y_packed_.data() + j / 2 * features_, out + begin * features_, true);
+        m3bind_brgemm_bf16(rows, features_, inner, inner, features_, features_, j > 0,
+                           rounded_.data() + j * count + begin * inner,
+                           y_packed_.data() + j / 2 * features_, out + begin * features_, true);
       }
     });
   }
@@ -179,8 +152,8 @@ class Bf16Products : public Products {
     if (!add) grad_y_turned_.resize(cols_ * features_);
     turn_x(first, count, inner);
     over_tiles([&](int64_t j, int64_t width) {
-      m3bind_brgemm(features_, width, inner, inner, width, width, add, x_turned_.data(),
-                    packed_.data() + j * inner, grad_y_turned_.data() + j * features_, true);
+      m3bind_brgemm_bf16(features_, width, inner, inner, width, width, add, x_turned_.data(),
+                         packed_.data() + j * inner, grad_y_turned_.data() + j * features_, true);
     });
   }
 
@@ -230,6 +203,8 @@ std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y) {
   return std::make_unique<Bf16Products>(x, y);
 }
 
-bool bf16_products_available() { return m3bind_brgemm != nullptr && capability().bf16_products; }
+bool bf16_products_available() {
+  return m3bind_brgemm_bf16 != nullptr && capability().bf16_products;
+}
 
 }  // namespace m3bind::cpu

@@ -42,6 +42,10 @@ std::unique_ptr<Products> float_products(const Tensor& x, const Tensor& y) {
 }
 
 #ifndef M3BIND_X86
+bool blocked_products_available() { return false; }
+std::unique_ptr<Products> blocked_products(const Tensor& x, const Tensor& y) {
+  return float_products(x, y);
+}
 bool bf16_products_available() { return false; }
 std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y) {
   return float_products(x, y);

@@ -75,7 +75,8 @@ const RowKernels& row_kernels_avx512();
 struct Capability {
   const char* name;
   const RowKernels& kernels;
-  bool bf16_products;  // the processor multiplies bfloat16
+  bool blocked_products;  // of float32
+  bool bf16_products;     // the processor multiplies bfloat16
 };
 const Capability& capability();
 inline const RowKernels& row_kernels() { return capability().kernels; }
