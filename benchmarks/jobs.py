@@ -58,8 +58,9 @@ PLANS = {
             ("bf16", "fp32"),
             ((8192, 512), (32768, 512), (32768, 768), (65536, 768), (65536, 512), (32768, 1024),
              (65536, 1024), (8192, 768), (8192, 1024)),
-        ),
-        seconds=0.4, error_rows=4096, seeds=3, gallery=1 << 20, large=1 << 20,
+        ) + _cases(("fp16",), ((8192, 512),)),
+        # More pairs than a wave of derivatives holds.
+        seconds=0.4, error_rows=12288, seeds=3, gallery=1 << 20, large=1 << 20,
     ),
     "quick": Plan(
         cases=_cases(("bf16", "fp32"), ((8192, 512),)), seconds=0.2, error_rows=1024, seeds=1,

@@ -70,6 +70,7 @@ def test_what_did_not_run_has_no_figure(load, kept):
         (lambda r: r.update(tests=[]), "no test of it passed"),
         (lambda r: r["tests"].append(group(dtype="", failed=1)), "1 tests failed"),
         (lambda r: r["sanitizer"][0].update(outcome="errors: 1"), "memcheck: errors: 1"),
+        (lambda r: r["sanitizer"][0].update(outcome="not finished"), "memcheck: not finished"),
         (lambda r: r["rows"][0].update(error=0.0062), "error 0.0062 beside 0.004 at D=512"),
         (lambda r: r["rows"][0].update(error=float("nan")), "error nan beside 0.004"),
         (lambda r: r["rows"][0].update(error=None), "no error was measured"),

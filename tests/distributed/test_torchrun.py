@@ -1,10 +1,12 @@
 """Stage 1 on four ranks that torchrun started: one is lost, and the training goes on."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,11 +44,12 @@ def beside(run: Run, folder: Path) -> Path:
 
 
 def start(
-    settings: Path, ranks: int, *more: str, restarts: int = 0, command: str = "align"
-) -> subprocess.Popen:
+    settings: Path, ranks: int, *more: str, restarts: int = 0, command: str = "align",
+    meeting: tuple[str, ...] = ("--standalone",),
+) -> subprocess.Popen:  # fmt: skip
     return subprocess.Popen(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            sys.executable, "-m", "torch.distributed.run", *meeting,
             f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "-m", "m3bind", command,
             "-c", str(settings), *more,
         ],
@@ -61,8 +64,8 @@ def finished(process: subprocess.Popen) -> str:
     return output
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
-    lines = map(json.loads, (folder / "align" / "metrics.jsonl").read_text().splitlines())
+def losses(folder: Path, stage: str = "align") -> list[tuple[int, float]]:
+    lines = map(json.loads, (folder / stage / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
@@ -166,6 +169,53 @@ def test_distill_over_ranks(alone, settings, tmp_path, placement):
     wait_for(int(stopped) + 2, log, resumed)
     resumed.send_signal(signal.SIGTERM)
     assert "control: stopped at step" in resumed.communicate(timeout=60)[0]
+
+
+@pytest.mark.slow
+def test_two_machines(alone, settings, tmp_path):
+    """Two torchruns that meet as those of two machines do; a rank of the second one is lost."""
+    whole = beside(alone, tmp_path / "out")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    meeting = (
+        "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=17", f"--rdzv-endpoint={endpoint}",
+    )  # fmt: skip
+    machines = [
+        start(settings, 2, *LONG, *EXACT, f"output={whole}", restarts=2, meeting=meeting)
+        for _ in range(2)
+    ]
+    wait_for(5, whole / "align" / "metrics.jsonl", machines[0])
+    (last,) = (p for m in machines for p in children(m, "align") if p.environ()["RANK"] == "3")
+    last.send_signal(signal.SIGKILL)
+    said = "".join(map(finished, machines))
+    assert "rank 3 ended; torchrun goes on" in said and said.count("best score") == 1
+    got, want = losses(whole), losses(alone.folder)
+    assert [step for step, _ in got] == [step for step, _ in want]
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in want], rel=2e-4)
+
+
+@pytest.mark.slow
+def test_an_expert_is_pretrained_over_ranks(settings, tmp_path):
+    """Images stream to both ranks; what was stopped and goes on repeats what never stopped."""
+    runs = {}
+    for name in ("whole", "cut"):
+        out = tmp_path / name
+        more = [
+            "--modality", "xray", "pretrain.steps=8", "pretrain.validate_every=4",
+            "pretrain.checkpoint_every=1", "pretrain.batch_size=8", f"output={out}",
+        ]  # fmt: skip
+        process = start(settings, 2, *more, command="pretrain")
+        if name == "cut":
+            wait_for(3, out / "pretrain" / "xray" / "metrics.jsonl", process)
+            process.send_signal(signal.SIGTERM)
+            assert "pretrain/xray: stopped at step" in process.communicate(timeout=60)[0]
+            process = start(settings, 2, *more, "--resume", command="pretrain")
+        finished(process)
+        runs[name] = losses(out, "pretrain/xray")
+        weights = out / "pretrain" / "xray" / "model.safetensors"
+        runs[name].append(hashlib.sha256(weights.read_bytes()).hexdigest())
+    assert len(runs["whole"]) == 9 and runs["cut"] == runs["whole"]
 
 
 def test_one_process_commands_are_refused(settings):
