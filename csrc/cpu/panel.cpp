@@ -29,6 +29,12 @@ Tensor prepared(const Tensor& t, bool narrow) {
   return torch::stable::contiguous(narrow ? t : torch::stable::to(t, ScalarType::Float));
 }
 
+Tensor matrix_in(Space<float>& memory, int64_t rows, int64_t cols, const Tensor& like) {
+  memory.resize(rows * cols);
+  return torch::stable::from_blob(memory.data(), {rows, cols}, {cols, 1}, like.device(),
+                                  ScalarType::Float);
+}
+
 double largest_norm(const FloatRows& t) {
   std::vector<double> squares(t.rows());
   for_row_blocks(t.rows(), [&](int64_t begin, int64_t end) {
@@ -116,8 +122,7 @@ void Panels::dots(int64_t first, int64_t count) {
   if (kept && !filled_) {
     use(*kept_, first, count);
   } else {
-    if (!buffer_)
-      buffer_ = torch::stable::new_empty(x_.tensor(), {step_, cols_}, ScalarType::Float);
+    if (!buffer_) buffer_ = matrix_in(memory_, step_, cols_, x_.tensor());
     use(*buffer_, 0, count);
   }
   if (kept && filled_) {

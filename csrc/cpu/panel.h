@@ -15,6 +15,7 @@
 #include "pair_rules.h"
 #include "products.h"
 #include "row_kernels.h"
+#include "space.h"
 
 namespace m3bind::cpu {
 
@@ -109,6 +110,7 @@ class Panels {
   void put_back();
 
   FloatRows x_, y_;
+  Space<float> memory_;  // of the buffer
   std::optional<Tensor> buffer_, kept_;
   bool filled_ = false;  // kept_ is there to be read
   int64_t kept_rows_ = 0;

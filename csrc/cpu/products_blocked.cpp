@@ -15,7 +15,8 @@ namespace {
 
 constexpr int64_t kDotColumns = 64;    // columns of the panel at a time, for its dot products
 constexpr int64_t kGradColumns = 128;  // and for the gradient of their features
-constexpr int64_t kDepth = 256;        // summands at a time in the gradients
+constexpr int64_t kDotDepth = 128;
+constexpr int64_t kDepth = 256;  // summands at a time in the gradients
 
 // f(first, count) on every tile of `size`, in order.
 template <class F>
@@ -35,8 +36,11 @@ class BlockedProducts : public Products {
       turned.resize(kDotColumns * features_);
       transpose_floats(row(y_, j), features_, width, features_, turned.data(), width);
       over_tiles(0, count, kBlockRows, [&](int64_t i, int64_t rows) {
-        m3bind_brgemm_float(rows, width, features_, features_, width, cols_, false,
-                            x + i * features_, turned.data(), out + i * cols_ + j, false);
+        over_tiles(0, features_, kDotDepth, [&](int64_t d, int64_t depth) {
+          m3bind_brgemm_float(rows, width, depth, features_, width, cols_, d > 0,
+                              x + i * features_ + d, turned.data() + d * width, out + i * cols_ + j,
+                              false);
+        });
       });
     });
   }

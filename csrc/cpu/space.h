@@ -1,26 +1,61 @@
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdint>
-#include <memory>
+#include <new>
 
 namespace m3bind::cpu {
 
-// Uninitialised memory: every element of it is written before it is read.
+// Uninitialised memory, aligned to 64 bytes: every element is written before it is read.
+//
+// Where it is large it comes from the system, and goes back at once: what a forward pass gives back
+// to glibc's heap does not fit again, and would lie idle beside the memory of the backward pass.
 template <class T>
 class Space {
  public:
   explicit Space(int64_t size = 0) { resize(size); }
-  bool empty() const { return data_ == nullptr; }
-  // Loses what is there.
+  ~Space() { resize(0); }
+  Space(const Space&) = delete;
+  Space& operator=(const Space&) = delete;
+
+  bool empty() const { return size_ == 0; }
+  T* data() { return data_; }
+
+  // Room for `size` elements; 0 gives the memory back. What was there is lost.
   void resize(int64_t size) {
-    if (size == size_) return;
-    data_.reset(size == 0 ? nullptr : new T[size]);
+    if (size != 0 && size <= size_) return;
+    if (size_ != 0) release();
     size_ = size;
+    if (size_ != 0) acquire();
   }
-  T* data() { return data_.get(); }
 
  private:
-  std::unique_ptr<T[]> data_;
+  static constexpr size_t kLarge = size_t{4} << 20;
+
+  size_t bytes() const { return static_cast<size_t>(size_) * sizeof(T); }
+  void acquire() {
+    if (bytes() < kLarge) {
+      data_ = static_cast<T*>(::operator new(bytes(), std::align_val_t(64)));
+      return;
+    }
+    void* found =
+        mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (found == MAP_FAILED) {
+      size_ = 0;
+      throw std::bad_alloc();
+    }
+    madvise(found, bytes(), MADV_HUGEPAGE);  // where it can
+    data_ = static_cast<T*>(found);
+  }
+  void release() {
+    if (bytes() < kLarge)
+      ::operator delete(data_, std::align_val_t(64));
+    else
+      munmap(data_, bytes());
+  }
+
+  T* data_ = nullptr;
   int64_t size_ = 0;
 };
 

@@ -10,7 +10,7 @@ from m3bind.ops.info_nce_rows import info_nce_rows
 from m3bind.ops.ranks import ONE_RANK
 from m3bind.ops.stats import rows_to_keep
 
-MEMORY_BUDGET = 56.0  # MiB
+MEMORY_BUDGET = 64.0  # MiB
 
 
 def clip_loss(
@@ -63,8 +63,8 @@ def clip_loss(
             positive. Nothing to average has the mean NaN and the sum 0, as in torch.
         memory_budget: MiB in which the forward pass may leave dot products of x and y for the
             backward pass, which forms the others again; N * M * 4 bytes hold all of them, and save
-            one of four matrix products: the default holds those of batches up to 3831, and a
-            fifth of 8192's. A single direction has three anyway, where it is plain and
+            one of four matrix products: the default holds those of batches up to 4096, and a
+            quarter of 8192's. A single direction has three anyway, where it is plain and
             the backend "cpp". Results differ by no more than the order of sums. Not with
             `backend="triton"`, which keeps nothing, and "reference", which keeps everything.
         backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.

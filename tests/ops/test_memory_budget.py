@@ -162,6 +162,6 @@ def test_module_and_messages():
     assert kept_of(ClipLoss(memory_budget=0)(x, y, 20.0)).shape == (0, 150)
     long = unit_pairs(5000, D, seed=0)
     kept = kept_of(ClipLoss()(*(t.requires_grad_() for t in long), 20.0))
-    assert kept.shape == (56 * 2**20 // (5000 * 4) // 64 * 64, 5000)  # 56 MiB, whole blocks
+    assert kept.shape == (64 * 2**20 // (5000 * 4) // 64 * 64, 5000)  # 64 MiB, whole blocks
     with pytest.raises(ValueError, match="memory_budget=-1; pass a number of at least 0"):
         clip_loss(x, y, 1.0, memory_budget=-1)

@@ -20,8 +20,9 @@ BACKENDS = {
 }
 CASES = [(name, b) for name in OPERATORS for b in BACKENDS[name.partition(" ")[0]]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# (N, D): ragged, in one tile and a bit; many tiles, by descriptors where there are such.
-SHAPES = ((70, 33), (1000, 96))
+# (N, D): ragged, in one tile and a bit; many tiles, by descriptors where there are such; sums so
+# long that it shows how they are added.
+SHAPES = ((70, 33), (1000, 96), (300, 1536))
 # Beside 1.5 x plain PyTorch's own error, as a ratio of norms; gradients of scalars are sums that
 # cancel.
 TOLERANCE, SCALAR_TOLERANCE = 1e-6, 2e-5

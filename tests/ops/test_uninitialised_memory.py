@@ -19,8 +19,15 @@ void* operator new(size_t size) {
   throw std::bad_alloc();
 }
 void* operator new[](size_t size) { return operator new(size); }
+static void* aligned(size_t size, size_t alignment) {
+  return filled(aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment), size);
+}
+void* operator new(size_t size, std::align_val_t alignment) {
+  if (void* p = aligned(size, static_cast<size_t>(alignment))) return p;
+  throw std::bad_alloc();
+}
 extern "C" int posix_memalign(void** out, size_t alignment, size_t size) {
-  *out = filled(aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment), size);
+  *out = aligned(size, alignment);
   return *out || !size ? 0 : 12;
 }
 """
