@@ -16,7 +16,7 @@ __attribute__((weak)) void m3bind_brgemm_bf16(
     int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const void* a,
     const void* b, float* c,
     bool packed) __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
-// After a thread's last product.
+// After a thread's last product of packed operands.
 __attribute__((weak)) void m3bind_brgemm_release(bool packed) __asm__(
     "_ZN2at6native7cpublas14brgemm_releaseEb");
 }

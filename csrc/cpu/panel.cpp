@@ -70,9 +70,10 @@ Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
                bool narrow)
     : x_(prepared(x, narrow)),
       y_(prepared(y, narrow)),
-      products_((narrow                         ? bf16_products
-                 : blocked_products_available() ? blocked_products
-                                                : float_products)(x_.tensor(), y_.tensor())),
+      products_((narrow ? bf16_products
+                 : blocked_products_available() && x_.features() > 0
+                     ? blocked_products
+                     : float_products)(x_.tensor(), y_.tensor())),
       rules_(std::move(rules)),
       rows_(x_.rows()),
       cols_(y_.rows()),

@@ -14,23 +14,13 @@
 #include "gemm.h"
 #include "pair_rules.h"
 #include "products.h"
+#include "row_blocks.h"
 #include "row_kernels.h"
 #include "space.h"
 
 namespace m3bind::cpu {
 
 inline constexpr double kLog2E = 1.4426950408889634;
-
-// Runs f(first row, one past the last row) on blocks of kBlockRows rows, by torch's threads. The
-// blocks, and with them every float sum, are the same for any number of threads.
-template <class F>
-void for_row_blocks(int64_t rows, const F& f) {
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block)
-      f(block * kBlockRows, std::min(rows, (block + 1) * kBlockRows));
-  });
-}
 
 // The one value of a tensor.
 double read_scalar(const Tensor& t);
@@ -98,7 +88,11 @@ class Panels {
   void gradients(int64_t first, int64_t count, const Tensor& grad_x, bool need_y) {
     products_->gradients(first, count, panel_, grad_x, need_y);
   }
-  Tensor take_grad_y() { return products_->take_grad_y(); }
+  Tensor take_grad_y() {
+    buffer_.reset();
+    memory_.resize(0);
+    return products_->take_grad_y();
+  }
   bool exact() const { return products_->exact(); }
 
  private:

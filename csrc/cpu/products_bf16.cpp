@@ -8,6 +8,7 @@
 #include "brgemm.h"
 #include "gemm.h"
 #include "products.h"
+#include "row_blocks.h"
 #include "row_kernels.h"
 #include "space.h"
 #include "transpose.h"
@@ -17,6 +18,10 @@ namespace {
 
 constexpr int64_t kTile = 256;  // columns at a time: with 64 rows, operands and result fit into L2
 constexpr int64_t kWide = 32;   // the inner dimension is padded to this many zeros
+
+void release() {
+  if (m3bind_brgemm_release != nullptr) m3bind_brgemm_release(true);
+}
 
 int64_t padded(int64_t n) { return (n + kWide - 1) / kWide * kWide; }
 
@@ -41,13 +46,18 @@ class Bf16Products : public Products {
 
   void dots(int64_t first, int64_t count, const Tensor& panel) override {
     float* out = static_cast<float*>(panel.mutable_data_ptr());
-    over_rows(count, [&](int64_t begin, int64_t rows) {
-      for (int64_t j = 0; j < cols_; j += kTile) {
-        const int64_t width = std::min(kTile, cols_ - j);
-        m3bind_brgemm_bf16(rows, width, inner_, inner_, width, cols_, false,
-                           x_rows_ + (first + begin) * inner_, y_turned_.data() + j * inner_ / 2,
-                           out + begin * cols_ + j, true);
+    torch::stable::parallel_for(0, blocks_of(count) * tiles_, 1, [&](int64_t begin, int64_t end) {
+      Space<float> block(kBlockRows * kTile);  // as in BlockedProducts
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t i = part / tiles_ * kBlockRows, rows = std::min(kBlockRows, count - i);
+        const int64_t j = part % tiles_ * kTile, width = std::min(kTile, cols_ - j);
+        m3bind_brgemm_bf16(rows, width, inner_, inner_, width, width, false,
+                           x_rows_ + (first + i) * inner_, y_turned_.data() + j * inner_ / 2,
+                           block.data(), true);
+        for (int64_t r = 0; r < rows; ++r)
+          std::copy_n(block.data() + r * width, width, out + (i + r) * cols_ + j);
       }
+      release();
     });
   }
 
@@ -90,21 +100,12 @@ class Bf16Products : public Products {
     return reinterpret_cast<const uint32_t*>(row);
   }
 
-  // f(first column, columns) on every tile, f(first row, rows) on every block of rows.
+  // f(first column, columns) on every tile.
   template <class F>
   void over_tiles(const F& f) const {
     torch::stable::parallel_for(0, tiles_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) f(t * kTile, std::min(kTile, cols_ - t * kTile));
-      if (m3bind_brgemm_release != nullptr) m3bind_brgemm_release(true);
-    });
-  }
-  template <class F>
-  static void over_rows(int64_t count, const F& f) {
-    const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        f(b * kBlockRows, std::min(kBlockRows, count - b * kBlockRows));
-      if (m3bind_brgemm_release != nullptr) m3bind_brgemm_release(true);
+      release();
     });
   }
 
@@ -114,20 +115,20 @@ class Bf16Products : public Products {
     const int64_t wide = tiles_ * kTile;
     rounded_.resize(count * wide);
     packed_.resize(inner * wide);
-    over_rows(count, [&](int64_t begin, int64_t rows) {
+    for_row_blocks(count, [&](int64_t begin, int64_t last) {
       for (int64_t j = 0; j < cols_; j += kTile) {
         const int64_t width = std::min(kTile, cols_ - j);
         Bf16* plain = rounded_.data() + j * count;
         Bf16* pairs = packed_.data() + j * inner;
-        for (int64_t i = begin; i < begin + rows; i += 2) {
-          const bool two = i + 1 < begin + rows;
+        for (int64_t i = begin; i < last; i += 2) {
+          const bool two = i + 1 < last;
           const float* from = panel + i * cols_ + j;
           round_pair(from, two ? from + cols_ : nullptr, width, plain + i * padded(width),
                      two ? plain + (i + 1) * padded(width) : nullptr, pairs + i * width);
         }
-        for (int64_t i = begin; i < begin + rows; ++i)
+        for (int64_t i = begin; i < last; ++i)
           std::fill_n(plain + i * padded(width) + width, padded(width) - width, Bf16{0});
-        if (const int64_t end = begin + rows + rows % 2; end >= count)
+        if (const int64_t end = last + last % 2; end >= count)
           std::fill_n(pairs + end * width, (inner - end) * width, Bf16{0});
       }
     });
@@ -135,13 +136,18 @@ class Bf16Products : public Products {
 
   void to_x(int64_t count, float* out) {
     if (y_packed_.empty()) pack_y();
-    over_rows(count, [&](int64_t begin, int64_t rows) {
-      for (int64_t j = 0; j < cols_; j += kTile) {
-        const int64_t inner = padded(std::min(kTile, cols_ - j));
-        m3bind_brgemm_bf16(rows, features_, inner, inner, features_, features_, j > 0,
-                           rounded_.data() + j * count + begin * inner,
-                           y_packed_.data() + j / 2 * features_, out + begin * features_, true);
+    for_parts(count, features_, [&](int64_t begin, int64_t end, int64_t d, int64_t width) {
+      for (int64_t i = begin; i < end; i += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, end - i);
+        for (int64_t j = 0; j < cols_; j += kTile) {
+          const int64_t inner = padded(std::min(kTile, cols_ - j));
+          m3bind_brgemm_bf16(rows, width, inner, inner, features_, features_, j > 0,
+                             rounded_.data() + j * count + i * inner,
+                             y_packed_.data() + j / 2 * features_ + d, out + i * features_ + d,
+                             true);
+        }
       }
+      release();
     });
   }
 
@@ -204,7 +210,19 @@ std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y) {
 }
 
 bool bf16_products_available() {
-  return m3bind_brgemm_bf16 != nullptr && capability().bf16_products;
+  if (m3bind_brgemm_bf16 == nullptr || !capability().bf16_products) return false;
+  // torch.backends.mkldnn.flags or ONEDNN_MAX_CPU_ISA may forbid it at any time.
+  constexpr int64_t kColumns = 16;
+  const uint32_t zeros[kWide / 2 * kColumns] = {};
+  float out[kColumns];
+  try {
+    m3bind_brgemm_bf16(1, kColumns, kWide, kWide, kColumns, kColumns, false, zeros, zeros, out,
+                       true);
+    release();
+    return true;
+  } catch (...) {
+    return false;
+  }
 }
 
 }  // namespace m3bind::cpu

@@ -8,8 +8,6 @@
 namespace m3bind::cpu {
 namespace {
 
-typedef double DoubleVec __attribute__((vector_size(kLanes * 8)));
-
 // Vectors that are added in float before their sum is added in double: rounding errors of equal
 // values add up, and at the start of a training all logits are about equal.
 constexpr int64_t kRun = 8;

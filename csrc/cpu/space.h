@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <new>
 
@@ -26,33 +27,36 @@ class Space {
   void resize(int64_t size) {
     if (size != 0 && size <= size_) return;
     if (size_ != 0) release();
-    size_ = size;
-    if (size_ != 0) acquire();
+    if (size != 0) acquire(size);
   }
 
  private:
   static constexpr size_t kLarge = size_t{4} << 20;
 
-  size_t bytes() const { return static_cast<size_t>(size_) * sizeof(T); }
-  void acquire() {
-    if (bytes() < kLarge) {
-      data_ = static_cast<T*>(::operator new(bytes(), std::align_val_t(64)));
-      return;
+  static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(T); }
+
+  void acquire(int64_t size) {
+    if (bytes(size) < kLarge) {
+      data_ = static_cast<T*>(::operator new(bytes(size), std::align_val_t(64)));
+    } else {
+      void* found =
+          mmap(nullptr, bytes(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (found == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      madvise(found, bytes(size), MADV_HUGEPAGE);  // where it can
+#endif
+      data_ = static_cast<T*>(found);
     }
-    void* found =
-        mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (found == MAP_FAILED) {
-      size_ = 0;
-      throw std::bad_alloc();
-    }
-    madvise(found, bytes(), MADV_HUGEPAGE);  // where it can
-    data_ = static_cast<T*>(found);
+    size_ = size;
   }
+
   void release() {
-    if (bytes() < kLarge)
+    if (bytes(size_) < kLarge)
       ::operator delete(data_, std::align_val_t(64));
     else
-      munmap(data_, bytes());
+      munmap(data_, bytes(size_));
+    data_ = nullptr;
+    size_ = 0;
   }
 
   T* data_ = nullptr;

@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
-from clip_oracle import needs_native
+import torch
+from clip_oracle import errors, needs_native, run, truth, unit_pairs
+
+from m3bind.ops import clip_loss
 
 CLIP = """
 import sys
@@ -118,3 +122,13 @@ def test_search_gives_the_same_bits(capability, searches):
     # Fused multiply-adds in the same order, and a first look that loses nothing; default has none.
     searches[capability] = printed(SEARCH, capability)
     assert len({found for name, found in searches.items() if name != "default"}) <= 1
+
+
+@needs_native
+def test_bfloat16_where_onednn_is_forbidden():
+    """Its products are then those of float32, and no worse."""
+    x, y = unit_pairs(300, 64, seed=0, dtype=torch.bfloat16)
+    with torch.backends.mkldnn.flags(enabled=False):
+        got = run(partial(clip_loss, backend="cpp"), x, y, 20.0)
+    for name, error in errors(got, truth(x, y, 20.0)).items():
+        assert error < 5e-3, (name, error)
