@@ -70,11 +70,10 @@ def import_config(path: Path) -> dict[str, Any]:
 
 
 def pack_random(rng: random.Random) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of every generator: ``rng``, Python's, NumPy's, torch's and each GPU's."""
+    """The state of ``rng`` and of the generators of Python, NumPy, torch and this process's GPU."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda.{index}"] = state
+        tensors["cuda"] = torch.cuda.get_rng_state()
     name, keys, position, has_gauss, gauss = np.random.get_state()
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     return tensors, {
@@ -95,10 +94,8 @@ def unpack_random(
     keys = tensors["numpy"].numpy().astype(np.uint32)
     np.random.set_state((name, keys, position, has_gauss, gauss))
     torch.set_rng_state(tensors["torch"])
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"cuda.{index}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
 
 
 def pack_bytes(data: bytes) -> Tensor:

@@ -28,7 +28,7 @@ from m3bind.models.published import (
     started_from,
 )
 from m3bind.models.text import TextEncoder
-from m3bind.parallel import device
+from m3bind.parallel import device, size
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +78,15 @@ class Trained:
                 restore(expert, folder, f"experts.{modality}.")
             elif source == "align":
                 raise M3BindError(f"no aligned expert at {folder}: run m3bind align first")
-            else:
+            expert.freeze_trunk()
+        # The first rank speaks for all, whichever experts it holds itself.
+        for modality in self.modalities if size() > 1 else experts:
+            if source != "align" and not (self.folder / source / modality / WEIGHTS).is_file():
                 log.warning(
                     "%s: no expert at %s: starting from its towers as configured; run m3bind "
-                    "pretrain first unless their weights are pre-trained", modality, folder,
+                    "pretrain first unless their weights are pre-trained", modality,
+                    self.folder / source / modality,
                 )  # fmt: skip
-            expert.freeze_trunk()
         self._check_start(stage)
         return experts
 

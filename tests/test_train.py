@@ -2,7 +2,6 @@
 
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,8 +14,6 @@ import torch
 from torch import nn
 
 from m3bind.checkpoint import load_checkpoint
-from m3bind.config import TrainConfig
-from m3bind.data.loader import Batch
 from m3bind.data.records import Record
 from m3bind.data.shard_writer import ShardWriter
 from m3bind.errors import Interrupted, M3BindError
@@ -24,62 +21,9 @@ from m3bind.tracking import read_history
 from m3bind.train import fit, load_best, schedule
 
 import train_run  # isort: skip
+from train_stub import Stub, StubLoader, config, quadratic  # isort: skip
 
 RUN = Path(train_run.__file__)
-
-
-class StubLoader:
-    """Numbered batches of one number, with the interface of a loader."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def __iter__(self):
-        while True:
-            self.number += 1
-            images = torch.full((1, 1), float(self.number))
-            yield Batch(images=images, reports=["r"], meta=[{}], modality="stub")
-
-    def state(self) -> dict:
-        return {"stream": bytes([self.number]), "batches": self.number, "signature": "s"}
-
-    def load_state(self, state: dict) -> None:
-        self.number = state["stream"][0]
-
-
-class Stub(nn.Module):
-    """One weight; ``function`` makes the losses of it and the batch's number."""
-
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([1.0]))
-        self.function = function
-        self.modes: list[bool] = []
-
-    def forward(self, batches, rng: random.Random):
-        self.modes.append(self.training)
-        return self.function(self.weight, batches["stub"].images.item()), {"note": 1.0}
-
-    def parameter_groups(self):
-        return [{"params": [self.weight]}]
-
-    def trainable_state(self):
-        return {"weight": self.weight}
-
-    def load_trainable_state(self, state):
-        if set(state) != {"weight"}:
-            raise ValueError(f"unexpected keys {sorted(state)}")
-        self.weight.data.copy_(state["weight"])
-
-
-def quadratic(weight, number):
-    return {"a": (weight**2).sum(), "b": ((weight - 3) ** 2).sum()}
-
-
-def config(**values) -> TrainConfig:
-    common = {"steps": 10, "warmup": 2, "lr": 0.1, "log_every": 1, "checkpoint_every": 4,
-              "validate_every": 3}  # fmt: skip
-    return TrainConfig(**{**common, **values})
 
 
 def test_the_sum_of_the_losses_is_minimised_by_adamw(tmp_path) -> None:
@@ -380,17 +324,20 @@ def test_a_step_is_the_mean_of_accumulated_batches(tmp_path) -> None:
 def test_what_torchrun_starts_again_goes_on_with_this_run_and_no_other(
     tmp_path, monkeypatch
 ) -> None:
-    def steps_taken(restarts: int) -> int:
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+    def steps_taken(by_torchrun: bool) -> int:
+        if by_torchrun:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "17")
+        else:
+            monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
         task = Stub(quadratic)
         fit(task, {"stub": StubLoader()}, config(steps=4, checkpoint_every=1), tmp_path)
         return len(task.modes)
 
-    assert steps_taken(0) == 4
-    assert steps_taken(1) == 0  # nothing is left to do
+    assert steps_taken(by_torchrun=True) == 4
+    assert steps_taken(by_torchrun=True) == 0  # nothing is left to do
     last = tmp_path / "checkpoints" / "last.safetensors"
     os.utime(last, (1, 1))  # from before torchrun, here this process's parent, was started
-    assert steps_taken(1) == 4
-    assert steps_taken(0) == 4  # started by hand
+    assert steps_taken(by_torchrun=True) == 4
+    assert steps_taken(by_torchrun=False) == 4  # started by hand
     history = read_history(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in history] == [1, 2, 3, 4]

@@ -27,7 +27,8 @@ Arguments of all three
         a sixteenth of the smallest device's memory; else gather.
     sizes: "exchange" finds sizes, and what does not fit together, by one small collective a call:
         every rank then raises the same ValueError, and none waits for another. "static" leaves it
-        out: the caller vouches for equal sizes and arguments on all ranks.
+        out: the caller vouches for equal sizes and arguments on all ranks, and that the same
+        features need gradients; "auto" then leaves memory out of account.
     check: also look for NaN in the features, on all ranks (a synchronisation on a GPU).
     reduce_scale: the scale's and bias's gradient is the true one on each rank, for parameters that
         nothing averages.

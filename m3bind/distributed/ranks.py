@@ -1,7 +1,7 @@
 """A batch over ranks: the answers to what losses ask of it (`m3bind.ops.ranks`)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,7 +93,8 @@ def meet(
             raise
         error, brought = found, Brought()
     if sizes == "static":
-        agreed = [brought] * channel.size
+        # Not by the memory of this rank's device, which may differ from that of others.
+        agreed = [replace(brought, memory=schemes.NO_LIMIT)] * channel.size
         agreement.check_values(op, agreed)
     else:
         options = options | call.options | {"scheme": scheme}

@@ -19,6 +19,7 @@ SCHEMES = ("auto", "gather", "circulate")
 # From this many columns a rank, a block's matrix products take longer than its transfer: 2*b*b*D
 # operations at 700e12 a second against 2*b*D bytes at 50e9 a second.
 HIDDEN_COLUMNS = 1 << 14
+NO_LIMIT = 1 << 50
 GATHERED_SHARE = 16  # of the device's memory, what gathered features may take
 
 

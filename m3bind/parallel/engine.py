@@ -31,7 +31,8 @@ class Engine:
     Calling it is calling the task. ``how`` is "ddp", which holds the task whole on every rank, or
     "fsdp", which spreads its parameters, gradients and optimizer: layers of a list of layers are
     gathered when they are used, the rest for the length of a step. With one rank it is the task
-    alone. Buffers, such as the statistics of a batch norm, are those of the group's first rank.
+    alone. Of buffers, such as the statistics of a batch norm, those of the group's first rank are
+    kept.
     """
 
     def __init__(self, task: nn.Module, how: str = "ddp", group: Any = None) -> None:
@@ -141,7 +142,7 @@ def _shard(root: nn.Module, group: Any) -> None:
     everyone: Any = dist.group.WORLD
     mesh = DeviceMesh.from_group(everyone if group is None else group, device_type)
     lists = [m for m in root.modules() if isinstance(m, nn.ModuleList)]
-    for layer in (layer for layers in lists for layer in layers):
+    for layer in (layer for layers in reversed(lists) for layer in layers):  # inner ones first
         if not hasattr(layer, "unshard") and type(layer).forward is not nn.Module.forward:
             fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)

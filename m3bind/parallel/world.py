@@ -5,6 +5,7 @@ group was joined.
 """
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from m3bind.errors import M3BindError
 from m3bind.parallel.joining import fresh_store
 
 TIMEOUT = timedelta(minutes=30)  # of what one rank waits for another
+PATIENCE = timedelta(days=7)  # where another computes what all need
 
 
 @contextmanager
@@ -124,6 +126,18 @@ def meet() -> None:
         dist.barrier()
 
 
+def meet_after(work: str) -> None:
+    """Wait for all ranks as long as it takes: some may have hours of ``work`` that others lack."""
+    if size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    _turns[work] += 1
+    key = f"m3bind/{work}/{_turns[work]}"
+    if store.add(f"{key}/here", 1) == size():
+        store.set(f"{key}/all", "here")
+    store.wait([f"{key}/all"], PATIENCE)
+
+
 @contextmanager
 def lost_ranks_named(doing: str) -> Iterator[None]:
     """Turn what the transport says of a rank that is gone into one line that names it."""
@@ -160,7 +174,7 @@ def first_before_others(name: str, ranks: Sequence[int]) -> Iterator[None]:
     _turns[name] += 1
     key = f"m3bind/{name}/{_turns[name]}"
     if rank() != ranks[0]:
-        store.wait([key], timedelta(days=7))
+        store.wait([key], PATIENCE)
     yield
     if rank() == ranks[0]:
         store.set(key, "done")
@@ -170,15 +184,14 @@ _turns: Counter[str] = Counter()
 
 
 def launched() -> float:
-    """When the first of the torchruns was started that started these ranks, in seconds since 1970.
+    """When the first of the torchruns was started that started these ranks, in seconds since 1970;
+    inf where none did.
 
-    Restarts do not change it.
+    Restarts do not change it, nor do machines that come or go, of which torchrun keeps no count.
     """
-    import psutil
+    own = math.inf
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        import psutil
 
-    return min(gathered_objects(psutil.Process(os.getppid()).create_time()))
-
-
-def restarted() -> bool:
-    """Whether torchrun started this process anew, after a rank was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        own = psutil.Process(os.getppid()).create_time()
+    return min(gathered_objects(own))

@@ -16,7 +16,7 @@ from m3bind.models.expert import Expert
 from m3bind.models.hidden_cache import HiddenCache
 from m3bind.models.minilm import MiniLM
 from m3bind.models.text import TextEncoder
-from m3bind.parallel import Placement, first_before_others, gathered_objects
+from m3bind.parallel import Placement, first_before_others, gathered_objects, meet_after
 from m3bind.trained import Trained
 from m3bind.validation import SplitEmbedder, Validation
 
@@ -46,7 +46,9 @@ class Inputs(Trained):
         self, experts: dict[str, Expert], settings: TrainConfig, placement: Placement
     ) -> dict[str, Loader | FeatureLoader]:
         """Endless batches of each modality: this rank's part of them."""
-        return {m: self._training(e, settings, placement) for m, e in experts.items()}
+        found = {m: self._training(e, settings, placement) for m, e in experts.items()}
+        meet_after("image features")
+        return found
 
     def _check_batches(self, settings: TrainConfig, placement: Placement, *, frozen: bool) -> None:
         """Refuse batches that the ranks cannot share, before anything is computed for them."""
@@ -154,6 +156,7 @@ class Inputs(Trained):
                         bar = partial(tqdm, desc=f"{modality}: frozen text layers")
                         cache.precompute(wanted, bar)
                         cache.save(path, wanted)
+        meet_after("frozen text layers")
 
     def _evaluation_texts(self, modality: str) -> set[str]:
         root = self.dataset.root

@@ -13,7 +13,7 @@ from m3bind.models.expert import Expert
 from m3bind.models.published import publish
 from m3bind.models.text import TextEncoder
 from m3bind.parallel import Placement, is_first, meet, size
-from m3bind.parallel.world import restarted
+from m3bind.parallel.world import launched
 from m3bind.stages.inputs import Inputs
 from m3bind.tasks.align import Align
 from m3bind.tasks.common import Task, without_prefix
@@ -98,10 +98,12 @@ class Training(Inputs):
 
     @contextmanager
     def _measured(self, stage: str, resume: bool) -> Iterator[None]:
+        since, last = launched(), self.folder / stage / "checkpoints" / "last.safetensors"
         if not is_first():
             yield
             return
-        with measured(self.folder, stage, resume=resume or restarted()):
+        again = last.is_file() and last.stat().st_mtime > since
+        with measured(self.folder, stage, resume=resume or again):
             yield
 
     def _fit(

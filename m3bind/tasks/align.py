@@ -166,7 +166,7 @@ class Align(Task):
                 preserved.append(kept)
         centres = exchange(own_centres, len(centre), self.placement)
         pairs = list(itertools.combinations(centres.values(), 2))
-        text_ids = equal_texts(centre).to(self.calls.device)
+        text_ids = equal_texts(centre).to(pairs[0][0].device)
         agreement = torch.stack(
             [agreement_loss(a, b, self.config.agreement, text_ids) for a, b in pairs]
         ).sum()

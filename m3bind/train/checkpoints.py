@@ -22,7 +22,7 @@ from m3bind.checkpoint import (
 from m3bind.errors import M3BindError
 from m3bind.parallel import Engine, gathered_objects, is_first, meet, rank
 from m3bind.parallel.engine import spread_as
-from m3bind.parallel.world import launched, restarted, sent_to_first
+from m3bind.parallel.world import launched, sent_to_first
 
 # These say how often something is done, how fast or on how many ranks, not what is computed.
 _MAY_CHANGE = (
@@ -76,10 +76,8 @@ class Checkpoints:
     def begin(self, resume: bool) -> Progress:
         """Go on from the last one, if that is wanted and there is one; else set old ones aside."""
         # A restart goes on with what this torchrun wrote, not with what was there before it.
-        again = any(gathered_objects(restarted())) and launched()
-        found = self.last.is_file() and (
-            resume or (again > 0 and self.last.stat().st_mtime > again)
-        )
+        since = launched()
+        found = self.last.is_file() and (resume or self.last.stat().st_mtime > since)
         if not gathered_objects(found)[0]:
             self._set_aside()
             seed = self.settings["seed"]
@@ -88,7 +86,9 @@ class Checkpoints:
         return self._restored()
 
     def save_best(self, progress: Progress) -> None:
-        """The weights alone."""
+        """The weights alone. The last checkpoint is of the same step, so that none is of an earlier
+        one that goes on from there, and knows another best."""
+        self.save_last(progress)
         self._write(self.best, {"model": self._model()}, vars(progress))
 
     def save_last(self, progress: Progress) -> None:
@@ -120,8 +120,11 @@ class Checkpoints:
     def _set_aside(self) -> None:
         if is_first() and self.folder.exists():
             previous = self.out / "checkpoints.previous"
-            shutil.rmtree(previous, ignore_errors=True)
-            self.folder.rename(previous)
+            if self.last.is_file():
+                shutil.rmtree(previous, ignore_errors=True)
+                self.folder.rename(previous)
+            else:  # of a run that did not come as far, for which nothing good is given up
+                shutil.rmtree(self.folder)
         meet()
 
     def _model(self) -> dict[str, Tensor]:
@@ -164,6 +167,11 @@ class Checkpoints:
         progress = Progress()
         for name in vars(progress):
             setattr(progress, name, data[name])
+        if len(set(gathered_objects(progress.step))) > 1:
+            raise M3BindError(
+                f"ranks read different steps of {self.last}: not all see the same file, or one "
+                "sees an old one"
+            )
         same = data["layout"] == self.layout
         self._load_streams(sections["loader"], data, same)
         source = rank() if same else 0
@@ -173,7 +181,13 @@ class Checkpoints:
             torch.manual_seed(
                 _mixed(self.settings["seed"], progress.step, len(self.layout), rank())
             )
+        if progress.best_step == progress.step and not self._best_is_of(progress.step):
+            self.save_best(progress)  # it was lost between the two writes
         return progress
+
+    def _best_is_of(self, step: int) -> bool:
+        found = is_first() and self.best.is_file() and load_checkpoint(self.best)[1]["step"] == step
+        return bool(gathered_objects(found)[0])
 
     def _check(self, data: dict[str, Any]) -> None:
         changed = [

@@ -1,6 +1,7 @@
 """Tasks on small experts, as each rank runs its part of them, and one process the whole."""
 
 import random
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from m3bind.models.expert import Expert
 from m3bind.models.heads import Head, seeded
 from m3bind.models.image import ImageTower
 from m3bind.models.text import TextEncoder, TextTower
-from m3bind.parallel import Engine, Placement, rank
+from m3bind.parallel import Engine, Placement, meet_after, rank
 from m3bind.tasks.align import Align
 from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
@@ -25,6 +26,19 @@ CENTRE = ["heart failure", "Normal", "tumour of the lung", "atrial fibrillation"
 WORDS = ("heart", "lung", "nodule", "effusion", "normal", "rhythm", "large", "clear")
 
 
+class Nested(nn.Module):
+    """A layer with a list of its own, as windowed towers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(26, 26) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x).tanh()
+        return x
+
+
 class Text(TextTower):
     """Counts of letters, through two layers of a list, as FSDP2 spreads them."""
 
@@ -32,7 +46,7 @@ class Text(TextTower):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(26, 26) for _ in range(2))
+        self.layers = nn.ModuleList([nn.Linear(26, 26), Nested()])
 
     def forward(self, texts: list[str], device: torch.device) -> Tensor:
         counts = [[t.lower().count(chr(97 + i)) for i in range(26)] for t in texts]
@@ -151,3 +165,14 @@ def state_round_trip(how: str) -> tuple[bool, dict[str, tuple[int, ...]]]:
     back = [getattr(t, "to_local", lambda t=t: t)() for t in again.values()]
     same = all(torch.equal(a, b) for a, b in zip(local, back, strict=True))
     return same, {name: tuple(t.shape) for name, t in whole.items()}
+
+
+def arrivals(*seconds: float) -> list[tuple[float, float]]:
+    """When this rank had done its work, and when it went on with the others."""
+    found = []
+    for needed in seconds:
+        time.sleep(needed)
+        done = time.time()
+        meet_after("work of a test")
+        found.append((done, time.time()))
+    return found

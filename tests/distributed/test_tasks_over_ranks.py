@@ -75,6 +75,12 @@ def test_fewer_ranks_than_experts_are_refused(pools):
         pools(2).run(bound.step, [("mse", "ddp", "split")] * 2)
 
 
+def test_ranks_wait_for_the_work_of_others(pools):
+    found = pools(3).run(bound.arrivals, [(0.0, 0.7), (0.7, 0.0), (0.3, 0.3)])
+    for turn in zip(*found, strict=True):
+        assert min(met for _, met in turn) >= max(done for done, _ in turn)
+
+
 def joined(store: dist.Store, ranks: list[int], size: int, seconds: float) -> dict[int, str]:
     """What each of some ranks finds in the store that it was given; nothing where it gave up."""
     found: dict[int, str] = {}

@@ -98,6 +98,8 @@ def lost_and_restarted(settings: Path, whole: Path, cut: Path, ranks: int, *more
     output = finished(process)
     assert f"rank {ranks - 1} ended; torchrun goes on" in output
     assert losses(cut) == losses(whole)
+    # It went on: a start from nothing would have set the checkpoint aside.
+    assert not (cut / "align" / "checkpoints.previous").exists()
     for name in ("xray", "retina", "ecg"):
         weights = [f / "align" / name / "model.safetensors" for f in (whole, cut)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -190,6 +192,7 @@ def test_two_machines(alone, settings, tmp_path):
     last.send_signal(signal.SIGKILL)
     said = "".join(map(finished, machines))
     assert "rank 3 ended; torchrun goes on" in said and said.count("best score") == 1
+    assert not (whole / "align" / "checkpoints.previous").exists()
     got, want = losses(whole), losses(alone.folder)
     assert [step for step, _ in got] == [step for step, _ in want]
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in want], rel=2e-4)
