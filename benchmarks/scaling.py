@@ -23,12 +23,14 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from scale_model import FEATURES, WORK
 from scaling_page import RESULTS
-from turns import DTYPES, unit_rows
+from turns import unit_rows
 
+from m3bind import ops
 from m3bind.distributed import clip_loss, siglip_loss
 
 ROOT = Path(__file__).parents[1]
 SCALE = 30.0
+ROWS = 1024  # of the batch whose matrix products are measured
 LOSSES = {
     "clip_loss": lambda x, y, **how: clip_loss(x, y, SCALE, memory_budget=0, **how),
     "siglip_loss": lambda x, y, **how: siglip_loss(x, y, SCALE, -10.0, **how),
@@ -49,10 +51,14 @@ def shortest(call: Callable[[], Any], rounds: int) -> float:
 
 
 def rates(dtype: str, rounds: int) -> dict[str, float]:
-    """Of matrix products of a panel, of a long and of a short message."""
-    a, b = (torch.randn(1024, FEATURES).to(DTYPES[dtype]) for _ in range(2))
-    out = torch.empty(1024, 1024, dtype=a.dtype)
-    products = shortest(lambda: [torch.mm(a, b.T, out=out) for _ in range(4)], rounds)
+    """Of the operator's matrix products, by what twice the features cost it, and of a long and of a
+    short message."""
+    seconds = []
+    for d in (FEATURES, 2 * FEATURES):
+        x, y = (t.requires_grad_() for t in unit_rows(ROWS, 2, dtype, d=d))
+        step = lambda x=x, y=y: ops.clip_loss(x, y, SCALE, memory_budget=0).backward()  # noqa: E731
+        seconds.append(shortest(step, rounds))
+    products = seconds[1] - seconds[0]
     W = dist.get_world_size()
     long, short = torch.zeros(1 << 22, dtype=torch.uint8), torch.zeros(160, dtype=torch.uint8)
     seconds = []
@@ -60,7 +66,7 @@ def rates(dtype: str, rounds: int) -> dict[str, float]:
         found = sent.new_empty(W * sent.numel())
         seconds.append(shortest(lambda s=sent, f=found: dist.all_gather_into_tensor(f, s), rounds))
     return {
-        "flops": 4 * 2 * 1024 * 1024 * FEATURES / products,
+        "flops": 4 * 2 * ROWS * ROWS * FEATURES / products,
         "link": (W - 1) * long.numel() / seconds[0],
         "latency": seconds[1],
     }
