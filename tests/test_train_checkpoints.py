@@ -1,11 +1,14 @@
-"""Checkpoints of a training that is cut where it hurts most."""
+"""Which checkpoint a training goes on from, refuses or sets aside, wherever it was cut."""
 
+import os
 import shutil
 
 import pytest
 from train_stub import Stub, StubLoader, config, quadratic
 
 from m3bind.checkpoint import load_checkpoint
+from m3bind.errors import M3BindError
+from m3bind.tracking import read_history
 from m3bind.train import checkpoints, fit
 
 
@@ -82,3 +85,60 @@ def test_a_run_that_wrote_no_checkpoint_does_not_cost_an_earlier_one_its_own(tmp
             tmp_path / "checkpoints" / "best.safetensors",
         )
     assert weight_in(tmp_path / "checkpoints.previous" / "last.safetensors")[1] == 10
+
+
+def test_resume_refuses_other_settings_and_other_modalities(tmp_path) -> None:
+    out = tmp_path
+    fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)
+    with pytest.raises(M3BindError, match=r"trained with lr = 0.1, now it is 0.2"):
+        fit(Stub(quadratic), {"stub": StubLoader()}, config(lr=0.2), tmp_path, resume=True)
+    for more in ({"lora.alpha": 4}, {"lora.alpha": 8}):  # not there before, and another value
+        with pytest.raises(M3BindError, match=rf"lora.alpha = .*, now it is {more['lora.alpha']}"):
+            fit(Stub(quadratic), {"stub": StubLoader()}, config(), out, settings=more, resume=True)
+        out = tmp_path / "other"
+        fit(Stub(quadratic), {"stub": StubLoader()}, config(), out, settings={"lora.alpha": 4})
+    with pytest.raises(M3BindError, match="trained on stub, not on other"):
+        fit(Stub(quadratic), {"other": StubLoader()}, config(), tmp_path, resume=True)
+    # Nothing was lost by asking, and a finished run is simply given back.
+    task = Stub(quadratic)
+    result = fit(task, {"stub": StubLoader()}, config(log_every=7), tmp_path, resume=True)
+    assert result.steps == 10 and task.modes == [] and task.weight.item() != 1.0
+
+
+def test_resume_without_a_checkpoint_begins_and_a_new_run_keeps_the_old_aside(tmp_path) -> None:
+    first = fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path, resume=True)
+    assert first.steps == 10
+    fit(Stub(quadratic), {"stub": StubLoader()}, config(steps=4), tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoints/last.safetensors")[1]["step"] == 4
+    assert load_checkpoint(tmp_path / "checkpoints.previous/last.safetensors")[1]["step"] == 10
+    assert [line["step"] for line in read_history(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:
+    fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)
+    other = Stub(quadratic)
+    other.load_trainable_state = lambda state: (_ for _ in ()).throw(ValueError("no such key"))
+    with pytest.raises(M3BindError, match="does not fit the model: no such key"):
+        fit(other, {"stub": StubLoader()}, config(), tmp_path, resume=True)
+
+
+def test_what_torchrun_starts_again_goes_on_with_this_run_and_no_other(
+    tmp_path, monkeypatch
+) -> None:
+    def steps_taken(by_torchrun: bool) -> int:
+        if by_torchrun:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "17")
+        else:
+            monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        task = Stub(quadratic)
+        fit(task, {"stub": StubLoader()}, config(steps=4, checkpoint_every=1), tmp_path)
+        return len(task.modes)
+
+    assert steps_taken(by_torchrun=True) == 4
+    assert steps_taken(by_torchrun=True) == 0  # nothing is left to do
+    last = tmp_path / "checkpoints" / "last.safetensors"
+    os.utime(last, (1, 1))  # from before torchrun, here this process's parent, was started
+    assert steps_taken(by_torchrun=True) == 4
+    assert steps_taken(by_torchrun=False) == 4  # started by hand
+    history = read_history(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in history] == [1, 2, 3, 4]
