@@ -1,12 +1,13 @@
 """Files that appear under their name only when they are whole."""
 
+import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from m3bind.errors import M3BindError
 
@@ -52,10 +53,24 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping
         with atomic_write(path) as partial:
             save_file(dict(tensors), partial, metadata=dict(metadata))
     except (OSError, SafetensorError) as error:  # it wraps those of the system
-        raise M3BindError(
-            f"cannot write {path}: {error}: choose another folder, or see to its permissions and "
-            "the space that is left"
-        ) from None
+        raise unwritable(path, error) from None
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write ``data`` as JSON, atomically. Raises M3BindError where it cannot be written."""
+    try:
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps(data, indent=2) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: object) -> M3BindError:
+    """What to raise where ``path`` cannot be written."""
+    return M3BindError(
+        f"cannot write {path}: {error}: choose another folder, or see to its permissions and the "
+        "space that is left"
+    )
 
 
 def _sweep(path: Path) -> None:

@@ -218,7 +218,7 @@ def test_memory_is_that_of_one_chunk(rows, bf16):
     """The towers of the demonstration, at its image size, trained in full."""
     expert, loss = demo_expert(), ClipLoss()
     texts = [f"No acute finding in examination {i}." for i in range(rows)]
-    expert.text.tower.precompute(texts)  # these are inputs
+    expert.text.tower.precompute(texts, torch.device("cpu"))  # these are inputs
     # One image for all rows, so that inputs take no memory; chunks of it are as any.
     images = torch.randn(1, expert.preprocess.channels, *expert.preprocess.size)
     images = images.expand(rows, -1, -1, -1)

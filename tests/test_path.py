@@ -25,6 +25,7 @@ from m3bind.errors import M3BindError
 from m3bind.eval.store import load_stage
 from m3bind.models import load_expert, load_text_encoder
 from m3bind.stages import Run
+from m3bind.train import has_checkpoint
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -309,4 +310,4 @@ def test_ctrl_c_writes_a_checkpoint_and_ends_with_one_line(two_experts, tmp_path
     assert "Traceback" not in errors
     last = errors.replace("\r", "\n").strip().splitlines()[-1]
     assert last.startswith("m3bind: align: stopped at step") and "--resume" in last
-    assert (folder / "checkpoints" / "last.safetensors").is_file()
+    assert has_checkpoint(folder)

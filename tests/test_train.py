@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from train_stub import Stub, StubLoader, config, quadratic
+from train_stub import Stub, StubLoader, config, kept, quadratic
 
-from m3bind.checkpoint import load_checkpoint
 from m3bind.errors import M3BindError
 from m3bind.train import fit, load_best, schedule
+from m3bind.train.checkpoints import read_checkpoint
 
 
 def test_the_sum_of_the_losses_is_minimised_by_adamw(tmp_path) -> None:
@@ -62,7 +62,8 @@ def test_the_best_validated_weights_are_kept_and_given_back(tmp_path) -> None:
     other = Stub(quadratic)
     assert load_best(other, tmp_path) == 6 and torch.equal(other.weight, task.weight)
     # The last weights are in the other checkpoint.
-    assert load_checkpoint(tmp_path / "checkpoints/last.safetensors")[1]["step"] == 10
+    assert read_checkpoint(tmp_path)["step"] == 10
+    assert kept(tmp_path)["model/weight"].item() == seen[3][1]
 
 
 def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path) -> None:
@@ -96,9 +97,9 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path) -> None:
         M3BindError, match=r"step 6: the loss 'c' is nan: lower lr \(0.1\)"
     ) as error:
         fit(Stub(function), {"stub": StubLoader()}, config(), tmp_path)
-    assert "\n" not in str(error.value) and "last.safetensors" in str(error.value)
-    sections, data = load_checkpoint(tmp_path / "checkpoints/last.safetensors")
-    assert data["step"] == 4 and torch.isfinite(sections["model"]["weight"]).all()
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith(f"{tmp_path / 'checkpoints'} keeps step-4")
+    assert torch.isfinite(kept(tmp_path)["model/weight"]).all()
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path) -> None:

@@ -4,12 +4,12 @@ import os
 import shutil
 
 import pytest
-from train_stub import Stub, StubLoader, config, quadratic
+from train_stub import Stub, StubLoader, config, kept, quadratic
 
-from m3bind.checkpoint import load_checkpoint
 from m3bind.errors import M3BindError
 from m3bind.tracking import read_history
 from m3bind.train import checkpoints, fit
+from m3bind.train.checkpoints import read_checkpoint
 
 
 class Cut(Exception):
@@ -38,11 +38,6 @@ def run(out, scores, function=quadratic, *, resume=False, **values):
     return task.weight.item(), seen, result
 
 
-def weight_in(path) -> tuple[float, int]:
-    sections, data = load_checkpoint(path)
-    return sections["model"]["weight"].item(), data["step"]
-
-
 def test_what_goes_on_from_an_earlier_step_knows_the_same_best(tmp_path) -> None:
     _, seen, _ = run(tmp_path / "whole", [0.2, 0.9, 0.5, 0.4])
     with pytest.raises(Cut):
@@ -51,27 +46,42 @@ def test_what_goes_on_from_an_earlier_step_knows_the_same_best(tmp_path) -> None
     weight, later, result = run(tmp_path / "cut", [0.3, 0.1], resume=True)
     assert (result.best_step, result.best_score) == (6, 0.9)
     assert weight == seen[1] and len(later) == 2  # of steps 9 and 10
-    assert weight_in(tmp_path / "cut/checkpoints/best.safetensors") == (seen[1], 6)
+    assert kept(tmp_path / "cut", "best")["model/weight"].item() == seen[1]
+    assert read_checkpoint(tmp_path / "cut")["best"]["folder"] == "step-6"
 
 
-def test_a_cut_between_the_last_and_the_best_checkpoint_loses_neither(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cut_in", ["save_parts", "write_json"])
+def test_a_cut_while_it_is_written_leaves_the_one_before(tmp_path, monkeypatch, cut_in):
     _, seen, _ = run(tmp_path / "whole", [0.2, 0.9, 0.5, 0.4])
-    write = checkpoints.save_checkpoint
+    write, folder = getattr(checkpoints, cut_in), tmp_path / "cut" / "checkpoints"
 
-    def cut(path, sections, data):
-        if path.stem == "best" and data["step"] == 6:
+    def cut(path, content):
+        if cut_in == "save_parts":
+            write(path, content)
+        if (folder / "step-6").exists():
             raise Cut
-        write(path, sections, data)
+        return write(path, content)
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", cut)
+    monkeypatch.setattr(checkpoints, cut_in, cut)
     with pytest.raises(Cut):
         run(tmp_path / "cut", [0.2, 0.9])
-    monkeypatch.setattr(checkpoints, "save_checkpoint", write)
-    folder = tmp_path / "cut" / "checkpoints"
-    assert weight_in(folder / "best.safetensors")[1] == 3
-    weight, _, result = run(tmp_path / "cut", [0.5, 0.4], resume=True)
-    assert (result.best_step, weight) == (6, seen[1])
-    assert weight_in(folder / "best.safetensors") == (seen[1], 6)
+    monkeypatch.setattr(checkpoints, cut_in, write)
+    found = read_checkpoint(tmp_path / "cut")
+    assert found["step"] == found["best_step"] == 3
+    (folder / "step-6" / "left.safetensors").touch()  # as of more ranks
+    weight, later, result = run(tmp_path / "cut", [0.9, 0.5, 0.4], resume=True)
+    assert (result.best_step, weight) == (6, seen[1]) and later == seen[1:]
+    assert [path.name for path in (folder / "step-6").iterdir()] == [
+        "shard-00001-model-00001-of-00001.safetensors"
+    ]
+
+
+def test_only_the_last_and_the_best_are_kept(tmp_path):
+    run(tmp_path, [0.2, 0.9, 0.5, 0.4])
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert len(names) == 3 and names > {"index.json", "step-6"}
+    last = read_checkpoint(tmp_path)["last"]["folder"]
+    assert last in names and last.startswith("step-10")
 
 
 def test_a_run_that_wrote_no_checkpoint_does_not_cost_an_earlier_one_its_own(tmp_path) -> None:
@@ -79,12 +89,9 @@ def test_a_run_that_wrote_no_checkpoint_does_not_cost_an_earlier_one_its_own(tmp
     for _ in range(3):
         with pytest.raises(Cut):
             run(tmp_path, [], cut_at(2))
-        (tmp_path / "checkpoints").mkdir()
-        shutil.copy(
-            tmp_path / "checkpoints.previous" / "best.safetensors",
-            tmp_path / "checkpoints" / "best.safetensors",
-        )
-    assert weight_in(tmp_path / "checkpoints.previous" / "last.safetensors")[1] == 10
+        (tmp_path / "checkpoints" / "step-6").mkdir(parents=True)  # not yet whole
+    take_up_previous(tmp_path)
+    assert read_checkpoint(tmp_path)["step"] == 10 and kept(tmp_path) and kept(tmp_path, "best")
 
 
 def test_resume_refuses_other_settings_and_other_modalities(tmp_path) -> None:
@@ -109,9 +116,15 @@ def test_resume_without_a_checkpoint_begins_and_a_new_run_keeps_the_old_aside(tm
     first = fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path, resume=True)
     assert first.steps == 10
     fit(Stub(quadratic), {"stub": StubLoader()}, config(steps=4), tmp_path)
-    assert load_checkpoint(tmp_path / "checkpoints/last.safetensors")[1]["step"] == 4
-    assert load_checkpoint(tmp_path / "checkpoints.previous/last.safetensors")[1]["step"] == 10
+    assert read_checkpoint(tmp_path)["step"] == 4
+    take_up_previous(tmp_path)
+    assert read_checkpoint(tmp_path)["step"] == 10
     assert [line["step"] for line in read_history(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def take_up_previous(out) -> None:
+    shutil.rmtree(out / "checkpoints")
+    (out / "checkpoints.previous").rename(out / "checkpoints")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:
@@ -120,6 +133,20 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:
     other.load_trainable_state = lambda state: (_ for _ in ()).throw(ValueError("no such key"))
     with pytest.raises(M3BindError, match="does not fit the model: no such key"):
         fit(other, {"stub": StubLoader()}, config(), tmp_path, resume=True)
+    other.trainable_state = lambda: {"weight": other.weight, "bias": other.weight}
+    with pytest.raises(M3BindError, match=r"step-10\S* does not fit the model: missing \['bias'\]"):
+        fit(other, {"stub": StubLoader()}, config(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [("{", "is damaged"), ("[]", "not of a checkpoint of this version"), ("{}", "this version")],
+)
+def test_a_damaged_index_is_named(tmp_path, written, said) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "index.json").write_text(written)
+    with pytest.raises(M3BindError, match=rf"index\.json .*{said}"):
+        fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path, resume=True)
 
 
 def test_what_torchrun_starts_again_goes_on_with_this_run_and_no_other(
@@ -136,8 +163,8 @@ def test_what_torchrun_starts_again_goes_on_with_this_run_and_no_other(
 
     assert steps_taken(by_torchrun=True) == 4
     assert steps_taken(by_torchrun=True) == 0  # nothing is left to do
-    last = tmp_path / "checkpoints" / "last.safetensors"
-    os.utime(last, (1, 1))  # from before torchrun, here this process's parent, was started
+    # From before torchrun, here this process's parent, was started.
+    os.utime(tmp_path / "checkpoints" / "index.json", (1, 1))
     assert steps_taken(by_torchrun=True) == 4
     assert steps_taken(by_torchrun=False) == 4  # started by hand
     history = read_history(tmp_path / "metrics.jsonl")

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import train_run
-from train_stub import Stub, StubLoader, config, quadratic
+from train_stub import Stub, StubLoader, config, kept, quadratic
 
-from m3bind.checkpoint import load_checkpoint
 from m3bind.data.records import Record
 from m3bind.data.shard_writer import ShardWriter
 from m3bind.errors import Interrupted
 from m3bind.tracking import read_history
 from m3bind.train import fit
+from m3bind.train.checkpoints import read_checkpoint
 
 RUN = Path(train_run.__file__)
 
@@ -47,7 +47,7 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path, signum) ->
         return task, result
 
     whole, expected = run(tmp_path / "whole", quadratic, False)
-    with pytest.raises(Interrupted, match=r"stopped at step 6 of 10; .*--resume") as error:
+    with pytest.raises(Interrupted, match=r"stopped at step 6 of 10, .*--resume") as error:
         run(tmp_path / "cut", stopped_at(6, signum), False)
     assert "\n" not in str(error.value)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -119,22 +119,18 @@ def test_sigkill_then_resume_is_bit_equal_to_never_stopping(shards, tmp_path) ->
     wait_for_lines(tmp_path / "killed", 13, process)
     process.kill()
     process.communicate()
-    stopped = load_checkpoint(tmp_path / "killed/checkpoints/last.safetensors")[1]["step"]
+    stopped = read_checkpoint(tmp_path / "killed")["step"]
     assert 3 <= stopped < train_run.CONFIG["steps"]
     result = train_run.run(shards, tmp_path / "killed", resume=True)
     lines = read_history(tmp_path / "killed/metrics.jsonl")
     assert without_seconds(lines) == without_seconds(expected.history)
     assert len([line for line in lines if "loss" in line]) == train_run.CONFIG["steps"]
     assert (result.best_step, result.best_score) == (expected.best_step, expected.best_score)
-    for name in ("last", "best"):
-        a, b = (
-            load_checkpoint(tmp_path / run / f"checkpoints/{name}.safetensors")[0]
-            for run in ("whole", "killed")
-        )
+    for which in ("last", "best"):
+        a, b = (kept(tmp_path / run, which) for run in ("whole", "killed"))
         assert a.keys() == b.keys()
-        for section in a:
-            for key, tensor in a[section].items():
-                assert torch.equal(tensor, b[section][key]), (name, section, key)
+        for name, tensor in a.items():
+            assert torch.equal(tensor, b[name]), (which, name)
 
 
 def test_ctrl_c_ends_the_program_with_one_line_and_a_checkpoint(shards, tmp_path) -> None:
@@ -144,5 +140,4 @@ def test_ctrl_c_ends_the_program_with_one_line_and_a_checkpoint(shards, tmp_path
     out, err = process.communicate(timeout=60)
     assert process.returncode == 3 and out.count("\n") == 1 and "stopped at step" in out
     assert "Traceback" not in err
-    data = load_checkpoint(tmp_path / "checkpoints/last.safetensors")[1]
-    assert f"step {data['step']} of" in out
+    assert f"step {read_checkpoint(tmp_path)['step']} of" in out

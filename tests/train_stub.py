@@ -7,6 +7,8 @@ from torch import nn
 
 from m3bind.config import TrainConfig
 from m3bind.data.loader import Batch
+from m3bind.train.checkpoints import read_checkpoint
+from m3bind.train.parts import Parts
 
 
 class StubLoader:
@@ -61,3 +63,9 @@ def config(**values) -> TrainConfig:
     common = {"steps": 10, "warmup": 2, "lr": 0.1, "log_every": 1, "checkpoint_every": 4,
               "validate_every": 3}  # fmt: skip
     return TrainConfig(**{**common, **values})
+
+
+def kept(out, which: str = "last", folder: str = "checkpoints") -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint of the run in ``out``."""
+    found = read_checkpoint(out)[which]
+    return Parts(out / folder / found["folder"], found["tensors"]).read("")

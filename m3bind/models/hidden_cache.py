@@ -18,15 +18,15 @@ BATCH = 64
 class HiddenCache:
     """Maps a text to the hidden states [length, width] that ``compute`` gives for it.
 
-    Equivalent, without the memory, to ``compute(texts).hidden.to(dtype).float()``: the states
-    are rounded to ``dtype`` (float16 halves the memory; its relative error is 2**-11) and every
-    distinct text is kept once, at its own length. ``fingerprint`` names the weights and the
-    tokenizer, so that a saved cache is never used with others.
+    Equivalent, without the memory, to ``compute(texts, device).hidden.to(dtype).float()``: the
+    states are rounded to ``dtype`` (float16 halves the memory; its relative error is 2**-11) and
+    every distinct text is kept once, at its own length, on the CPU. ``fingerprint`` names the
+    weights and the tokenizer, so that a saved cache is never used with others.
     """
 
     def __init__(
         self,
-        compute: Callable[[list[str]], Packed],
+        compute: Callable[[list[str], torch.device], Packed],
         length: Callable[[str], int],
         *,
         dtype: torch.dtype = torch.float16,
@@ -50,17 +50,18 @@ class HiddenCache:
     def precompute(
         self,
         texts: Iterable[str],
+        device: torch.device,
         progress: Callable[[Iterable[list[str]]], Iterable[list[str]]] | None = None,
     ) -> None:
-        """Compute what is missing; ``progress`` wraps the list of batches, as tqdm does."""
+        """Compute on ``device`` what is missing; ``progress`` wraps the batches, as tqdm does."""
         # In one order for one set of texts: the last bit depends on a text's batch.
         missing = sorted(sorted({t for t in texts if t not in self._states}), key=self.length)
         if not missing:
             return
         batches = [missing[i : i + BATCH] for i in range(0, len(missing), BATCH)]
         for batch in progress(batches) if progress else batches:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                packed = self.compute(batch)
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                packed = self.compute(batch, device)
                 states = packed.hidden.to(self.dtype).cpu()
             parts = states.split(packed.lengths.tolist())
             # A copy each: a slice would keep its whole batch alive.
@@ -70,7 +71,7 @@ class HiddenCache:
         # Alone, since the last bit depends on the texts that share a batch: a resumed run asks
         # for the same texts in other company.
         for text in dict.fromkeys(texts):
-            self.precompute([text])
+            self.precompute([text], device)
         states = [self._states[text] for text in texts]
         lengths = torch.tensor([len(state) for state in states], device=device)
         with torch.autocast("cpu", enabled=False):  # which does not know float16 here

@@ -96,12 +96,11 @@ class SharedLayers:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
 
     @torch.no_grad()
-    def compute(self, texts: list[str], device: torch.device | None = None) -> Packed:
+    def compute(self, texts: list[str], device: torch.device) -> Packed:
         """Hidden states after the frozen layers, [T, width] in float32.
 
         Where all layers are frozen, their mean stands for each text, as a text of length 1.
         """
-        device = device or self.embeddings.LayerNorm.weight.device
         if self.embeddings.LayerNorm.weight.device != device:
             self.embeddings.to(device)
             self.first.to(device)
@@ -145,9 +144,9 @@ class MiniLM(TextTower):
         """The hidden states kept so far; `HiddenCache.save` and `load` move them to disk."""
         return self.shared.cache
 
-    def precompute(self, texts: list[str], progress: Any = None) -> None:
+    def precompute(self, texts: list[str], device: torch.device, progress: Any = None) -> None:
         """Fill the cache; ``progress`` wraps the iterable of batches, as tqdm does."""
-        self.cache.precompute(texts, progress)
+        self.cache.precompute(texts, device, progress)
 
     def tokenise(self, texts: list[str]) -> list[list[int]]:
         return self.shared.tokenise(texts)

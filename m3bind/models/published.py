@@ -12,11 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from m3bind.checkpoint import CONFIG, export_weights, import_config, import_weights
 from m3bind.config import ExpertConfig, ImageTowerConfig, LoraConfig, TextTowerConfig
 from m3bind.errors import M3BindError
 from m3bind.models.expert import Expert, build_expert, build_text_encoder
 from m3bind.models.text import TextEncoder
+from m3bind.models.weights import CONFIG, export_weights, import_config, import_weights
 
 WEIGHTS = "model.safetensors"
 

@@ -1,7 +1,7 @@
 """A task whose gradients are averaged over ranks: by DDP, or by FSDP2 with its parts spread."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -91,39 +91,6 @@ class Engine:
         found = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(found)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-    def state(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Spread tensors put together: on the first rank of all, those of every group.
-
-        Every rank must call it. Other ranks get nothing.
-        """
-        whole = {}
-        for name, value in own.items():
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            if world.rank(self.group) == 0:
-                whole[name] = value.detach().cpu()  # a GPU never holds more than one
-        if world.size() > self.size:
-            parts = world.sent_to_first(whole if world.rank(self.group) == 0 else None)
-            whole = {name: value for part in parts for name, value in part.items()}
-        return whole
-
-    def spread(self, own: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `state`: ``whole`` tensors, spread as those of ``own`` of that name are.
-
-        What ``own`` does not have is left out: another rank holds it.
-        """
-        return {name: spread_as(own[name], whole[name]) for name in own if name in whole}
-
-
-def spread_as(own: Tensor, whole: Tensor) -> Tensor:
-    """``whole`` placed as ``own`` is; every rank has all of it, so nothing is sent."""
-    if not hasattr(own, "placements") or own.shape != whole.shape:
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    like: Any = own
-    placed = whole.to(own.device)
-    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:

@@ -92,25 +92,6 @@ def gathered_objects(own: Any, group: Any = None) -> list[Any]:
     return found
 
 
-def sent_to_first(own: Any | None) -> list[Any]:
-    """On the first rank every rank's object but None, one after the other; on others, nothing.
-
-    Unlike a gather it needs no room for as many copies of the largest as there are ranks.
-    """
-    senders = [other for other, sends in enumerate(gathered_objects(own is not None)) if sends]
-    if not is_first():
-        if own is not None:
-            dist.send_object_list([own], dst=0)
-        return []
-    found = []
-    for sender in senders:
-        received = [own]
-        if sender > 0:
-            dist.recv_object_list(received, src=sender)
-        found.append(received[0])
-    return found
-
-
 def totals(*own: float, group: Any = None) -> list[float]:
     """The sum over the ranks of each number."""
     if size(group) == 1:

@@ -154,7 +154,7 @@ class Inputs(Trained):
                     cache.load(path)
                     if any(text not in cache for text in wanted):
                         bar = partial(tqdm, desc=f"{modality}: frozen text layers")
-                        cache.precompute(wanted, bar)
+                        cache.precompute(wanted, self.device, bar)
                         cache.save(path, wanted)
         meet_after("frozen text layers")
 

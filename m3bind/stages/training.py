@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m3bind.checkpoint import load_checkpoint
 from m3bind.config import TrainConfig
 from m3bind.errors import M3BindError
 from m3bind.measure import measured
@@ -19,7 +18,7 @@ from m3bind.tasks.align import Align
 from m3bind.tasks.common import Task, without_prefix
 from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
-from m3bind.train import FitResult, fit
+from m3bind.train import FitResult, best_weights, fit, has_checkpoint
 from m3bind.validation import Validation
 
 
@@ -98,11 +97,11 @@ class Training(Inputs):
 
     @contextmanager
     def _measured(self, stage: str, resume: bool) -> Iterator[None]:
-        since, last = launched(), self.folder / stage / "checkpoints" / "last.safetensors"
+        since = launched()
         if not is_first():
             yield
             return
-        again = last.is_file() and last.stat().st_mtime > since
+        again = has_checkpoint(self.folder / stage, since)
         with measured(self.folder, stage, resume=resume or again):
             yield
 
@@ -129,7 +128,7 @@ class Training(Inputs):
     def _best_expert(self, expert: Expert, folder: Path, prefix: str = "") -> Expert:
         if size() == 1:
             return expert
-        weights = _best_weights(folder)
+        weights = best_weights(folder)
         built = self._build(expert.modality)
         built.load_trainable_state(without_prefix(prefix, weights) if prefix else weights)
         return built
@@ -138,9 +137,5 @@ class Training(Inputs):
         if size() == 1:
             return student
         built = self._build_student()
-        built.load_trainable_state(_best_weights(folder))
+        built.load_trainable_state(best_weights(folder))
         return built
-
-
-def _best_weights(folder: Path) -> dict[str, Any]:
-    return load_checkpoint(folder / "checkpoints" / "best.safetensors")[0]["model"]

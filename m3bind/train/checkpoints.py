@@ -1,40 +1,61 @@
-"""What a training keeps: one file for all ranks, from which any number of them goes on."""
+"""What a training keeps, from which any number of ranks goes on."""
 
 import hashlib
+import json
 import math
 import random
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from m3bind.checkpoint import (
-    load_checkpoint,
-    pack_bytes,
-    pack_random,
-    save_checkpoint,
-    unpack_bytes,
-    unpack_random,
-)
 from m3bind.errors import M3BindError
+from m3bind.files import write_json
 from m3bind.parallel import Engine, gathered_objects, is_first, meet, rank
-from m3bind.parallel.engine import spread_as
-from m3bind.parallel.world import launched, sent_to_first
+from m3bind.parallel.world import launched
+from m3bind.train.generators import pack_random, unpack_random
+from m3bind.train.parts import Parts, pack, save_parts, unpack
 
+FORMAT = "m3bind-checkpoint-3"
 # These say how often something is done, how fast or on how many ranks, not what is computed.
 _MAY_CHANGE = (
     "log_every", "checkpoint_every", "num_threads", "prefetch", "parallel", "placement",
 )  # fmt: skip
 
 
+def has_checkpoint(out: Path, since: float = -math.inf) -> bool:
+    """Whether a training in ``out`` wrote a checkpoint, later than ``since`` (seconds of 1970)."""
+    index = _index(out)
+    return index.is_file() and index.stat().st_mtime > since
+
+
+def read_checkpoint(out: Path) -> dict[str, Any]:
+    """Plain values of the last checkpoint in ``out``: progress, settings, and under "last" and
+    "best" which folder beside it has how many tensors."""
+    index = _index(out)
+    try:
+        data = json.loads(index.read_text())
+    except FileNotFoundError:
+        raise M3BindError(f"no checkpoint at {index}") from None
+    except ValueError as error:
+        raise M3BindError(f"{index} is damaged ({error})") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise M3BindError(f"{index} is not of a checkpoint of this version ({FORMAT})")
+    return data
+
+
+def best_weights(out: Path) -> dict[str, Tensor]:
+    """The best weights of the training in ``out``, whole, whatever ranks wrote them."""
+    return _parts(out, read_checkpoint(out)["best"]).read("model/")
+
+
 def load_best(task: Any, out: Path) -> int:
     """Give ``task`` the best weights of the run in ``out``; returns their step."""
-    sections, data = load_checkpoint(Path(out) / "checkpoints" / "best.safetensors")
-    task.load_trainable_state(sections.get("model", {}))
-    return int(data["step"])
+    task.load_trainable_state(best_weights(Path(out)))
+    return int(read_checkpoint(Path(out))["best_step"])
 
 
 class Progress:
@@ -48,10 +69,11 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one training under ``out``.
 
-    Every rank calls every method; the first one writes, and all read. Where the ranks or their
-    placement are others than when it was written, weights, optimizer and progress go on as they
-    were, features too; streams of images and the ranks' own generators begin anew, unlike any
-    that was before.
+    ``checkpoints/index.json`` names the folders of the last and the best one, beside it: it is
+    replaced in one move once all ranks have written their parts, so one whole checkpoint is
+    always there. Every rank calls every method. Where the ranks or their placement are others
+    than when it was written, weights, optimizer and progress go on as they were, features too;
+    streams of images and the ranks' own generators begin anew, unlike any that was before.
     """
 
     def __init__(
@@ -66,8 +88,10 @@ class Checkpoints:
         self.out, self.engine, self.optimizer = out, engine, optimizer
         self.loaders, self.rng, self.settings = loaders, rng, settings
         self.task: Any = engine.task
-        self.folder = out / "checkpoints"
-        self.last, self.best = (self.folder / f"{name}.safetensors" for name in ("last", "best"))
+        self.index = _index(out)
+        self.folder = self.index.parent
+        self.last: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}
         names = {p: name for name, p in engine.task.named_parameters()}
         self.parameters = {names[p]: p for g in optimizer.param_groups for p in g["params"]}
         # Who holds what: [[modality, ...] of each rank].
@@ -76,8 +100,7 @@ class Checkpoints:
     def begin(self, resume: bool) -> Progress:
         """Go on from the last one, if that is wanted and there is one; else set old ones aside."""
         # A restart goes on with what this torchrun wrote, not with what was there before it.
-        since = launched()
-        found = self.last.is_file() and (resume or self.last.stat().st_mtime > since)
+        found = has_checkpoint(self.out, -math.inf if resume else launched())
         if not gathered_objects(found)[0]:
             self._set_aside()
             seed = self.settings["seed"]
@@ -85,109 +108,116 @@ class Checkpoints:
             return Progress()
         return self._restored()
 
-    def save_best(self, progress: Progress) -> None:
-        """The weights alone. The last checkpoint is of the same step, so that none is of an earlier
-        one that goes on from there, and knows another best."""
-        self.save_last(progress)
-        self._write(self.best, {"model": self._model()}, vars(progress))
-
-    def save_last(self, progress: Progress) -> None:
-        """All that a resumed training needs."""
-        sections = {"model": self._model(), "optimizer": self._optimizer()}
-        generators, random_data = pack_random(self.rng)
-        states = {name: loader.state() for name, loader in self.loaders.items()}
-        streams = {name: pack_bytes(state.pop("stream")) for name, state in states.items()}
-        parts = sent_to_first([generators, random_data, streams, states])
-        sections["random"] = _by_rank(part[0] for part in parts)
-        sections["loader"] = _by_rank(part[2] for part in parts)
+    def save(self, progress: Progress) -> None:
+        """All that a resumed training needs; these are the best weights, if it is their step."""
+        self._remove_old()  # what a run left that was stopped while it wrote
+        names = (f"step-{progress.step}{again}" for again in ("", ".2", ".3"))
+        folder = next(name for name in names if name not in self._kept())
+        tensors = save_parts(self.folder / folder, self._tensors())
+        self.last = {"folder": folder, "tensors": tensors}
+        if progress.best_step == progress.step:
+            self.best = self.last
         data = vars(progress) | {
-            "random": [part[1] for part in parts],
-            "loaders": [part[3] for part in parts],
+            "format": FORMAT,
+            "last": self.last,
+            "best": self.best,
             "config": self.settings,
             "layout": self.layout,
         }
-        self._write(self.last, sections, data)
+        if is_first():
+            write_json(self.index, data)
+        self._remove_old()
 
     def load_best(self) -> None:
         """Give the task the best weights."""
-        self._load_model(load_checkpoint(self.best)[0])
+        self._load_model(_parts(self.out, self.best))
 
-    def _write(self, path: Path, sections: dict[str, Any], data: dict[str, Any]) -> None:
-        if is_first():
-            save_checkpoint(path, sections, data)
-        meet()
+    def _tensors(self) -> dict[str, Tensor]:
+        generators, random_data = pack_random(self.rng)
+        states = {name: loader.state() for name, loader in self.loaders.items()}
+        own = {f"random/{name}": tensor for name, tensor in generators.items()}
+        own |= {f"loader/{name}": pack(state.pop("stream")) for name, state in states.items()}
+        own["plain"] = pack(json.dumps({"random": random_data, "loaders": states}).encode())
+        return {
+            **_under("model/", self.task.trainable_state()),
+            **_under("optimizer/", self._optimizer(self.optimizer.state)),
+            **_under(f"rank/{rank()}/", own),
+        }
 
-    def _set_aside(self) -> None:
-        if is_first() and self.folder.exists():
-            previous = self.out / "checkpoints.previous"
-            if self.last.is_file():
-                shutil.rmtree(previous, ignore_errors=True)
-                self.folder.rename(previous)
-            else:  # of a run that did not come as far, for which nothing good is given up
-                shutil.rmtree(self.folder)
-        meet()
-
-    def _model(self) -> dict[str, Tensor]:
-        return self.engine.state(self.task.trainable_state())
-
-    def _load_model(self, sections: dict[str, dict[str, Tensor]]) -> None:
-        task, whole = self.task, sections.get("model", {})
-        if self.engine.sharded:
-            whole = whole | self.engine.spread(task.trainable_state(), whole)
-        task.load_trainable_state(whole)
-
-    def _optimizer(self) -> dict[str, Tensor]:
+    def _optimizer(self, states: Mapping[Any, Any]) -> dict[str, Tensor]:
         """Its tensors by ``<parameter>/<name>``; all else of it stands in the settings."""
-        own = {
+        return {
             f"{name}/{key}": value
             for name, p in self.parameters.items()
-            for key, value in self.optimizer.state[p].items()
+            for key, value in states[p].items()
         }
-        return self.engine.state(own)
-
-    def _load_optimizer(self, whole: dict[str, Tensor]) -> None:
-        for name, p in self.parameters.items():
-            found = _under(f"{name}/", whole)
-            for key, value in found.items():
-                if key != "step" and value.shape != p.shape:
-                    raise ValueError(f"{name} has the shape {tuple(p.shape)}, not {value.shape}")
-                # AdamW counts steps on the CPU, wherever its parameters lie.
-                found[key] = value if key == "step" else spread_as(p, value.to(p.device))
-            if found:  # nothing is kept of what never had a gradient
-                self.optimizer.state[p] = found
 
     def _restored(self) -> Progress:
-        sections, data = load_checkpoint(self.last)
+        data = read_checkpoint(self.out)
         self._check(data)
-        try:
-            self._load_model(sections)
-            self._load_optimizer(sections.get("optimizer", {}))
-        except ValueError as error:
-            raise M3BindError(f"{self.last} does not fit the model: {error}") from None
         progress = Progress()
         for name in vars(progress):
             setattr(progress, name, data[name])
         if len(set(gathered_objects(progress.step))) > 1:
             raise M3BindError(
-                f"ranks read different steps of {self.last}: not all see the same file, or one "
+                f"ranks read different steps of {self.index}: not all see the same file, or one "
                 "sees an old one"
             )
+        self.last, self.best = data["last"], data["best"]
+        parts = _parts(self.out, self.last)
+        self._load_model(parts)
+        self._load_optimizer(parts)
         same = data["layout"] == self.layout
-        self._load_streams(sections["loader"], data, same)
         source = rank() if same else 0
-        generators = _under(f"{source}/", sections["random"])
-        unpack_random(self.rng, generators, data["random"][source])
+        kept, plain = _of_rank(parts, source)
+        generators = {n.removeprefix("random/"): t for n, t in kept.items() if "random/" in n}
+        unpack_random(self.rng, generators, plain["random"])
+        self._load_streams(parts, data, same)
         if not same:
             torch.manual_seed(
                 _mixed(self.settings["seed"], progress.step, len(self.layout), rank())
             )
-        if progress.best_step == progress.step and not self._best_is_of(progress.step):
-            self.save_best(progress)  # it was lost between the two writes
         return progress
 
-    def _best_is_of(self, step: int) -> bool:
-        found = is_first() and self.best.is_file() and load_checkpoint(self.best)[1]["step"] == step
-        return bool(gathered_objects(found)[0])
+    def _load_model(self, parts: Parts) -> None:
+        own = self.task.trainable_state()
+        there = set(parts.under("model/"))
+        # Ranks may hold different experts.
+        wanted = {name for names in gathered_objects(list(own)) for name in names}
+        if there != wanted:
+            raise M3BindError(
+                f"{parts.folder} does not fit the model: missing {sorted(wanted - there)[:5]}, "
+                f"unexpected {sorted(there - wanted)[:5]}"
+            )
+        state = {name: torch.empty_like(tensor.detach()) for name, tensor in own.items()}
+        parts.fill("model/", state)
+        try:
+            self.task.load_trainable_state(state)
+        except ValueError as error:
+            raise M3BindError(f"{parts.folder} does not fit the model: {error}") from None
+
+    def _load_optimizer(self, parts: Parts) -> None:
+        # AdamW counts steps on the CPU, wherever its parameters lie. Nothing is kept of what never
+        # had a gradient.
+        states = {
+            p: {
+                key: torch.zeros(()) if key == "step" else torch.empty_like(p.detach())
+                for key in parts.under(f"optimizer/{name}/")
+            }
+            for name, p in self.parameters.items()
+        }
+        parts.fill("optimizer/", self._optimizer(states))
+        self.optimizer.state.update({p: state for p, state in states.items() if state})
+
+    def _load_streams(self, parts: Parts, data: dict[str, Any], same: bool) -> None:
+        holders = {m: r for r, own in reversed([*enumerate(data["layout"])]) for m in own}
+        for name, loader in self.loaders.items():
+            kept, plain = _of_rank(parts, rank() if same else holders[name])
+            state = plain["loaders"][name] | {"stream": unpack(kept[f"loader/{name}"])}
+            if same:
+                loader.load_state(state)
+            else:
+                loader.load_state_of_others(state, _mixed(data["step"], len(self.layout)))
 
     def _check(self, data: dict[str, Any]) -> None:
         changed = [
@@ -198,7 +228,7 @@ class Checkpoints:
         if changed:
             key, before, now = changed[0]
             raise M3BindError(
-                f"{self.last} was trained with {key} = {before}, now it is {now}: set it back, or "
+                f"{self.index} was trained with {key} = {before}, now it is {now}: set it back, or "
                 "start without --resume"
             )
         then, now = (
@@ -206,30 +236,47 @@ class Checkpoints:
         )
         if then.keys() != now.keys():
             raise M3BindError(
-                f"{self.last} was trained on {', '.join(then)}, not on {', '.join(now)}: start "
+                f"{self.index} was trained on {', '.join(then)}, not on {', '.join(now)}: start "
                 "without --resume"
             )
 
-    def _load_streams(
-        self, streams: Mapping[str, Tensor], data: dict[str, Any], same: bool
-    ) -> None:
-        holders = {m: r for r, own in reversed([*enumerate(data["layout"])]) for m in own}
-        for name, loader in self.loaders.items():
-            source = rank() if same else holders[name]
-            stream = unpack_bytes(streams[f"{source}/{name}"])
-            state = {**data["loaders"][source][name], "stream": stream}
-            if same:
-                loader.load_state(state)
-            else:
-                loader.load_state_of_others(state, _mixed(data["step"], len(self.layout)))
+    def _kept(self) -> set[str]:
+        return {which["folder"] for which in (self.last, self.best) if which}
+
+    def _remove_old(self) -> None:
+        if is_first():
+            for folder in self.folder.glob("step-*"):
+                if folder.name not in self._kept():
+                    shutil.rmtree(folder, ignore_errors=True)
+        meet()
+
+    def _set_aside(self) -> None:
+        if is_first() and self.folder.exists():
+            previous = self.out / "checkpoints.previous"
+            if self.index.is_file():
+                shutil.rmtree(previous, ignore_errors=True)
+                self.folder.rename(previous)
+            else:  # of a run that did not come as far, for which nothing good is given up
+                shutil.rmtree(self.folder)
+        meet()
 
 
-def _by_rank(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{r}/{name}": tensor for r, part in enumerate(parts) for name, tensor in part.items()}
+def _index(out: Path) -> Path:
+    return Path(out) / "checkpoints" / "index.json"
+
+
+def _parts(out: Path, which: Mapping[str, Any]) -> Parts:
+    return Parts(_index(out).parent / which["folder"], which["tensors"])
+
+
+def _of_rank(parts: Parts, source: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What one rank alone kept: tensors, and plain values."""
+    kept = parts.read(f"rank/{source}/")
+    return kept, json.loads(unpack(kept["plain"]))
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def _mixed(*numbers: int) -> int:

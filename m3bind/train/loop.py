@@ -55,8 +55,8 @@ def fit(
     ``validate`` returns {"score": higher is better, ...}; it is called every
     ``validate_every`` steps and after the last one. Without it, or where no score is ever a
     finite number, the last weights are the best. Files, all under ``out``:
-    ``checkpoints/last.safetensors`` (to resume), ``checkpoints/best.safetensors``,
-    ``metrics.jsonl`` and ``tensorboard/``. ``resume`` goes on from the last checkpoint, where
+    ``checkpoints/`` (the last one, to resume, and the best), ``metrics.jsonl`` and
+    ``tensorboard/``. ``resume`` goes on from the last checkpoint, where
     there is one; without it, earlier checkpoints are moved to ``checkpoints.previous``.
     ``settings`` are the task's own, by name, in plain values: like ``config`` and ``seed`` they
     stand in the checkpoint, and a resume with others is refused.
@@ -114,7 +114,7 @@ class _Fit:
                     self._train(stop)
             if progress.best_step == 0:  # nothing to choose by
                 progress.best_step, progress.best_score = progress.step, math.nan
-                self.checkpoints.save_best(progress)
+                self.checkpoints.save(progress)
             self.checkpoints.load_best()
             return FitResult(
                 best_step=progress.best_step,
@@ -143,8 +143,9 @@ class _Fit:
         with bar:
             while progress.step < config.steps or self._validation_due():
                 # A run that was stopped between a step and its validation begins with it.
+                improved = False
                 if self._validation_due():
-                    self._validate()
+                    improved = self._validate()
                 else:
                     loss = self._train_step(streams, stop)
                     bar.update()
@@ -153,15 +154,15 @@ class _Fit:
                     )
                 progress.seconds = time.perf_counter() - self.started
                 if self.stopped or (size() == 1 and stop.requested):
-                    self.checkpoints.save_last(progress)
+                    self.checkpoints.save(progress)
                     raise Interrupted(
-                        f"{self.description}: stopped at step {progress.step} of {config.steps}; "
-                        f"{self.checkpoints.last} is written: run the same command with --resume "
-                        "to go on"
+                        f"{self.description}: stopped at step {progress.step} of {config.steps}, "
+                        f"which {self.checkpoints.folder} keeps: run the same command with "
+                        "--resume to go on"
                     )
-                due = progress.step % config.checkpoint_every == 0
-                if progress.step == config.steps or (due and not self._validation_due()):
-                    self.checkpoints.save_last(progress)
+                due = progress.step % config.checkpoint_every == 0 and not self._validation_due()
+                if improved or due or progress.step == config.steps:
+                    self.checkpoints.save(progress)
 
     def _train_step(self, streams: Mapping[str, Iterator[Batch]], stop: Stop) -> float:
         config, step = self.config, self.progress.step + 1
@@ -248,7 +249,7 @@ class _Fit:
 
     def _what_is_kept(self) -> str:
         last = self.checkpoints.last
-        return f"the last checkpoint is {last}" if last.is_file() else "nothing is kept"
+        return f"{self.checkpoints.folder} keeps {last['folder']}" if last else "nothing is kept"
 
     def _validation_due(self) -> bool:
         progress = self.progress
@@ -256,7 +257,8 @@ class _Fit:
             return False
         return progress.step % self.config.validate_every == 0 or progress.step == self.config.steps
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Whether it is the best score so far."""
         assert self.validate is not None
         progress = self.progress
         self.task.eval()
@@ -266,12 +268,13 @@ class _Fit:
         scores = gathered_objects(found)[0]
         progress.validated = progress.step
         if not math.isfinite(scores["score"]):
-            return  # nothing could be measured: nothing to log or to choose by
+            return False  # nothing could be measured: nothing to log or to choose by
         if self.tracker:
             self.tracker.log(progress.step, {"validation": scores})
-        if scores["score"] > progress.best_score:
-            progress.best_step, progress.best_score = progress.step, scores["score"]
-            self.checkpoints.save_best(progress)
+        if not scores["score"] > progress.best_score:
+            return False
+        progress.best_step, progress.best_score = progress.step, scores["score"]
+        return True
 
 
 def _means(parts: list[dict[str, float]]) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """Tasks on small experts, as each rank runs its part of them, and one process the whole."""
 
 import random
+import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +17,11 @@ from m3bind.models.expert import Expert
 from m3bind.models.heads import Head, seeded
 from m3bind.models.image import ImageTower
 from m3bind.models.text import TextEncoder, TextTower
-from m3bind.parallel import Engine, Placement, meet_after, rank
+from m3bind.parallel import Engine, Placement, gathered_objects, meet_after, rank
 from m3bind.tasks.align import Align
 from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
+from m3bind.train.parts import Parts, save_parts
 
 WIDTH = 8
 ROWS = {"xray": 7, "ct": 5, "ecg": 6}
@@ -130,7 +133,7 @@ def step(
     return {
         "losses": {name: float(value.detach()) for name, value in losses.items()},
         "report": report,
-        "gradients": engine.state(gradients),
+        "gradients": put_together(gradients),
         "norm": float(norm),
         "drawn": rng.random(),
         "own": "all" if kind == "distill" else ",".join(placement.own),
@@ -149,22 +152,38 @@ def step_between_evaluations(kind: str, how: str, placing: str) -> dict[str, Any
     return step(kind, how, placing, evaluate=evaluate)
 
 
-def state_round_trip(how: str) -> tuple[bool, dict[str, tuple[int, ...]]]:
-    """Whether every rank's tensors come back as they were, and the shapes of the whole."""
-    task = task_of("mse", Placement.of(list(ROWS)))
-    engine = Engine(task, how)
-    own = task.trainable_state()
-    whole = engine.state(own)
-    if rank() > 0:  # as read out of the file
-        whole = {
-            name: t.detach()
-            for name, t in task_of("mse", Placement.of(list(ROWS))).trainable_state().items()
-        }
-    again = engine.spread(own, whole)
-    local = [getattr(t, "to_local", lambda t=t: t)() for t in own.values()]
-    back = [getattr(t, "to_local", lambda t=t: t)() for t in again.values()]
-    same = all(torch.equal(a, b) for a, b in zip(local, back, strict=True))
-    return same, {name: tuple(t.shape) for name, t in whole.items()}
+def put_together(own: dict[str, Any]) -> dict[str, Tensor]:
+    """Spread tensors put together, those of every rank."""
+    put = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in own.items()}
+    return {name: tensor for part in gathered_objects(put) for name, tensor in part.items()}
+
+
+def write_parts(folder: Path, how: str, placing: str) -> int:
+    """The trained state of a task, and what is this rank's alone."""
+    placement = Placement.of(list(ROWS), placing)
+    engine = Engine(task_of("mse+kept", placement), how, placement.group)
+    own = {f"model/{name}": tensor for name, tensor in engine.task.trainable_state().items()}
+    return save_parts(folder, own | {f"rank/{rank()}": torch.tensor(rank())})
+
+
+def write_parts_without_space(folder: Path) -> int:
+    """On rank 1 no file may grow beyond a few bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        return write_parts(folder, "ddp", "replicated")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def read_parts(folder: Path, count: int, how: str, placing: str) -> dict[str, Tensor]:
+    """What a task has that takes what `write_parts` wrote, whole."""
+    placement = Placement.of(list(ROWS), placing)
+    engine = Engine(task_of("mse", placement), how, placement.group)
+    own = {name: t.detach() for name, t in engine.task.trainable_state().items()}
+    Parts(folder, count).fill("model/", own)
+    return put_together(own)
 
 
 def arrivals(*seconds: float) -> list[tuple[float, float]]:

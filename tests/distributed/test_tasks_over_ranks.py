@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from m3bind.errors import M3BindError
 from m3bind.parallel.joining import fresh_store
+from m3bind.train.parts import Parts
 
 KINDS = ("pretrain", "mse+kept", "infonce", "relational", "distill")
 WHERE = [("ddp", "replicated"), ("fsdp", "replicated"), ("ddp", "split"), ("fsdp", "split")]
@@ -55,12 +57,52 @@ def test_uneven_ranks_and_accumulation(pools, how):
         check(kind, pools(3).run(bound.step, [(kind, how, "replicated", 3)] * 3), 3)
 
 
+@pytest.mark.parametrize("reader", [(3, "fsdp", "replicated"), (4, "ddp", "split"), (1,)])
 @pytest.mark.parametrize("how", ("ddp", "fsdp"))
-def test_what_is_spread_is_put_together_and_spread_again(pools, how):
-    found = pools(3).run(bound.state_round_trip, [(how,)] * 3)
-    assert all(same for same, _ in found)
-    whole = bound.task_of("mse", bound.Placement.of(list(bound.ROWS))).trainable_state()
-    assert found[0][1] == {name: tuple(t.shape) for name, t in whole.items()}
+@pytest.mark.parametrize("placing", ("replicated", "split"))
+def test_parts_of_ranks_are_read_by_any_others(pools, tmp_path, placing, how, reader):
+    """Heads of 8 rows on 4 ranks, and scales of one number: some ranks have nothing of it."""
+    want = bound.task_of("mse+kept", bound.Placement.of(list(bound.ROWS))).trainable_state()
+    (count,) = set(pools(4).run(bound.write_parts, [(tmp_path / "p", how, placing)] * 4))
+    assert count == len(want) + 4
+    if reader == (1,):
+        found = [Parts(tmp_path / "p", count).read("model/")]
+    else:
+        ranks, *where = reader
+        found = pools(ranks).run(bound.read_parts, [(tmp_path / "p", count, *where)] * ranks)
+    for got in found:
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
+def test_what_is_there_more_than_once_is_written_once(pools, tmp_path):
+    pools(4).run(bound.write_parts, [(tmp_path / "p", "ddp", "replicated")] * 4)
+    sizes = [file.stat().st_size for file in (tmp_path / "p").iterdir()]
+    want = bound.task_of("mse", bound.Placement.of(list(bound.ROWS))).trainable_state()
+    total = sum(t.nbytes for t in want.values())
+    assert len(sizes) == 4 and total < sum(sizes) < total + 4 * 8192
+    assert max(sizes) < total / 2  # and no rank writes most of it
+
+
+def test_a_rank_that_cannot_write_is_named_by_all(pools, tmp_path):
+    ranks = pools(3)
+    ranks.start(bound.write_parts_without_space, [(tmp_path / "p",)] * 3)
+    said = [text for good, text in ranks.answers().values() if not good]
+    assert len(said) == 3
+    for text in said:
+        line = text.strip().splitlines()[-1]
+        assert line.startswith(
+            f"m3bind.errors.M3BindError: cannot write {tmp_path / 'p'}: rank 1: "
+        )
+        assert "[Errno 27] File too large: choose another folder" in line
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_a_missing_part_is_told(pools, tmp_path, lost):
+    (count,) = set(pools(4).run(bound.write_parts, [(tmp_path / "p", "fsdp", "replicated")] * 4))
+    sorted((tmp_path / "p").iterdir())[lost].unlink()
+    with pytest.raises(M3BindError, match="is not a whole checkpoint"):
+        Parts(tmp_path / "p", count)
 
 
 def test_ranks_call_what_they_like_of_what_is_spread(pools):

@@ -5,6 +5,8 @@ import torch
 
 from m3bind.config import LoraConfig, TextTowerConfig
 from m3bind.models import build_text_encoder
+from m3bind.models.bert import Packed
+from m3bind.models.hidden_cache import HiddenCache
 from m3bind.models.minilm import MiniLM, minilm_folder, shared_layers
 
 # One token, a usual report, and one that is cut at max_tokens.
@@ -55,7 +57,9 @@ def test_cached_equals_uncached() -> None:
 def test_cache_keeps_each_text_once_and_survives_a_file(tmp_path) -> None:
     tower = MiniLM(TextTowerConfig(cache=True, max_tokens=48), None)
     seen = []
-    tower.precompute([*TEXTS, TEXTS[0]], progress=lambda batches: seen.extend(batches) or batches)
+    tower.precompute(
+        [*TEXTS, TEXTS[0]], CPU, progress=lambda batches: seen.extend(batches) or batches
+    )
     assert sorted(text for batch in seen for text in batch) == sorted(TEXTS)
     tokens = sum(len(ids) for ids in tower.tokenise(TEXTS))
     assert tower.cache.nbytes == tokens * 384 * 2
@@ -71,10 +75,23 @@ def test_cache_keeps_each_text_once_and_survives_a_file(tmp_path) -> None:
     shared_layers.cache_clear()
 
 
+def test_what_is_missing_is_computed_where_it_is_asked_for() -> None:
+    seen = []
+
+    def compute(texts, device):
+        seen.append(device)
+        return Packed(torch.ones(len(texts), 4), torch.ones(len(texts), dtype=torch.long))
+
+    cache = HiddenCache(compute, len)
+    cache.precompute(["a"], torch.device("cuda", 1))
+    cache(["a", "b"], CPU)
+    assert seen == [torch.device("cuda", 1), CPU]
+
+
 def test_where_all_layers_are_frozen_one_vector_a_text_is_kept() -> None:
     tower = MiniLM(TextTowerConfig(cache=True, train_layers=0), None)
     plain = MiniLM(TextTowerConfig(train_layers=0), None)
-    tower.precompute(TEXTS)
+    tower.precompute(TEXTS, CPU)
     assert tower.cache.nbytes == len(TEXTS) * 384 * 2
     with torch.no_grad():
         assert torch.allclose(tower(TEXTS, CPU), plain(TEXTS, CPU), atol=1e-3)

@@ -1,0 +1,91 @@
+"""Tensors in parts, and generators: exact, whole or refused, and free of pickle."""
+
+import json
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m3bind.errors import M3BindError
+from m3bind.train.generators import pack_random, unpack_random
+from m3bind.train.parts import Parts, pack, save_parts, unpack
+
+
+def test_tensors_come_back_exactly(tmp_path) -> None:
+    shared = torch.randn(4, 3)
+    tensors = {
+        "model/a": shared, "model/tied": shared, "model/row": shared[1], "model/t": shared.t(),
+        "model/half": torch.randn(5).bfloat16(), "model/0d": torch.tensor(3),
+        "model/none": torch.zeros(0, 2), "other/long": torch.tensor([2**40]),
+    }  # fmt: skip
+    parts = Parts(tmp_path / "x", save_parts(tmp_path / "x", tensors))
+    found = parts.read("")
+    assert found.keys() == tensors.keys() == parts.like.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+    assert set(parts.read("other/")) == {"long"}
+    # What one process wrote, others read without this library.
+    (file,) = (tmp_path / "x").iterdir()
+    assert torch.equal(load_file(file)["model/t"], shared.t())
+
+
+def test_what_does_not_fit_is_named(tmp_path) -> None:
+    folder = tmp_path / "x"
+    parts = Parts(folder, save_parts(folder, {"a": torch.zeros(3, 2)}))
+    with pytest.raises(M3BindError, match=r"a has the shape \(3, 2\), and should have \(2, 3\)"):
+        parts.fill("", {"a": torch.zeros(2, 3)})
+    with pytest.raises(M3BindError, match=r"b is missing, and should have \(4,\)"):
+        parts.fill("", {"b": torch.zeros(4)})
+
+
+class Malice:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_damaged_missing_and_foreign_folders(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "x"
+    with pytest.raises(M3BindError, match="is not a whole checkpoint"):
+        Parts(folder, 1)
+    save_parts(folder, {"a": torch.zeros(300)})
+    with pytest.raises(M3BindError, match="is not a whole checkpoint: 1 of 2 tensors"):
+        Parts(folder, 2)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    for damage in (whole[:-10], whole[:20], b"", pickle.dumps(Malice())):
+        file.write_bytes(damage)
+        with pytest.raises(M3BindError, match="is not a whole checkpoint"):
+            Parts(folder, 1)
+    torch.save({"a": Malice()}, file)
+    with pytest.raises(M3BindError, match="is not a whole checkpoint"):
+        Parts(folder, 1)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_every_generator_goes_on() -> None:
+    def draw(rng: random.Random) -> list[float]:
+        return [
+            rng.random(), rng.gauss(0, 1), random.random(), random.gauss(0, 1),
+            float(np.random.rand()), float(np.random.randn()),
+            float(torch.rand(())), float(torch.randn(())),
+        ]  # fmt: skip
+
+    rng = random.Random(1)
+    draw(rng)  # so that the second halves of the Gaussian pairs are pending
+    tensors, data = pack_random(rng)
+    data = json.loads(json.dumps(data))
+    expected = draw(rng)
+    other = random.Random(99)
+    unpack_random(other, tensors, data)
+    assert draw(other) == expected
+
+
+def test_bytes_survive_as_tensors() -> None:
+    for data in (b"", b"\x00\xff\n", os.urandom(1000)):
+        assert unpack(pack(data)) == data
