@@ -158,12 +158,13 @@ def side_config(dtype: torch.dtype, features: int) -> SideConfig:
     block_d = max(16, 1 << (features - 1).bit_length())
     if INTERPRETED:
         return SideConfig(64, 64, 64, block_d, 4, 1)
-    # Fewer warps, or wider tiles beside masks of features, would spill; of 32 features the compiler
-    # keeps to half of the registers, and spills what wider tiles need more.
+    # What does not spill: fewer warps, or wider tiles beside masks of features, need too many
+    # registers, and where few are needed the compiler keeps to a half or a third of them, and may
+    # spill the rest.
     if dtype == torch.float32:
-        return SideConfig(32, 16, 32, block_d, 8, 2)
+        return SideConfig(32, 32 if block_d <= 64 else 16, 32, block_d, 8, 2)
     wide = block_d != 32 and (block_d <= 128 or features == block_d)
-    return SideConfig(64, 64 if wide else 32, 32, block_d, 8, 3)
+    return SideConfig(64, 64 if wide else 32, 64 if block_d == 128 else 32, block_d, 8, 3)
 
 
 MOST_RAGGED_COLUMNS = 128

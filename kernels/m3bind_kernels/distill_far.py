@@ -83,8 +83,8 @@ def _distill_far_kernel(
 
 
 def far_config(config: Config) -> Config:
-    """The forward kernel's tiles, in steps over the features that do not spill."""
-    return replace(config, block_k=min(config.block_k, 32))
+    """The forward kernel's tiles, in steps over the features and pieces that do not spill."""
+    return replace(config, block_k=min(config.block_k, 32), piece=16)
 
 
 def distill_far_kernel(
