@@ -1,0 +1,170 @@
+// similarity_stats, forward: row and column statistics of the similarity matrix in one pass. What a
+// tile leaves behind is told by `stats_fwd_kernel` in kernels/m3bind_kernels/stats_fwd.py.
+#pragma once
+
+#include "tile.h"
+
+namespace m3bind::cuda {
+
+struct StatsFwd {
+  Sizes sizes;
+  Numbers numbers;
+  const float* factor;  // [1]: logits in base 2 are factor * (dot - margin * positive)
+  float margin;
+  float *row_parts, *col_parts;  // [planes, tiles of columns, rows], [planes, of rows, columns]
+  int64_t row_plane, col_plane;  // elements from plane to plane
+  int* far;                      // [tiles], 0: where the sums are not good
+};
+
+template <bool CLASSES, bool MASKS, bool TOTALS>
+class StatsFwdTile {
+ public:
+  M3BIND_DEVICE StatsFwdTile(const StatsFwd& p, Tile tile, const Meeting& meeting)
+      : p_(p),
+        tile_(tile),
+        meeting_(meeting),
+        row_parts_(p.row_parts + int64_t{tile.col} * p.sizes.rows + tile.row * kTileRows),
+        col_parts_(p.col_parts + int64_t{tile.row} * p.sizes.cols + tile.col * kTileCols),
+        rows_(p.sizes.rows - tile.row * kTileRows),
+        cols_(p.sizes.cols - tile.col * kTileCols) {}
+
+  M3BIND_DEVICE void run(float (&dots)[128]) {
+    const float shift = tile_shift(dots, *p_.factor);
+    if (is_special<CLASSES, MASKS>(p_.numbers, p_.sizes, tile_))
+      statistics(dots, shift,
+                 PairRules<CLASSES, MASKS>(p_.numbers, p_.sizes, tile_, Lane(), meeting_));
+    else
+      statistics(dots, shift, NoRules());
+  }
+
+ private:
+  template <class Rules>
+  M3BIND_DEVICE void statistics(float (&dots)[128], float shift, const Rules& rules) {
+    if (CLASSES && Rules::kAny) {
+      sum(dots, rules, kPositives, [&](float& dot, const Pair& pair) {
+        if (pair.positive) dot -= p_.margin;
+        return Both{pair.positive ? dot : 0.0f, pair.positive ? dot : 0.0f};
+      });
+    } else if (CLASSES) {
+      fill(kPositives, 0);
+    }
+    if (TOTALS) {
+      sum(dots, rules, kTotals, [&](float dot, const Pair& pair) {
+        const float found = pair.left_out ? 0.0f : dot;
+        return Both{found, found};
+      });
+    }
+    fill(kShift, shift);
+    const float factor = *p_.factor;
+    sum(dots, rules, kSum, [&](float dot, const Pair& pair) {
+      const float power = pair.left_out ? 0.0f : power_of_two(fmaf(dot, factor, -shift));
+      return Both{pair.not_in_row ? 0.0f : power, pair.not_in_col ? 0.0f : power};
+    });
+  }
+
+  struct Both {
+    float in_row, in_col;
+  };
+
+  static constexpr int kShift = 0, kSum = 1, kPositives = 2, kTotals = CLASSES ? 3 : 2;
+  // What is lost to underflow (at 2^-126) is below the rounding of sums above 2^-64. Rows or columns
+  // far below the others, or left out, or a NaN, are for another kernel.
+  static constexpr float kSmallest = 5.4e-20f;
+
+  // An integer above the highest logit, so that differences of shifts are exact. A negative margin
+  // raises the positives above what is there.
+  M3BIND_DEVICE float tile_shift(const float (&dots)[128], float factor) {
+    const auto higher = [](float a, float b) { return a > b ? a : b; };
+    float own = dots[0] * factor;
+#pragma unroll
+    for (int i = 1; i < 128; ++i) own = higher(own, dots[i] * factor);
+    const float raised = fmaxf(-p_.margin * factor, 0.0f);
+    const float found = over_warpgroup(own, meeting_, higher) + raised;
+    return found == -INFINITY ? 0.0f : ceilf(found);
+  }
+
+  // Sums over rows and columns of what `f(dot, rules of the pair)` gives.
+  template <class Rules, class F>
+  M3BIND_DEVICE void sum(float (&dots)[128], const Rules& rules, int plane, const F& f) {
+    float row_sums[kOwnRows] = {0, 0};
+    bool good = true;
+    meeting_.sync();
+    over_pieces<!Rules::kAny>(dots, [&](int first, int place) {
+      const Lane lane;
+      const RowNumbers rows = rules.rows(lane);
+      float own[kPiece];
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        Pair pairs[kOwnRows] = {};
+        rules.of_column(rows, lane.col(first + i), pairs);
+        own[i] = 0;
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) {
+          const Both both = f(dots[at(r, place + i)], pairs[r]);
+          row_sums[r] += both.in_row;
+          own[i] += both.in_col;
+        }
+      }
+      put_columns(meeting_, first, own);
+    });
+    column_totals(meeting_, [&](int col, float total) {
+      if (put_col(plane, col, total)) good = good && total >= kSmallest;
+    });
+    const Lane lane;
+#pragma unroll
+    for (int r = 0; r < kOwnRows; ++r) {
+      const float total = row_sum(row_sums[r]);
+      if (put_row(plane, lane.row(r), total)) good = good && total >= kSmallest;
+    }
+    if (plane == kSum && !good) {
+      const int tiles_n = ceil_div(p_.sizes.rows, kTileRows);
+      p_.far[index_of(tile_, tiles_n, ceil_div(p_.sizes.cols, kTileCols))] = 1;
+    }
+  }
+
+  M3BIND_DEVICE void fill(int plane, float value) {
+    const Lane lane;
+    if (lane.thread < kTileRows) put_row(plane, lane.thread, value);
+#pragma unroll
+    for (int col = lane.thread; col < kTileCols; col += kWarpgroup) put_col(plane, col, value);
+  }
+
+  // Of a row or column of the tile; whether there is one.
+  M3BIND_DEVICE bool put_row(int plane, int row, float value) {
+    if (row >= rows_) return false;
+    row_parts_[plane * p_.row_plane + row] = value;
+    return true;
+  }
+
+  M3BIND_DEVICE bool put_col(int plane, int col, float value) {
+    if (col >= cols_) return false;
+    col_parts_[plane * p_.col_plane + col] = value;
+    return true;
+  }
+
+  const StatsFwd& p_;
+  Tile tile_;
+  Meeting meeting_;
+  float *row_parts_, *col_parts_;
+  int rows_, cols_;  // from the tile's first on
+};
+
+constexpr int kStatsFwdStages = 4;
+constexpr int kStatsFwdShared = Ring<kStatsFwdStages>::kBytes + 2 * Meeting::kBytes +
+                                2 * kStatsFwdStages * sizeof(Barrier) + 1024;  // to align it
+
+// `shared` is aligned to 1024 bytes.
+template <class Half, bool CLASSES, bool MASKS, bool TOTALS>
+M3BIND_DEVICE void stats_fwd(const StatsFwd& p, const TensorMap* x, const TensorMap* y,
+                             char* shared) {
+  using Stages = Ring<kStatsFwdStages>;
+  Barrier* barriers = reinterpret_cast<Barrier*>(shared + Stages::kBytes + 2 * Meeting::kBytes);
+  const int half = thread_index() / kWarpgroup;
+  const Meeting meeting(shared + Stages::kBytes, half);
+  over_tiles<Half>(Stages(shared, barriers, p.sizes), x, y, p.sizes,
+                   [&](float(&dots)[128], Tile tile) {
+                     StatsFwdTile<CLASSES, MASKS, TOTALS>(p, tile, meeting).run(dots);
+                   });
+}
+
+}  // namespace m3bind::cuda

@@ -1,0 +1,379 @@
+// The functions of csrc/cuda/hopper.h on a processor without a GPU: every thread of a block is a
+// fibre, and which of them runs next, and when a copy arrives, is drawn at random.
+//
+// What is asynchronous is done as late as it may be, or at any time before: a wgmma reads its
+// operands when it is waited for, a copy happens at some time after it was asked for. So a stage
+// that is given back too early, a phase that is waited for wrongly or a barrier that somebody misses
+// shows as wrong numbers, or as a block in which nobody can go on. The layouts are those of the PTX
+// ISA: the pieces of 16 bytes that the 128-byte swizzle exchanges, the matrix descriptors, and who
+// has which number of an accumulator. What is not imitated: fences, bank conflicts, clusters, and
+// the rounding of the tensor cores' sums.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define M3BIND_DEVICE inline
+
+struct __half {};
+struct __nv_bfloat16 {};
+
+namespace m3bind::cuda {
+
+// A matrix in memory, and the box that a copy takes.
+struct TensorMap {
+  char* data;
+  int64_t rows, inner, row_bytes;  // 16-bit elements
+  int box_rows, box_inner;         // 64 elements: rows of 128 bytes, swizzled
+};
+
+struct Barrier {
+  int arrivals, missing;
+  int64_t bytes;
+  uint32_t phase;
+};
+
+class Block {
+ public:
+  // `shared_bytes` include what aligns them to 1024.
+  Block(uint64_t seed, int shared_bytes) : random_(seed), shared_(shared_bytes + kGuard) {}
+
+  char* shared() {
+    const auto address = reinterpret_cast<uintptr_t>(shared_.data());
+    return shared_.data() + (1024 - address % 1024) % 1024;
+  }
+
+  // `kernel` by so many threads.
+  void run(int threads, const std::function<void()>& kernel) {
+    std::memset(shared_.data(), 0x7f, shared_.size());  // NaN in 16 and 32 bits
+    fibres_.clear();
+    for (int i = 0; i < threads; ++i) fibres_.push_back(std::make_unique<Fibre>());
+    body_ = kernel;
+    alive_ = threads;
+    for (auto& fibre : fibres_) {
+      getcontext(&fibre->context);
+      fibre->context.uc_stack.ss_sp = fibre->stack.data();
+      fibre->context.uc_stack.ss_size = fibre->stack.size();
+      fibre->context.uc_link = &home_;
+      makecontext(&fibre->context, reinterpret_cast<void (*)()>(&Block::start), 0);
+    }
+    while (alive_ > 0) {
+      runnable_.clear();
+      for (size_t i = 0; i < fibres_.size(); ++i)
+        if (!fibres_[i]->done && (!fibres_[i]->waits || fibres_[i]->waits())) runnable_.push_back(i);
+      if (runnable_.empty() && copies_.empty()) stop("no thread can go on");
+      if (!copies_.empty() && (runnable_.empty() || random_() % 64 == 0)) copy_one();
+      std::shuffle(runnable_.begin(), runnable_.end(), random_);
+      for (size_t i : runnable_) {
+        if (fibres_[i]->waits && !fibres_[i]->waits()) continue;
+        fibres_[i]->waits = nullptr;
+        thread_ = static_cast<int>(i);
+        swapcontext(&home_, &fibres_[i]->context);
+        if (!copies_.empty() && random_() % 256 == 0) copy_one();
+      }
+    }
+    while (!copies_.empty()) copy_one();
+    for (size_t i = shared_.size() - kGuard; i < shared_.size(); ++i)
+      if (shared_[i] != 0x7f) stop("writes beyond its shared memory");
+  }
+
+  void wait(std::function<bool()> until) {
+    if (until()) return;
+    Fibre& own = *fibres_[thread_];
+    own.waits = std::move(until);
+    swapcontext(&own.context, &home_);
+  }
+
+  int thread() const { return thread_; }
+
+  // All threads of a warp meet; the number of meetings so far of each warp and named barrier.
+  void meet(int barrier, int threads, bool waits) {
+    Meeting& meeting = meetings_[barrier];
+    const int turn = meeting.turn;
+    if (meeting.threads == 0) meeting.threads = threads;
+    if (meeting.threads != threads) stop("a barrier of two sizes");
+    if (++meeting.here == threads) {
+      meeting.here = meeting.threads = 0;
+      ++meeting.turn;
+    } else if (waits) {
+      wait([&meeting, turn] { return meeting.turn != turn; });
+    }
+  }
+
+  static constexpr int kNamed = 16;  // barriers; the following are those of warps
+
+  void meet_warp() { meet(kNamed + thread_ / 32, 32, true); }
+
+  uint64_t& mail(int thread) { return fibres_[thread]->mail; }
+  std::vector<std::function<void()>>& group() { return fibres_[thread_]->group; }
+  std::vector<std::vector<std::function<void()>>>& groups() { return fibres_[thread_]->groups; }
+  int& copies_out() { return fibres_[thread_]->copies_out; }
+
+  void ask(std::function<void()> copy) { copies_.push_back(std::move(copy)); }
+
+  [[noreturn]] void stop(const char* why) {
+    std::fprintf(stderr, "emulated block: %s\n", why);
+    std::abort();
+  }
+
+  std::mt19937_64 random_;
+  int index = 0, count = 1;  // of the block
+
+ private:
+  static constexpr size_t kGuard = 256;
+
+  struct Fibre {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(128 << 10);
+    std::function<bool()> waits;
+    bool done = false;
+    uint64_t mail = 0;
+    int copies_out = 0;
+    std::vector<std::function<void()>> group;
+    std::vector<std::vector<std::function<void()>>> groups;
+  };
+
+  struct Meeting {
+    int here = 0, threads = 0, turn = 0;
+  };
+
+  static void start();
+
+  void copy_one() {
+    const size_t i = random_() % copies_.size();
+    std::function<void()> copy = std::move(copies_[i]);
+    copies_.erase(copies_.begin() + static_cast<int64_t>(i));
+    copy();
+  }
+
+  std::vector<char> shared_;
+  std::vector<std::unique_ptr<Fibre>> fibres_;
+  std::vector<size_t> runnable_;
+  std::vector<std::function<void()>> copies_;
+  std::function<void()> body_;
+  Meeting meetings_[kNamed + 64];
+  ucontext_t home_;
+  int thread_ = 0, alive_ = 0;
+};
+
+inline Block* block = nullptr;
+
+inline void Block::start() {
+  block->body_();
+  Fibre& own = *block->fibres_[block->thread_];
+  if (!own.group.empty() || !own.groups.empty()) block->stop("a thread ends before its wgmma");
+  own.done = true;
+  --block->alive_;
+}
+
+inline int thread_index() { return block->thread(); }
+inline int block_index() { return block->index; }
+inline int block_count() { return block->count; }
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - block->shared());
+}
+
+// ---- barriers
+
+inline void barrier_init(Barrier* barrier, int arrivals) { *barrier = {arrivals, arrivals, 0, 0}; }
+inline void barrier_init_fence() {}
+
+inline void barrier_turn(Barrier* barrier) {
+  if (barrier->missing == 0 && barrier->bytes == 0) {
+    barrier->missing = barrier->arrivals;
+    ++barrier->phase;
+  }
+}
+
+inline void barrier_arrive(Barrier* barrier) {
+  if (--barrier->missing < 0) block->stop("one arrival too many");
+  barrier_turn(barrier);
+}
+
+inline void barrier_arrive_expecting(Barrier* barrier, int bytes) {
+  barrier->bytes += bytes;
+  barrier_arrive(barrier);
+}
+
+inline void barrier_wait(Barrier* barrier, uint32_t parity) {
+  block->wait([barrier, parity] { return (barrier->phase & 1) != parity; });
+}
+
+inline void block_sync() { block->meet(0, 384, true); }
+inline void named_sync(int id, int threads) { block->meet(id, threads, true); }
+inline void named_arrive(int id, int threads) { block->meet(id, threads, false); }
+
+inline float shuffle_xor(float value, int lanes) {
+  const int own = thread_index();
+  std::memcpy(&block->mail(own), &value, sizeof value);
+  block->meet_warp();
+  float other;
+  std::memcpy(&other, &block->mail(own ^ lanes), sizeof other);
+  block->meet_warp();
+  return other;
+}
+
+// ---- copies
+
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// Every 16-bit number of a box: f(its address in shared memory, where it is in the matrix or null).
+template <class F>
+void over_box(char* box, const TensorMap& map, int inner, int row, const F& f) {
+  const uint32_t first = shared_address(box);
+  if (first % 1024 != 0) block->stop("a box that is not aligned to its swizzle");
+  for (int r = 0; r < map.box_rows; ++r)
+    for (int i = 0; i < map.box_inner; ++i) {
+      const bool inside = row + r < map.rows && inner + i < map.inner;
+      char* there = inside ? map.data + (row + r) * map.row_bytes + 2 * (inner + i) : nullptr;
+      f(block->shared() + swizzled(first + 128 * r + 2 * i), there);
+    }
+}
+
+inline void copy_in(void* to, const TensorMap* map, int inner, int row, Barrier* barrier) {
+  block->ask([=] {
+    over_box(static_cast<char*>(to), *map, inner, row, [](char* here, const char* there) {
+      if (there != nullptr)
+        std::memcpy(here, there, 2);
+      else
+        std::memset(here, 0, 2);
+    });
+    barrier->bytes -= 2 * map->box_rows * map->box_inner;
+    barrier_turn(barrier);
+  });
+}
+
+inline void copy_out(const TensorMap* map, int inner, int row, const void* from) {
+  int* left = &block->copies_out();
+  ++*left;
+  block->ask([=] {
+    over_box(static_cast<char*>(const_cast<void*>(from)), *map, inner, row,
+             [](const char* here, char* there) {
+               if (there != nullptr) std::memcpy(there, here, 2);
+             });
+    --*left;
+  });
+}
+
+inline void copy_out_commit() {}
+inline void copy_out_wait() {
+  int* left = &block->copies_out();
+  block->wait([left] { return *left == 0; });
+}
+inline void copy_out_wait_read() { copy_out_wait(); }
+inline void async_fence() {}
+
+// ---- tensor cores
+
+inline float number(__nv_bfloat16, const char* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  const uint32_t wide = uint32_t{bits} << 16;
+  float found;
+  std::memcpy(&found, &wide, 4);
+  return found;
+}
+
+inline float number(__half, const char* at) {
+  _Float16 found;
+  std::memcpy(&found, at, 2);
+  return static_cast<float>(found);
+}
+
+// Number k of row r of an operand.
+template <class Half>
+float number_of(uint64_t operand, int r, int k) {
+  if (operand >> 62 != 1) block->stop("an operand without the 128-byte swizzle");
+  const uint32_t first = static_cast<uint32_t>(operand & 0x3fff) << 4;
+  const uint32_t eight_rows = static_cast<uint32_t>(operand >> 32 & 0x3fff) << 4;
+  return number(Half{}, block->shared() +
+                            swizzled(first + r / 8 * eight_rows + r % 8 * 128 + 2 * k));
+}
+
+inline void wgmma_fence() {}
+
+template <class Half>
+void wgmma(float (&sums)[128], uint64_t a, uint64_t b, bool adds) {
+  const int thread = thread_index() % 128;
+  float* own = sums;
+  block->group().push_back([=] {
+    float rows[2][16];
+    for (int r = 0; r < 2; ++r)
+      for (int k = 0; k < 16; ++k)
+        rows[r][k] = number_of<Half>(a, 16 * (thread / 32) + thread % 32 / 4 + 8 * r, k);
+    for (int j = 0; j < 32; ++j)
+      for (int e = 0; e < 2; ++e) {
+        float column[16];
+        for (int k = 0; k < 16; ++k)
+          column[k] = number_of<Half>(b, 8 * j + 2 * (thread % 4) + e, k);
+        for (int r = 0; r < 2; ++r) {
+          float& sum = own[4 * j + 2 * r + e];
+          float total = adds ? sum : 0;
+          for (int k = 0; k < 16; ++k) total += rows[r][k] * column[k];
+          sum = total;
+        }
+      }
+  });
+}
+
+inline void wgmma_commit() {
+  block->groups().push_back(std::move(block->group()));
+  block->group().clear();
+}
+
+template <int LEFT>
+void wgmma_wait() {
+  auto& groups = block->groups();
+  block->meet_warp();
+  while (groups.size() > LEFT) {
+    for (auto& product : groups.front()) product();
+    groups.erase(groups.begin());
+  }
+  block->meet_warp();
+}
+
+// ---- registers and numbers
+
+template <int COUNT>
+void fewer_registers() {}
+template <int COUNT>
+void more_registers() {}
+
+inline void in_order() {}
+inline int anew(int number) { return number; }
+
+inline float power_of_two(float x) { return std::exp2(x); }
+
+inline uint32_t rounded_pair(float low, float high) {
+  const _Float16 both[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
+  uint32_t pair;
+  std::memcpy(&pair, both, 4);
+  return pair;
+}
+
+inline float low_of(uint32_t pair) { return number(__half{}, reinterpret_cast<char*>(&pair)); }
+inline float high_of(uint32_t pair) { return number(__half{}, reinterpret_cast<char*>(&pair) + 2); }
+
+inline void store_matrices(void* row, const uint32_t (&pairs)[4]) {
+  const int own = thread_index(), lane = own % 32, warp = own - lane;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    block->mail(own) = pairs[matrix];
+    block->meet_warp();
+    if (lane / 8 == matrix)
+      for (int i = 0; i < 4; ++i)
+        std::memcpy(static_cast<char*>(row) + 4 * i, &block->mail(warp + lane % 8 * 4 + i), 4);
+    block->meet_warp();
+  }
+}
+
+}  // namespace m3bind::cuda

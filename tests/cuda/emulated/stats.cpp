@@ -1,0 +1,74 @@
+// The kernels of similarity_stats on emulated blocks, for ctypes.
+#include <utility>
+
+#include "stats_bwd.h"
+#include "stats_fwd.h"
+
+using namespace m3bind::cuda;
+
+namespace {
+
+TensorMap map_of(const void* data, int rows, int inner, int row_stride, int box_rows) {
+  return {static_cast<char*>(const_cast<void*>(data)), rows, inner, 2 * int64_t{row_stride},
+          box_rows, 64};
+}
+
+template <class F>
+void launch(int blocks, uint64_t seed, int shared_bytes, const F& kernel) {
+  for (int i = 0; i < blocks; ++i) {
+    Block emulated(seed + static_cast<uint64_t>(i), shared_bytes);
+    emulated.index = i;
+    emulated.count = blocks;
+    block = &emulated;
+    emulated.run(kThreads, [&] { kernel(emulated.shared()); });
+  }
+}
+
+// f(flags) for flags that are known when the program runs.
+template <int LEFT, bool... FLAGS, class F>
+void with_flags(const bool* flags, const F& f) {
+  if constexpr (LEFT == 0) {
+    f(std::integer_sequence<bool, FLAGS...>{});
+  } else if (*flags) {
+    with_flags<LEFT - 1, FLAGS..., true>(flags + 1, f);
+  } else {
+    with_flags<LEFT - 1, FLAGS..., false>(flags + 1, f);
+  }
+}
+
+}  // namespace
+
+// flags: classes, masks, totals
+extern "C" void emulate_stats_fwd(bool bf16, const bool* flags, const void* x, const void* y,
+                                  const StatsFwd* p, int blocks, uint64_t seed) {
+  const Sizes& s = p->sizes;
+  const TensorMap x_map = map_of(x, s.rows, s.features, s.features, kBlockRows);
+  const TensorMap y_map = map_of(y, s.cols, s.features, s.features, kTileCols);
+  with_flags<3>(flags, [&]<bool C, bool M, bool T>(std::integer_sequence<bool, C, M, T>) {
+    launch(blocks, seed, kStatsFwdShared, [&](char* shared) {
+      if (bf16)
+        stats_fwd<__nv_bfloat16, C, M, T>(*p, &x_map, &y_map, shared);
+      else
+        stats_fwd<__half, C, M, T>(*p, &x_map, &y_map, shared);
+    });
+  });
+}
+
+// flags: classes, masks, totals, apart
+extern "C" void emulate_stats_bwd(bool bf16, const bool* flags, const void* x, const void* y,
+                                  void* out, int out_stride, const StatsBwd* p, int blocks,
+                                  uint64_t seed) {
+  const Sizes& s = p->sizes;
+  const TensorMap x_map = map_of(x, s.rows, s.features, s.features, kBlockRows);
+  const TensorMap y_map = map_of(y, s.cols, s.features, s.features, kTileCols);
+  const TensorMap out_map = map_of(out, s.rows, s.cols, out_stride, kTileRows);
+  with_flags<4>(flags, [&]<bool C, bool M, bool T, bool A>(
+                           std::integer_sequence<bool, C, M, T, A>) {
+    launch(blocks, seed, kStatsBwdShared, [&](char* shared) {
+      if (bf16)
+        stats_bwd<__nv_bfloat16, C, M, T, A>(*p, &x_map, &y_map, &out_map, shared);
+      else
+        stats_bwd<__half, C, M, T, A>(*p, &x_map, &y_map, &out_map, shared);
+    });
+  });
+}
