@@ -47,10 +47,12 @@ A row whose kernels' sources have changed since it was measured says so.
 
 def current_sources(primitive: str, backend: str) -> str | None:
     """Of this checkout, whatever is built or installed."""
-    if backend in sources.NATIVE:
-        return sources.of_native(ROOT, backend)
-    folder = "kernels/m3bind_kernels" if backend == "triton" else f"m3bind/{backend}"
-    return sources.of_package(ROOT / folder, primitive)
+    compiled = sources.of_native(ROOT, backend) if backend in sources.NATIVE else ""
+    if compiled is None or backend == "cpp":
+        return compiled
+    kernels = backend in ("triton", "cuda")
+    folder = "kernels/m3bind_kernels" if kernels else f"m3bind/{backend}"
+    return compiled + sources.of_package(ROOT / folder, primitive)
 
 
 def is_current(row: dict[str, Any]) -> bool:

@@ -103,21 +103,35 @@ def _cuda_missing(primitive: str) -> str | None:
     found = native_cuda()
     if isinstance(found, str):
         return found
-    return None if primitive in found.operators else f"m3bind._C_cuda has no {primitive}"
+    if primitive not in found.operators:
+        return f"m3bind._C_cuda has no {primitive}"
+    others = [name for name in architectures() if name not in found.architectures]
+    if others:
+        built = ", ".join(found.architectures)
+        return f"its kernels are built for {built}, not for {', '.join(others)}: triton has others"
+    return _kernels_missing()
+
+
+def _cuda_kernels() -> Any:
+    """They stand in for Triton's tiles; the rest of an operator is in m3bind_kernels."""
+    native_cuda()
+    return importlib.import_module("m3bind_kernels.native")
 
 
 @cache
 def installed_sources(primitive: str, backend: str) -> str | None:
     """The fingerprint of the sources that a backend's kernels are made of, as installed here; None
     where there are none. Reads files, so nobody asks before a tensor is on a GPU."""
-    if backend in ("cpp", "cuda"):
-        module = native() if backend == "cpp" else native_cuda()
-        return None if isinstance(module, str) else module.sources
-    name = "m3bind_kernels" if backend == "triton" else f"m3bind.{backend}"
+    if backend == "cpp":
+        return getattr(native(), "sources", None)
+    # Those of CUDA C++ are driven by Triton's package.
+    compiled = getattr(native_cuda(), "sources", None) if backend == "cuda" else ""
+    name = "m3bind_kernels" if backend in ("triton", "cuda") else f"m3bind.{backend}"
     spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
+    if compiled is None or spec is None or not spec.submodule_search_locations:
         return None
-    return sources.of_package(Path(next(iter(spec.submodule_search_locations))), primitive)
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return compiled + sources.of_package(folder, primitive)
 
 
 @cache
@@ -135,7 +149,8 @@ def _row(primitive: str, **others: Entry) -> tuple[str, dict[str, Entry]]:
         "reference": Entry(load=lambda: reference, note="materialises; differentiable twice"),
         "chunked": Entry(load=lambda: chunked, note="panels in plain PyTorch"),
         "cuda": Entry(
-            load=_native_ops, devices=("cuda",), dtypes=_FLOATS, note="CUDA C++",
+            load=_cuda_kernels, devices=("cuda",), dtypes=_HALVES,
+            note="CUDA C++; where features are no multiple of 8, Triton",
             missing=partial(_cuda_missing, primitive), keeps=False,
         ),
     }  # fmt: skip
@@ -158,7 +173,8 @@ def _triton(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
     )  # fmt: skip
 
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, *_HALVES)
 _NOTE = "bfloat16 products where the processor has them; float16 is widened"
 _NARROW = _native(_FLOATS, _NOTE)
 _STATS = _native(_FLOATS, _NOTE, one_way=True)

@@ -124,8 +124,8 @@ M3BIND_DEVICE void wgmma_wait() {
 }
 
 #define M3BIND_8(f, i) f(i), f(i + 1), f(i + 2), f(i + 3), f(i + 4), f(i + 5), f(i + 6), f(i + 7)
-#define M3BIND_64(f, i)                                                                  \
-  M3BIND_8(f, i), M3BIND_8(f, i + 8), M3BIND_8(f, i + 16), M3BIND_8(f, i + 24),          \
+#define M3BIND_64(f, i)                                                         \
+  M3BIND_8(f, i), M3BIND_8(f, i + 8), M3BIND_8(f, i + 16), M3BIND_8(f, i + 24), \
       M3BIND_8(f, i + 32), M3BIND_8(f, i + 40), M3BIND_8(f, i + 48), M3BIND_8(f, i + 56)
 #define M3BIND_INOUT(i) "+f"(sums[i])
 #define M3BIND_WGMMA(type)                                                                     \
@@ -133,7 +133,8 @@ M3BIND_DEVICE void wgmma_wait() {
       "{\n"                                                                                    \
       ".reg .pred adds;\n"                                                                     \
       "setp.ne.b32 adds, %130, 0;\n"                                                           \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {"                        \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                             \
+      " {"                                                                                     \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "       \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "       \

@@ -16,7 +16,7 @@ struct StatsBwd {
   // [4, rows], [4, columns]: shift, weight, gradients of the positives' and of all dots
   const float *row_vectors, *col_vectors;
   int64_t row_stride, col_stride;
-  float* scale_parts;           // [tiles]: sums of derivative * dot
+  float* scale_parts;          // [tiles]: sums of derivative * dot
   float *row_lost, *col_lost;  // [tiles of columns, rows], [of rows, columns]: lost in rounding
 };
 
@@ -75,7 +75,8 @@ class StatsBwdTile {
     const float *rows = p_.row_shift_ranges + 2 * tile_.row,
                 *cols = p_.col_shift_ranges + 2 * tile_.col;
     const float low = fminf(rows[0], cols[0]), high = fmaxf(rows[1], cols[1]);
-    // Whether 2^(logit - high) serves all rows and columns: see `one_exponential` in derivatives.py.
+    // Whether 2^(logit - high) serves all rows and columns: see `one_exponential` in
+    // derivatives.py.
     const bool one = high - low <= 64.0f;
     if (Lane().thread == 0) outgoing_.wait();
     if (!one || is_special<CLASSES, MASKS>(p_.numbers, p_.sizes, tile_)) {
@@ -246,7 +247,7 @@ M3BIND_DEVICE void stats_bwd(const StatsBwd& p, const TensorMap* x, const Tensor
   char* vectors = meetings + 2 * Meeting::kBytes;
   Barrier* barriers = reinterpret_cast<Barrier*>(vectors + 2 * kVectorBytes);
   over_tiles<Half>(Stages(shared, barriers, p.sizes), x, y, p.sizes,
-                   [&](float(&dots)[128], Tile tile) {
+                   [&](float (&dots)[128], Tile tile) {
                      const int half = tile.row % 2;
                      StatsBwdTile<CLASSES, MASKS, TOTALS, APART>(
                          p, tile, Meeting(meetings, half),

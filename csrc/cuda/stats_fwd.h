@@ -67,8 +67,8 @@ class StatsFwdTile {
   };
 
   static constexpr int kShift = 0, kSum = 1, kPositives = 2, kTotals = CLASSES ? 3 : 2;
-  // What is lost to underflow (at 2^-126) is below the rounding of sums above 2^-64. Rows or columns
-  // far below the others, or left out, or a NaN, are for another kernel.
+  // What is lost to underflow (at 2^-126) is below the rounding of sums above 2^-64. Rows or
+  // columns far below the others, or left out, or a NaN, are for another kernel.
   static constexpr float kSmallest = 5.4e-20f;
 
   // An integer above the highest logit, so that differences of shifts are exact. A negative margin
@@ -162,7 +162,7 @@ M3BIND_DEVICE void stats_fwd(const StatsFwd& p, const TensorMap* x, const Tensor
   const int half = thread_index() / kWarpgroup;
   const Meeting meeting(shared + Stages::kBytes, half);
   over_tiles<Half>(Stages(shared, barriers, p.sizes), x, y, p.sizes,
-                   [&](float(&dots)[128], Tile tile) {
+                   [&](float (&dots)[128], Tile tile) {
                      StatsFwdTile<CLASSES, MASKS, TOTALS>(p, tile, meeting).run(dots);
                    });
 }

@@ -33,8 +33,7 @@ struct Meeting {
   int barrier;
 
   M3BIND_DEVICE Meeting(char* shared, int half)
-      : cols(reinterpret_cast<float*>(shared + half * kBytes)),
-        barrier(2 + half) {}
+      : cols(reinterpret_cast<float*>(shared + half * kBytes)), barrier(2 + half) {}
 
   M3BIND_DEVICE int* rules() const { return reinterpret_cast<int*>(cols + 4 * kTileCols); }
 
@@ -112,7 +111,8 @@ M3BIND_DEVICE void put_columns(const Meeting& meeting, int first, float (&sums)[
   meeting.cols[lane.warp * kTileCols + lane.col(first + lane.group)] = sums[0];
 }
 
-// After all threads have put all columns: `store(column, sum over all rows)`, by one thread for each.
+// After all threads have put all columns: `store(column, sum over all rows)`, by one thread for
+// each.
 template <class Store>
 M3BIND_DEVICE void column_totals(const Meeting& meeting, const Store& store) {
   meeting.sync();
@@ -142,8 +142,7 @@ M3BIND_DEVICE bool may_meet(const int* rows, const int* cols, Tile tile) {
 template <bool CLASSES, bool MASKS>
 M3BIND_DEVICE bool is_special(const Numbers& numbers, const Sizes& sizes, Tile tile) {
   bool special = (tile.row + 1) * kTileRows > sizes.rows || (tile.col + 1) * kTileCols > sizes.cols;
-  if (CLASSES)
-    special |= may_meet(numbers.row_class_ranges, numbers.col_class_ranges, tile);
+  if (CLASSES) special |= may_meet(numbers.row_class_ranges, numbers.col_class_ranges, tile);
   if (MASKS) special |= may_meet(numbers.row_mask_ranges, numbers.col_mask_ranges, tile);
   return special;
 }

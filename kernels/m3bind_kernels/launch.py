@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from m3bind_kernels import hopper
 from m3bind_kernels.configs import INTERPRETED, Config, SideConfig, multiprocessors
 from m3bind_kernels.tiles import _ranges_kernel
 
@@ -29,6 +30,7 @@ class Inputs:
     col_mask: Tensor | None
     margin: float
     totals: bool
+    native: bool  # whether tiles are for the kernels of csrc/cuda
 
     @staticmethod
     def of(
@@ -41,16 +43,19 @@ class Inputs:
         col_mask: Tensor | None,
         margin: float,
         totals: bool,
+        native: bool = False,
     ) -> "Inputs":
         assert (row_class is None) == (col_class is None)
         assert (row_mask is None) == (col_mask is None)
         scale = logit_scale.detach().reshape(()).to(device=x.device, dtype=torch.float64)
-        return Inputs(
+        found = Inputs(
             x=x.detach().contiguous(), y=y.detach().contiguous(), scale=scale,
             factor=(scale * LOG2_E).float().reshape(1), row_class=_whole(row_class),
             col_class=_whole(col_class), row_mask=_whole(row_mask), col_mask=_whole(col_mask),
-            margin=margin, totals=totals,
+            margin=margin, totals=totals, native=False,
         )  # fmt: skip
+        fits = native and hopper.runs_on(x.device) and descriptors_fit(found)
+        return replace(found, native=fits and x.shape[1] > 0)
 
     @property
     def shape(self) -> tuple[int, int]:

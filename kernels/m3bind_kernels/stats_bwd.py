@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3bind_kernels import hopper
 from m3bind_kernels.configs import Config
 from m3bind_kernels.derivatives import derivatives, one_exponential
 from m3bind_kernels.launch import Inputs, block_ranges, launch
@@ -115,6 +116,11 @@ def stats_bwd_kernel(
     tile. `ranges`: of the shifts of the band's rows and of the columns."""
     part = inputs.rows(band)
     row_vectors = upstream.rows[:, band]
+    if config == hopper.TILE:
+        hopper.stats_bwd(
+            part, ranges, row_vectors, upstream.cols, apart, out, scale_parts, row_lost, col_lost
+        )
+        return
     constants = part.constants(config)
     lost = (None, None) if out.dtype == torch.float32 else (row_lost, col_lost)
     launch(
@@ -144,9 +150,12 @@ def similarity_stats_bwd(
     grad_cols: Tensor,  # [3, M]
     need_x: bool,
     need_y: bool,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D], [M, D], [] float32
     """Gradients of x, y and the scale; one that is not needed comes back empty, [0, D]."""
-    inputs = Inputs.of(x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals)
+    inputs = Inputs.of(
+        x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals, native
+    )
     grads = Gradients(inputs, need_x, need_y, x.dtype)
     if 0 in inputs.shape:
         return grads.x, grads.y.to(y.dtype), grads.y.new_zeros(())
@@ -180,7 +189,8 @@ def _fill_by_waves(grads: Gradients, upstream: Upstream) -> Tensor:
     def first_wave(_: Inputs, config: Config) -> None:
         derive(*grads.waves(config)[0], config)
 
-    config = choose("stats_bwd", inputs, first_wave)
+    rounded = inputs.native and not grads.precise
+    config = hopper.TILE if rounded else choose("stats_bwd", inputs, first_wave)
     by_scale, cols_lost = [], []
     for band, out in grads.waves(config):
         by_dot, row_lost, col_lost = derive(band, out, config)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3bind_kernels import hopper
 from m3bind_kernels.configs import Config
 from m3bind_kernels.launch import Inputs, launch
 from m3bind_kernels.merge import bands, empty_state, merge_kernel, new_parts
@@ -133,7 +134,10 @@ def stats_fwd_kernel(
     part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, config: Config
 ) -> None:
     """Fills the partial statistics [planes, tiles, N or M] of a band of rows. The sums of powers
-    are not good in tiles that `far` [tiles] then names."""
+    are not good in tiles that `far` [tiles], zeros before, then names."""
+    if config == hopper.TILE:
+        hopper.stats_fwd(part, row_parts, col_parts, far)
+        return
     launch(
         _stats_fwd_kernel, config, *part.shape,
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(config),
@@ -154,13 +158,16 @@ def similarity_stats_fwd(
     margin: float,
     totals: bool,
     kept_rows: int,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [3, N], [3, M] float64, [0, M]
     """Of every row and column: log-sum-exp of its logits, sum of the positives', sum of all.
 
     What enters which is told by `m3bind.ops.stats`. No dot products are kept yet.
     """
     assert kept_rows == 0
-    inputs = Inputs.of(x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals)
+    inputs = Inputs.of(
+        x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals, native
+    )
     num_rows, num_cols = inputs.shape
     num_sums = int(row_class is not None) + int(totals)
     states = [empty_state(inputs.x, num_sums, count) for count in inputs.shape]
@@ -179,12 +186,12 @@ def _fill(inputs: Inputs, num_sums: int, row_state: Tensor, col_state: Tensor) -
         row_parts = new_parts(part.x, 2 + num_sums, num_cols, config.block_n, num_rows)
         col_parts = new_parts(part.x, 2 + num_sums, num_rows, config.block_m, num_cols)
         tiles = row_parts.shape[1] * col_parts.shape[1]
-        far = part.x.new_empty(tiles, dtype=torch.int32)
+        far = part.x.new_zeros(tiles, dtype=torch.int32)
         stats_fwd_kernel(part, row_parts, col_parts, far, config)
         stats_far_kernel(part, row_parts, col_parts, far, config)
         return row_parts, col_parts
 
-    config = choose("stats_fwd", inputs, partial)
+    config = hopper.TILE if inputs.native else choose("stats_fwd", inputs, partial)
     for band in bands(inputs, config, 2 + num_sums):
         row_parts, col_parts = partial(inputs.rows(band), config)
         merge_kernel(row_parts, row_state[:, band])

@@ -35,7 +35,7 @@ def inputs(shape, dtype, given, *, scale=20.0, margin=0.0, seed=0, spread=0.0):
     """Features, who is whose positive or masked, and logits in float64. ``spread``: how much
     farther apart the lengths of features are."""
     rows, cols, features = shape
-    classes, masks, totals = given
+    classes, masks, _ = given
     draw = torch.Generator().manual_seed(seed)
 
     def normal(count):
@@ -64,7 +64,8 @@ def inputs(shape, dtype, given, *, scale=20.0, margin=0.0, seed=0, spread=0.0):
         x=x, y=y, dots=dots, logits=dots * factor.double() * LN2, positive=positive, out=out,
         not_in_row=out | not_in_row, not_in_col=out | not_in_col, factor=factor, margin=margin,
         sizes=Sizes(rows=rows, cols=cols, features=features), given=given,
-        bf16=dtype == torch.bfloat16, numbers=numbers(row_class, col_class, row_mask, col_mask), shape=(rows, cols),
+        bf16=dtype == torch.bfloat16, shape=(rows, cols),
+        numbers=numbers(row_class, col_class, row_mask, col_mask),
     )  # fmt: skip
 
 

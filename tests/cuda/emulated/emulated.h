@@ -3,11 +3,11 @@
 //
 // What is asynchronous is done as late as it may be, or at any time before: a wgmma reads its
 // operands when it is waited for, a copy happens at some time after it was asked for. So a stage
-// that is given back too early, a phase that is waited for wrongly or a barrier that somebody misses
-// shows as wrong numbers, or as a block in which nobody can go on. The layouts are those of the PTX
-// ISA: the pieces of 16 bytes that the 128-byte swizzle exchanges, the matrix descriptors, and who
-// has which number of an accumulator. What is not imitated: fences, bank conflicts, clusters, and
-// the rounding of the tensor cores' sums.
+// that is given back too early, a phase that is waited for wrongly or a barrier that somebody
+// misses shows as wrong numbers, or as a block in which nobody can go on. The layouts are those of
+// the PTX ISA: the pieces of 16 bytes that the 128-byte swizzle exchanges, the matrix descriptors,
+// and who has which number of an accumulator. What is not imitated: fences, bank conflicts,
+// clusters, and the rounding of the tensor cores' sums.
 #pragma once
 
 #include <ucontext.h>
@@ -70,7 +70,8 @@ class Block {
     while (alive_ > 0) {
       runnable_.clear();
       for (size_t i = 0; i < fibres_.size(); ++i)
-        if (!fibres_[i]->done && (!fibres_[i]->waits || fibres_[i]->waits())) runnable_.push_back(i);
+        if (!fibres_[i]->done && (!fibres_[i]->waits || fibres_[i]->waits()))
+          runnable_.push_back(i);
       if (runnable_.empty() && copies_.empty()) stop("no thread can go on");
       if (!copies_.empty() && (runnable_.empty() || random_() % 64 == 0)) copy_one();
       std::shuffle(runnable_.begin(), runnable_.end(), random_);
@@ -296,8 +297,8 @@ float number_of(uint64_t operand, int r, int k) {
   if (operand >> 62 != 1) block->stop("an operand without the 128-byte swizzle");
   const uint32_t first = static_cast<uint32_t>(operand & 0x3fff) << 4;
   const uint32_t eight_rows = static_cast<uint32_t>(operand >> 32 & 0x3fff) << 4;
-  return number(Half{}, block->shared() +
-                            swizzled(first + r / 8 * eight_rows + r % 8 * 128 + 2 * k));
+  return number(Half{},
+                block->shared() + swizzled(first + r / 8 * eight_rows + r % 8 * 128 + 2 * k));
 }
 
 inline void wgmma_fence() {}

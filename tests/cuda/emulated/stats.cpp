@@ -1,6 +1,5 @@
 // The kernels of similarity_stats on emulated blocks, for ctypes.
-#include <utility>
-
+#include "flags.h"
 #include "stats_bwd.h"
 #include "stats_fwd.h"
 
@@ -9,8 +8,12 @@ using namespace m3bind::cuda;
 namespace {
 
 TensorMap map_of(const void* data, int rows, int inner, int row_stride, int box_rows) {
-  return {static_cast<char*>(const_cast<void*>(data)), rows, inner, 2 * int64_t{row_stride},
-          box_rows, 64};
+  return {static_cast<char*>(const_cast<void*>(data)),
+          rows,
+          inner,
+          2 * int64_t{row_stride},
+          box_rows,
+          64};
 }
 
 template <class F>
@@ -24,18 +27,6 @@ void launch(int blocks, uint64_t seed, int shared_bytes, const F& kernel) {
   }
 }
 
-// f(flags) for flags that are known when the program runs.
-template <int LEFT, bool... FLAGS, class F>
-void with_flags(const bool* flags, const F& f) {
-  if constexpr (LEFT == 0) {
-    f(std::integer_sequence<bool, FLAGS...>{});
-  } else if (*flags) {
-    with_flags<LEFT - 1, FLAGS..., true>(flags + 1, f);
-  } else {
-    with_flags<LEFT - 1, FLAGS..., false>(flags + 1, f);
-  }
-}
-
 }  // namespace
 
 // flags: classes, masks, totals
@@ -44,14 +35,15 @@ extern "C" void emulate_stats_fwd(bool bf16, const bool* flags, const void* x, c
   const Sizes& s = p->sizes;
   const TensorMap x_map = map_of(x, s.rows, s.features, s.features, kBlockRows);
   const TensorMap y_map = map_of(y, s.cols, s.features, s.features, kTileCols);
-  with_flags<3>(flags, [&]<bool C, bool M, bool T>(std::integer_sequence<bool, C, M, T>) {
+  const auto run = [&]<bool C, bool M, bool T>(std::integer_sequence<bool, C, M, T>) {
     launch(blocks, seed, kStatsFwdShared, [&](char* shared) {
       if (bf16)
         stats_fwd<__nv_bfloat16, C, M, T>(*p, &x_map, &y_map, shared);
       else
         stats_fwd<__half, C, M, T>(*p, &x_map, &y_map, shared);
     });
-  });
+  };
+  with_flags(run, flags[0], flags[1], flags[2]);
 }
 
 // flags: classes, masks, totals, apart
@@ -62,13 +54,13 @@ extern "C" void emulate_stats_bwd(bool bf16, const bool* flags, const void* x, c
   const TensorMap x_map = map_of(x, s.rows, s.features, s.features, kBlockRows);
   const TensorMap y_map = map_of(y, s.cols, s.features, s.features, kTileCols);
   const TensorMap out_map = map_of(out, s.rows, s.cols, out_stride, kTileRows);
-  with_flags<4>(flags, [&]<bool C, bool M, bool T, bool A>(
-                           std::integer_sequence<bool, C, M, T, A>) {
+  const auto run = [&]<bool C, bool M, bool T, bool A>(std::integer_sequence<bool, C, M, T, A>) {
     launch(blocks, seed, kStatsBwdShared, [&](char* shared) {
       if (bf16)
         stats_bwd<__nv_bfloat16, C, M, T, A>(*p, &x_map, &y_map, &out_map, shared);
       else
         stats_bwd<__half, C, M, T, A>(*p, &x_map, &y_map, &out_map, shared);
     });
-  });
+  };
+  with_flags(run, flags[0], flags[1], flags[2], flags[3]);
 }

@@ -1,0 +1,172 @@
+"""The operators of backend cuda as a whole: tiles by emulated blocks, the rest by Triton's
+interpreter; the truth is that of chunked panels in float64. Run by test_emulated_operator.py.
+"""
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+from emulator import Numbers, Sizes, StatsBwd, StatsFwd, flags, library, pointer
+
+from m3bind import chunked
+from m3bind_kernels import hopper, native, stats_bwd, waves
+
+NAMES = [name for name, _ in Numbers._fields_]
+SEEDS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """How often each kernel was started; they stand in for those of m3bind._C_cuda."""
+    kernels = library(tmp_path_factory.mktemp("emulated"))
+    found = {"stats_fwd": 0, "stats_bwd": 0}
+    schemas = torch.library.Library("m3bind_hopper", "FRAGMENT")
+    given = "Tensor x, Tensor y, Tensor factor, " + ", ".join(f"Tensor? {n}" for n in NAMES)
+    given += ", float margin, bool totals"
+    schemas.define(
+        f"stats_fwd({given}, Tensor(a!) row_parts, Tensor(b!) col_parts, Tensor(c!) far) -> ()"
+    )
+    schemas.define(
+        f"stats_bwd({given}, bool apart, Tensor row_shift_ranges, Tensor col_shift_ranges, "
+        "Tensor row_vectors, Tensor col_vectors, Tensor(a!) out, Tensor(b!) scale_parts, "
+        "Tensor(c!) row_lost, Tensor(d!) col_lost) -> ()"
+    )
+
+    def start(name, x, y, chosen, p, *more) -> None:
+        assert x.is_contiguous() and y.is_contiguous() and x.data_ptr() % 16 == 0
+        getattr(kernels, f"emulate_{name}")(
+            ctypes.c_bool(x.dtype == torch.bfloat16), flags(*chosen), pointer(x), pointer(y),
+            *more, ctypes.byref(p), 3, ctypes.c_uint64(next(SEEDS)),
+        )  # fmt: skip
+        found[name] += 1
+
+    def common(x, y, factor, *rest):
+        numbers = dict(zip(NAMES, rest[:8], strict=True))
+        margin, totals = rest[8:10]
+        fields = {
+            "sizes": Sizes(rows=x.shape[0], cols=y.shape[0], features=x.shape[1]),
+            "numbers": Numbers(**numbers), "factor": factor, "margin": margin,
+        }  # fmt: skip
+        present = numbers["row_class"] is not None, numbers["row_mask"] is not None, totals
+        return fields, present, rest[10:]
+
+    def forward(x, y, factor, *rest):
+        fields, present, (row_parts, col_parts, far) = common(x, y, factor, *rest)
+        p = StatsFwd(
+            **fields, row_parts=row_parts, col_parts=col_parts, row_plane=row_parts.stride(0),
+            col_plane=col_parts.stride(0), far=far,
+        )  # fmt: skip
+        start("stats_fwd", x, y, present, p)
+
+    def backward(x, y, factor, *rest):
+        fields, present, more = common(x, y, factor, *rest)
+        apart, row_ranges, col_ranges, rows, cols, out, scale_parts, row_lost, col_lost = more
+        assert out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0
+        p = StatsBwd(
+            **fields, row_shift_ranges=row_ranges, col_shift_ranges=col_ranges, row_vectors=rows,
+            col_vectors=cols, row_stride=rows.stride(0), col_stride=cols.stride(0),
+            scale_parts=scale_parts, row_lost=row_lost, col_lost=col_lost,
+        )  # fmt: skip
+        start("stats_bwd", x, y, (*present, apart), p, pointer(out), out.stride(0))
+
+    schemas.impl("stats_fwd", forward, "CPU")
+    schemas.impl("stats_bwd", backward, "CPU")
+    yield found
+    schemas._destroy()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def drawn(rows: int, cols: int, features: int, dtype, *, classes: bool, masks: bool, seed: int):
+    draw = torch.Generator().manual_seed(seed)
+    x, y = (
+        torch.nn.functional.normalize(torch.randn(n, features, generator=draw), dim=1).to(dtype)
+        for n in (rows, cols)
+    )
+    row_class = col_class = row_mask = col_mask = None
+    if classes:  # as of the diagonal: each class once, with both bits
+        row_class = torch.randperm(rows, generator=draw).int() * 4 + 3
+        col_class = torch.randperm(cols, generator=draw).int() * 4 + 3
+    if masks:
+        row_mask = torch.randint(0, 20, (rows,), generator=draw).int()
+        col_mask = torch.randint(0, 20, (cols,), generator=draw).int()
+    return x, y, torch.tensor(20.0), row_class, col_class, row_mask, col_mask
+
+
+def error(got, want) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
+@pytest.mark.parametrize(
+    ("classes", "masks", "totals"), [(True, False, False), (True, True, True), (False, False, True)]
+)
+def test_statistics_and_gradients(calls, monkeypatch, classes, masks, totals, dtype):
+    monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
+    monkeypatch.setattr(waves, "WAVE_BYTES", 1 << 18)
+    monkeypatch.setattr(waves, "WAVE_ROWS", 128)  # several waves
+    monkeypatch.setattr(stats_bwd, "MOST_FEATURES", 0)
+    rows, cols = 300, 520
+    inputs = drawn(rows, cols, 72, dtype, classes=classes, masks=masks, seed=7)
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
+    before = dict(calls)
+    found = native.similarity_stats_fwd(*inputs, 0.1, totals, 0)
+    want = chunked.similarity_stats_fwd(*wide, 0.1, totals, 0)
+    assert calls["stats_fwd"] > before["stats_fwd"]
+    for got, ours in zip(found[:2], want[:2], strict=True):
+        torch.testing.assert_close(got[:2], ours[:2], rtol=2e-6, atol=2e-5)
+        torch.testing.assert_close(got[2], ours[2], rtol=2e-6, atol=2e-4)  # sums that cancel
+    draw = torch.Generator().manual_seed(3)
+    upstream = [torch.randn(3, n, generator=draw, dtype=torch.float64) / n for n in (rows, cols)]
+    for one in upstream:  # nothing comes from what was not asked for
+        one[1] *= classes
+        one[2] *= totals
+    lse = want[0][0], want[1][0]
+    grads = native.similarity_stats_bwd(
+        *inputs, 0.1, totals, *lse, found[2], *(u.float() for u in upstream), True, True
+    )
+    exact = chunked.similarity_stats_bwd(
+        *wide, 0.1, totals, *lse, want[2], *upstream, True, True
+    )  # fmt: skip
+    assert calls["stats_bwd"] >= before["stats_bwd"] + 2
+    rounding = 2**-8 if dtype == torch.bfloat16 else 2**-11  # of the gradient itself
+    for got, ours in zip(grads[:2], exact[:2], strict=True):
+        assert error(got, ours) < rounding
+    assert error(grads[2], exact[2]) < 3e-4
+
+
+def test_what_does_not_fit_is_triton_s(calls):
+    before = dict(calls)
+    for features, dtype in ((33, torch.bfloat16), (64, torch.float32)):
+        inputs = drawn(70, 80, features, dtype, classes=True, masks=False, seed=1)
+        wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
+        found = native.similarity_stats_fwd(*inputs, 0.0, False, 0)
+        want = chunked.similarity_stats_fwd(*wide, 0.0, False, 0)
+        torch.testing.assert_close(found[0], want[0], rtol=2e-6, atol=2e-5)
+    assert calls == before
+
+
+def test_rows_that_are_far_apart(calls):
+    """Tiles that the emulated kernel names are corrected by Triton's."""
+    before = calls["stats_fwd"]
+    inputs = drawn(130, 300, 64, torch.float16, classes=False, masks=False, seed=2)
+    inputs[0][:5] *= 60
+    inputs[0][64:70] *= -60
+    wide = [t.double() if t is not None else t for t in inputs]
+    found = native.similarity_stats_fwd(*inputs, 0.0, False, 0)
+    want = chunked.similarity_stats_fwd(*wide, 0.0, False, 0)
+    assert calls["stats_fwd"] == before + 1
+    for got, ours in zip(found[:2], want[:2], strict=True):
+        torch.testing.assert_close(got[0], ours[0], rtol=2e-6, atol=2e-5)
+
+
+def test_the_tiles_are_those_of_the_kernels():
+    from emulator import TILE_COLS, TILE_ROWS
+
+    assert (hopper.TILE.block_m, hopper.TILE.block_n) == (TILE_ROWS, TILE_COLS)

@@ -1,0 +1,18 @@
+"""Runs interpreted_operator.py in a process where Triton interprets its kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_operators_on_emulated_blocks():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", HERE / "interpreted_operator.py"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
