@@ -196,6 +196,8 @@ M3BIND_DEVICE float power_of_two(float x) {
   return y;
 }
 
+M3BIND_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
+
 // Two numbers rounded to float16, the first in the lower half.
 M3BIND_DEVICE uint32_t rounded_pair(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);

@@ -41,17 +41,16 @@ cudaStream_t stream_of(const Tensor& like) {
 }
 
 TensorMap describe(const Tensor& matrix, int box_rows) {
-  const bool bf16 = matrix.scalar_type() == torch::headeronly::ScalarType::BFloat16;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.size(1)),
                                static_cast<cuuint64_t>(matrix.size(0))};
   const cuuint64_t row_bytes[1] = {2 * static_cast<cuuint64_t>(matrix.stride(0))};
   const cuuint32_t box[2] = {kDepth, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
   TensorMap map;
-  const CUresult result =
-      encode()(&map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-               matrix.mutable_data_ptr(), sizes, row_bytes, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode()(
+      &map, is_bf16(matrix) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      matrix.mutable_data_ptr(), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "m3bind: the driver refuses to describe a matrix of ",
                   sizes[1], " x ", sizes[0], ", rows of ", row_bytes[0], " bytes (CUresult ",
                   static_cast<int>(result), ")");
@@ -74,5 +73,17 @@ int blocks_for(const Tensor& x, const Tensor& y) {
 Sizes sizes_of(const Tensor& x, const Tensor& y) {
   return {static_cast<int>(x.size(0)), static_cast<int>(y.size(0)), static_cast<int>(x.size(1))};
 }
+
+Numbers numbers_of(const OptionalTensor& row_class, const OptionalTensor& col_class,
+                   const OptionalTensor& row_mask, const OptionalTensor& col_mask,
+                   const OptionalTensor& row_class_ranges, const OptionalTensor& col_class_ranges,
+                   const OptionalTensor& row_mask_ranges, const OptionalTensor& col_mask_ranges) {
+  return {data_of<int>(row_class),        data_of<int>(col_class),
+          data_of<int>(row_mask),         data_of<int>(col_mask),
+          data_of<int>(row_class_ranges), data_of<int>(col_class_ranges),
+          data_of<int>(row_mask_ranges),  data_of<int>(col_mask_ranges)};
+}
+
+bool is_bf16(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
 
 }  // namespace m3bind::cuda

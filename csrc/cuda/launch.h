@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "products.h"
+#include "tile.h"
 
 namespace m3bind::cuda {
 
@@ -37,9 +37,17 @@ T* data_of(const Tensor& tensor) {
 }
 
 template <class T>
-const T* data_of(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+T* data_of(const OptionalTensor& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
 }
+
+// Classes, masks and their extremes, as all operators take them.
+Numbers numbers_of(const OptionalTensor& row_class, const OptionalTensor& col_class,
+                   const OptionalTensor& row_mask, const OptionalTensor& col_mask,
+                   const OptionalTensor& row_class_ranges, const OptionalTensor& col_class_ranges,
+                   const OptionalTensor& row_mask_ranges, const OptionalTensor& col_mask_ranges);
+
+bool is_bf16(const Tensor& x);
 
 template <class... Parameters, class... Given>
 void launch(void (*kernel)(Parameters...), int shared, int blocks, const Tensor& like,

@@ -24,18 +24,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   stats_bwd<Half, CLASSES, MASKS, TOTALS, APART>(p, &x, &y, &out, aligned_shared());
 }
 
-Numbers numbers_of(const OptionalTensor& row_class, const OptionalTensor& col_class,
-                   const OptionalTensor& row_mask, const OptionalTensor& col_mask,
-                   const OptionalTensor& row_class_ranges, const OptionalTensor& col_class_ranges,
-                   const OptionalTensor& row_mask_ranges, const OptionalTensor& col_mask_ranges) {
-  return {data_of<int>(row_class),        data_of<int>(col_class),
-          data_of<int>(row_mask),         data_of<int>(col_mask),
-          data_of<int>(row_class_ranges), data_of<int>(col_class_ranges),
-          data_of<int>(row_mask_ranges),  data_of<int>(col_mask_ranges)};
-}
-
-bool is_bf16(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
-
 void stats_fwd_op(const Tensor& x, const Tensor& y, const Tensor& factor,
                   const OptionalTensor& row_class, const OptionalTensor& col_class,
                   const OptionalTensor& row_mask, const OptionalTensor& col_mask,

@@ -74,7 +74,6 @@ class StatsFwdTile {
   // An integer above the highest logit, so that differences of shifts are exact. A negative margin
   // raises the positives above what is there.
   M3BIND_DEVICE float tile_shift(const float (&dots)[128], float factor) {
-    const auto higher = [](float a, float b) { return a > b ? a : b; };
     float own = dots[0] * factor;
 #pragma unroll
     for (int i = 1; i < 128; ++i) own = higher(own, dots[i] * factor);

@@ -45,6 +45,8 @@ M3BIND_DEVICE float row_sum(float own) {
   return own + shuffle_xor(own, 2);
 }
 
+M3BIND_DEVICE float higher(float a, float b) { return a > b ? a : b; }
+
 // `f` of the numbers of all threads of the warpgroup, on all of them.
 template <class F>
 M3BIND_DEVICE float over_warpgroup(float own, const Meeting& meeting, const F& f) {

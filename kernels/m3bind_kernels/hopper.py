@@ -31,6 +31,18 @@ def stats_fwd(part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor) -
     )  # fmt: skip
 
 
+def siglip(
+    part: Inputs, logits: Tensor, losses: Tensor | None, weights: Tensor | None,
+    boost: Tensor | None, wanted: Tensor | None, out: Tensor | None, lone: Tensor | None,
+    sums: Tensor | None,
+) -> None:  # fmt: skip
+    """`siglip_kernel` with `TILE`, for derivatives in float16."""
+    torch.ops.m3bind_hopper.siglip(
+        part.x, part.y, logits, *part.numbers(), *part.ranges(TILE), losses, weights, boost, wanted,
+        out, lone, sums,
+    )  # fmt: skip
+
+
 def stats_bwd(
     part: Inputs, ranges: list[Tensor], row_vectors: Tensor, col_vectors: Tensor, apart: bool,
     out: Tensor, scale_parts: Tensor, row_lost: Tensor, col_lost: Tensor,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3bind_kernels import hopper
 from m3bind_kernels.configs import Config
 from m3bind_kernels.launch import Inputs, launch
 from m3bind_kernels.sigmoid import exp_below_zero, sigmoid_of, softplus_of
@@ -141,6 +142,9 @@ def siglip_kernel(
     sums: Tensor | None = None,  # [3, tiles]
 ) -> None:
     """Fills what is given, for a band of rows: `losses`, or all that belongs to derivatives."""
+    if config == hopper.TILE:
+        hopper.siglip(part, logits, losses, weights, boost, wanted, out, lone, sums)
+        return
     constants = part.constants(config)
     stride = 0 if out is None else out.stride(0)
     by_descriptor = constants["DESCRIPTORS"] and out is not None and out.dtype != torch.float32

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from m3bind_kernels import hopper
 from m3bind_kernels.configs import Config
 from m3bind_kernels.launch import Inputs
 from m3bind_kernels.siglip import siglip_kernel
@@ -26,9 +27,10 @@ def siglip_fwd(
     col_class: Tensor | None,  # [M] int32
     row_mask: Tensor | None,  # [N] int32
     col_mask: Tensor | None,  # [M] int32
+    native: bool = False,
 ) -> Tensor:  # [N] float64
     """The sum of each row's losses. What enters them is told by `m3bind.ops.siglip`."""
-    inputs = _inputs(x, y, logit_scale, row_class, col_class, row_mask, col_mask)
+    inputs = _inputs(x, y, logit_scale, row_class, col_class, row_mask, col_mask, native)
     num_rows, num_cols = inputs.shape
     found = x.new_zeros(num_rows, dtype=torch.float64)
     if num_rows == 0 or num_cols == 0:
@@ -41,7 +43,7 @@ def siglip_fwd(
         return losses
 
     with torch.cuda.device_of(x):
-        config = choose("siglip_loss", inputs, partial)
+        config = hopper.TILE if inputs.native else choose("siglip_loss", inputs, partial)
         step = PART_BYTES // (4 * triton.cdiv(num_cols, config.block_n)) // config.block_m
         step = max(1, step) * config.block_m
         for i in range(0, num_rows, step):
@@ -62,9 +64,10 @@ def siglip_bwd(
     grad_rows: Tensor,  # [N]
     need_x: bool,
     need_y: bool,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, D], [M, D], [] float32, [] float32
     """Gradients for a weight of each row; one that is not needed comes back empty, [0, D]."""
-    inputs = _inputs(x, y, logit_scale, row_class, col_class, row_mask, col_mask)
+    inputs = _inputs(x, y, logit_scale, row_class, col_class, row_mask, col_mask, native)
     grads = Gradients(inputs, need_x, need_y, x.dtype)
     by_bias = by_scale = inputs.scale.new_zeros(())
     if 0 not in inputs.shape:
@@ -88,9 +91,10 @@ def siglip_total_fwd(
     mean: bool,
     need_x: bool,
     need_y: bool,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [], [N, D], [M, D], [], [], all float32
     """The sum of all losses (or that through N), and its gradients."""
-    inputs = _inputs(x, y, logit_scale, row_class, col_class, row_mask, col_mask)
+    inputs = _inputs(x, y, logit_scale, row_class, col_class, row_mask, col_mask, native)
     grads = Gradients(inputs, need_x, need_y, torch.float32)
     total = by_bias = by_scale = inputs.scale.new_zeros(())
     if 0 not in inputs.shape:
@@ -115,13 +119,16 @@ def _inputs(
     col_class: Tensor | None,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
+    native: bool,
 ) -> Inputs:
     """No classes mean that row i and column i are positive, and neither has another."""
     if row_class is None or col_class is None:
         count = max(len(x), len(y))
         classes = torch.arange(3, 4 * count + 3, 4, device=x.device, dtype=torch.int32)
         row_class, col_class = classes[: len(x)], classes[: len(y)]
-    return Inputs.of(x, y, logit_scale, row_class, col_class, row_mask, col_mask, 0.0, False)
+    return Inputs.of(
+        x, y, logit_scale, row_class, col_class, row_mask, col_mask, 0.0, False, native
+    )
 
 
 def _logits(inputs: Inputs, logit_bias: Tensor) -> Tensor:  # [2] float32
@@ -173,7 +180,11 @@ def _fill(
         wave.form(logits, config, boost.one, boost.always)
         return wave
 
-    config = choose("siglip", inputs, lambda _, config: first(*grads.waves(config)[0], config))
+    def first_wave(_: Inputs, config: Config) -> None:
+        first(*grads.waves(config)[0], config)
+
+    rounded = inputs.native and not grads.precise
+    config = hopper.TILE if rounded else choose("siglip", inputs, first_wave)
     total, sums = inputs.scale.new_zeros(()), []
     back = inputs.scale / factor
     for band, out in grads.waves(config):

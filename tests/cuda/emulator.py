@@ -55,13 +55,21 @@ class StatsBwd(Struct):
     ]  # fmt: skip
 
 
+class Siglip(Struct):
+    _fields_ = [
+        ("sizes", Sizes), ("numbers", Numbers), ("logits", POINTER), ("losses", POINTER),
+        ("weights", POINTER), ("boost", POINTER), ("wanted", POINTER), ("lone", POINTER),
+        ("sums", POINTER), ("plane", ctypes.c_int64),
+    ]  # fmt: skip
+
+
 @cache
 def library(folder: Path) -> ctypes.CDLL:
     """Built into ``folder``."""
     target = folder / "emulated.so"
     command = ["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += ["-fPIC", "-shared", f"-I{HERE / 'emulated'}", f"-I{KERNELS}"]
-    command += [str(HERE / "emulated" / "stats.cpp"), "-o", str(target)]
+    command += [str(HERE / "emulated" / "kernels.cpp"), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(target))

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from emulator import Numbers, Sizes, StatsBwd, StatsFwd, flags, library, pointer
+from emulator import Numbers, Siglip, Sizes, StatsBwd, StatsFwd, flags, library, pointer
 
 from m3bind import chunked
 from m3bind_kernels import hopper, native, stats_bwd, waves
@@ -20,7 +20,7 @@ SEEDS = itertools.count()
 def calls(tmp_path_factory):
     """How often each kernel was started; they stand in for those of m3bind._C_cuda."""
     kernels = library(tmp_path_factory.mktemp("emulated"))
-    found = {"stats_fwd": 0, "stats_bwd": 0}
+    found = {"stats_fwd": 0, "stats_bwd": 0, "siglip": 0}
     schemas = torch.library.Library("m3bind_hopper", "FRAGMENT")
     given = "Tensor x, Tensor y, Tensor factor, " + ", ".join(f"Tensor? {n}" for n in NAMES)
     given += ", float margin, bool totals"
@@ -31,6 +31,12 @@ def calls(tmp_path_factory):
         f"stats_bwd({given}, bool apart, Tensor row_shift_ranges, Tensor col_shift_ranges, "
         "Tensor row_vectors, Tensor col_vectors, Tensor(a!) out, Tensor(b!) scale_parts, "
         "Tensor(c!) row_lost, Tensor(d!) col_lost) -> ()"
+    )
+    numbers_given = ", ".join(f"Tensor? {n}" for n in NAMES)
+    schemas.define(
+        f"siglip(Tensor x, Tensor y, Tensor logits, {numbers_given}, Tensor(a!)? losses, "
+        "Tensor? weights, Tensor? boost, Tensor? wanted, Tensor(b!)? out, Tensor(c!)? lone, "
+        "Tensor(d!)? sums) -> ()"
     )
 
     def start(name, x, y, chosen, p, *more) -> None:
@@ -70,6 +76,19 @@ def calls(tmp_path_factory):
         )  # fmt: skip
         start("stats_bwd", x, y, (*present, apart), p, pointer(out), out.stride(0))
 
+    def siglip(x, y, logits, *rest):
+        numbers = dict(zip(NAMES, rest[:8], strict=True))
+        losses, weights, boost, wanted, out, lone, sums = rest[8:]
+        p = Siglip(
+            sizes=Sizes(rows=x.shape[0], cols=y.shape[0], features=x.shape[1]),
+            numbers=Numbers(**numbers), logits=logits, losses=losses, weights=weights, boost=boost,
+            wanted=wanted, lone=lone, sums=sums, plane=0 if sums is None else sums.stride(0),
+        )  # fmt: skip
+        chosen = [t is not None for t in (numbers["row_mask"], losses, out, lone)]
+        there = x if out is None else out
+        start("siglip", x, y, chosen, p, pointer(there), there.stride(0))
+
+    schemas.impl("siglip", siglip, "CPU")
     schemas.impl("stats_fwd", forward, "CPU")
     schemas.impl("stats_bwd", backward, "CPU")
     yield found
@@ -170,3 +189,39 @@ def test_the_tiles_are_those_of_the_kernels():
     from emulator import TILE_COLS, TILE_ROWS
 
     assert (hopper.TILE.block_m, hopper.TILE.block_n) == (TILE_ROWS, TILE_COLS)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
+@pytest.mark.parametrize("masks", (False, True))
+@pytest.mark.parametrize("separated", (False, True))
+def test_siglip(calls, monkeypatch, masks, separated, dtype):
+    """``separated``: all derivatives but few are so small that a wave is formed again."""
+    monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
+    monkeypatch.setattr(waves, "WAVE_BYTES", 1 << 18)
+    monkeypatch.setattr(waves, "WAVE_ROWS", 128)
+    rows, cols = 300, 520
+    x, y, scale, *numbers = drawn(rows, cols, 72, dtype, classes=True, masks=masks, seed=5)
+    bias = torch.tensor(-30.0 if separated else -8.0)
+    if separated:  # positives alike, so that their losses are small, too
+        x = y[numbers[1].argsort()[numbers[0].long() // 4]]
+        scale = scale * 3
+    inputs = (x, y, scale, bias, *numbers)
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
+    # A small loss has the absolute error of its logit, in float32, as its relative one.
+    exact = 2**-23 * (8 + float((wide[2] * wide[0] @ wide[1].T).abs().max() + bias.abs()))
+    before = calls["siglip"]
+    torch.testing.assert_close(
+        native.siglip_fwd(*inputs), chunked.siglip_fwd(*wide), rtol=exact, atol=0
+    )
+    assert calls["siglip"] == before + 1
+    weights = torch.rand(rows, generator=torch.Generator().manual_seed(1)).double()
+    got = native.siglip_bwd(*inputs, weights.float(), True, True)
+    want = chunked.siglip_bwd(*wide, weights, True, True)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 2**-11
+    assert all(error(g, w) < rounding for g, w in zip(got[:2], want[:2], strict=True))
+    assert all(error(g, w) < 1e-4 for g, w in zip(got[2:], want[2:], strict=True))
+    got = native.siglip_total_fwd(*inputs, True, True, True)
+    want = chunked.siglip_total_fwd(*wide, True, True, True)
+    limits = (exact, rounding, rounding, 1e-4, 1e-4)
+    assert all(error(g, w) < limit for g, w, limit in zip(got, want, limits, strict=True))
+    assert calls["siglip"] >= before + 9

@@ -355,6 +355,8 @@ inline int anew(int number) { return number; }
 
 inline float power_of_two(float x) { return std::exp2(x); }
 
+inline float quotient(float a, float b) { return a / b; }
+
 inline uint32_t rounded_pair(float low, float high) {
   const _Float16 both[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
   uint32_t pair;

@@ -1,5 +1,6 @@
-// The kernels of similarity_stats on emulated blocks, for ctypes.
+// The kernels of csrc/cuda on emulated blocks, for ctypes.
 #include "flags.h"
+#include "siglip.h"
 #include "stats_bwd.h"
 #include "stats_fwd.h"
 
@@ -60,6 +61,25 @@ extern "C" void emulate_stats_bwd(bool bf16, const bool* flags, const void* x, c
         stats_bwd<__nv_bfloat16, C, M, T, A>(*p, &x_map, &y_map, &out_map, shared);
       else
         stats_bwd<__half, C, M, T, A>(*p, &x_map, &y_map, &out_map, shared);
+    });
+  };
+  with_flags(run, flags[0], flags[1], flags[2], flags[3]);
+}
+
+// flags: masks, loss, gradient, apart
+extern "C" void emulate_siglip(bool bf16, const bool* flags, const void* x, const void* y,
+                               void* out, int out_stride, const Siglip* p, int blocks,
+                               uint64_t seed) {
+  const Sizes& s = p->sizes;
+  const TensorMap x_map = map_of(x, s.rows, s.features, s.features, kBlockRows);
+  const TensorMap y_map = map_of(y, s.cols, s.features, s.features, kTileCols);
+  const TensorMap out_map = map_of(out, s.rows, s.cols, out_stride, kTileRows);
+  const auto run = [&]<bool M, bool L, bool G, bool A>(std::integer_sequence<bool, M, L, G, A>) {
+    launch(blocks, seed, kSiglipShared, [&](char* shared) {
+      if (bf16)
+        siglip<__nv_bfloat16, M, L, G, A>(*p, &x_map, &y_map, &out_map, shared);
+      else
+        siglip<__half, M, L, G, A>(*p, &x_map, &y_map, &out_map, shared);
     });
   };
   with_flags(run, flags[0], flags[1], flags[2], flags[3]);
