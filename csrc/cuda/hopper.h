@@ -78,9 +78,19 @@ M3BIND_DEVICE void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-M3BIND_DEVICE float shuffle_xor(float value, int lanes) {
+M3BIND_DEVICE void warp_sync() { __syncwarp(); }
+
+template <class T>
+M3BIND_DEVICE T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
+
+// A bit for each thread of the warp.
+M3BIND_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+M3BIND_DEVICE int bits_in(uint32_t bits) { return __popc(bits); }
+
+// Adds 1 to a number that several threads count up; what it was before.
+M3BIND_DEVICE int count_up(int* number) { return atomicAdd(number, 1); }
 
 // ---- the copy engine; coordinates in elements, the first along the rows
 
@@ -195,6 +205,9 @@ M3BIND_DEVICE float power_of_two(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+M3BIND_DEVICE int bits_of(float x) { return __float_as_int(x); }
+M3BIND_DEVICE float from_bits(int bits) { return __int_as_float(bits); }
 
 M3BIND_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 

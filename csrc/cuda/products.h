@@ -147,28 +147,41 @@ class Ring {
   int steps_;
 };
 
-// Every block goes over its tiles, and hands the dot products on, to be called by
-// each warpgroup for its 64 rows, where there are any: `finish(dots, tile of 64 x 256)`.
-template <class Half, int STAGES, class Finish>
+// Goes over all blocks of a matrix, those of this block of threads.
+struct AllBlocks {
+  Sizes sizes;
+
+  template <class F>
+  M3BIND_DEVICE void operator()(const F& f) const {
+    for (int i = block_index(); i < Blocks(sizes).count(); i += block_count())
+      f([&] { return Blocks(sizes).at(i); });
+  }
+};
+
+// `walk(f)` calls f for one block of 128 x 256 after the other, with a function that tells which.
+// Its dot products are handed on to each warpgroup for its 64 rows, where there are any:
+// `finish(dots, tile of 64 x 256)`. Threads that bring features have FEW registers, those that
+// multiply MANY; together no more than all have at the start, 168 each.
+template <class Half, int FEW = 24, int MANY = 240, int STAGES, class Walk, class Finish>
 M3BIND_DEVICE void over_tiles(Ring<STAGES> ring, const TensorMap* x, const TensorMap* y,
-                              const Sizes& sizes, const Finish& finish) {
+                              const Sizes& sizes, const Walk& walk, const Finish& finish) {
+  static_assert(FEW + 2 * MANY <= 3 * 168);
   if (thread_index() == 0) ring.init();
   block_sync();
   typename Ring<STAGES>::Place place;
   if (thread_index() >= 2 * kWarpgroup) {
-    fewer_registers<24>();
+    fewer_registers<FEW>();
     if (thread_index() == 2 * kWarpgroup)
-      for (int i = block_index(); i < Blocks(sizes).count(); i += block_count())
-        ring.bring(place, x, y, Blocks(sizes).at(i));
+      walk([&](const auto& which) { ring.bring(place, x, y, which()); });
   } else {
-    more_registers<240>();
+    more_registers<MANY>();
     const int half = thread_index() / kWarpgroup;
     float dots[128];
-    for (int i = block_index(); i < Blocks(sizes).count(); i += block_count()) {
+    walk([&](const auto& which) {
       ring.template multiply<Half>(place, half, dots);
-      const Tile block = Blocks(sizes).at(i), tile{2 * block.row + half, block.col};
+      const Tile block = which(), tile{2 * block.row + half, block.col};
       if (tile.row * kTileRows < sizes.rows) finish(dots, tile);
-    }
+    });
   }
 }
 

@@ -170,13 +170,14 @@ M3BIND_DEVICE void siglip(const Siglip& p, const TensorMap* x, const TensorMap* 
   char* outgoing = shared + Stages::kBytes;
   char* meetings = outgoing + 2 * Outgoing::kBytes;
   Barrier* barriers = reinterpret_cast<Barrier*>(meetings + 2 * Meeting::kBytes);
-  over_tiles<Half>(
-      Stages(shared, barriers, p.sizes), x, y, p.sizes, [&](float (&dots)[128], Tile tile) {
-        const int half = tile.row % 2;
-        SiglipTile<MASKS, LOSS, GRADIENT, APART>(p, tile, Meeting(meetings, half),
-                                                 Outgoing(outgoing + half * Outgoing::kBytes, out))
-            .run(dots);
-      });
+  over_tiles<Half>(Stages(shared, barriers, p.sizes), x, y, p.sizes, AllBlocks{p.sizes},
+                   [&](float (&dots)[128], Tile tile) {
+                     const int half = tile.row % 2;
+                     SiglipTile<MASKS, LOSS, GRADIENT, APART>(
+                         p, tile, Meeting(meetings, half),
+                         Outgoing(outgoing + half * Outgoing::kBytes, out))
+                         .run(dots);
+                   });
   if (GRADIENT) copy_out_wait();  // before the block's memory goes
 }
 

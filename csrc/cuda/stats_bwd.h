@@ -204,7 +204,7 @@ M3BIND_DEVICE void stats_bwd(const StatsBwd& p, const TensorMap* x, const Tensor
   char* meetings = outgoing + 2 * Outgoing::kBytes;
   char* vectors = meetings + 2 * Meeting::kBytes;
   Barrier* barriers = reinterpret_cast<Barrier*>(vectors + 2 * kVectorBytes);
-  over_tiles<Half>(Stages(shared, barriers, p.sizes), x, y, p.sizes,
+  over_tiles<Half>(Stages(shared, barriers, p.sizes), x, y, p.sizes, AllBlocks{p.sizes},
                    [&](float (&dots)[128], Tile tile) {
                      const int half = tile.row % 2;
                      StatsBwdTile<CLASSES, MASKS, TOTALS, APART>(

@@ -160,7 +160,7 @@ M3BIND_DEVICE void stats_fwd(const StatsFwd& p, const TensorMap* x, const Tensor
   Barrier* barriers = reinterpret_cast<Barrier*>(shared + Stages::kBytes + 2 * Meeting::kBytes);
   const int half = thread_index() / kWarpgroup;
   const Meeting meeting(shared + Stages::kBytes, half);
-  over_tiles<Half>(Stages(shared, barriers, p.sizes), x, y, p.sizes,
+  over_tiles<Half>(Stages(shared, barriers, p.sizes), x, y, p.sizes, AllBlocks{p.sizes},
                    [&](float (&dots)[128], Tile tile) {
                      StatsFwdTile<CLASSES, MASKS, TOTALS>(p, tile, meeting).run(dots);
                    });

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # What a warpgroup leaves behind. Triton's kernels that go over the same tiles run with it, too.
 TILE = Config(64, 256, 64, 8, 3)
+BLOCK_ROWS = 128  # two warpgroups
+MOST_CANDIDATES = 1024  # of a query in similarity_topk
 
 
 def runs_on(device: torch.device) -> bool:
@@ -28,6 +30,14 @@ def stats_fwd(part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor) -
     torch.ops.m3bind_hopper.stats_fwd(
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(TILE), part.margin, part.totals,
         row_parts, col_parts, far,
+    )  # fmt: skip
+
+
+def topk(part: Inputs, keys: Tensor, tiles_a_part: int, k: int, many: int) -> None:
+    """Fills `keys` [rows, parts, space], whole blocks of rows, as `_topk_kernel` does."""
+    torch.ops.m3bind_hopper.topk(
+        part.x, part.y, part.row_mask, part.col_mask, *part.ranges(TILE)[2:], keys, tiles_a_part,
+        k, many,
     )  # fmt: skip
 
 

@@ -25,8 +25,9 @@ def ordered(scores):
 
 
 def search_inputs(
-    queries: Tensor, gallery: Tensor, query_ids: Tensor | None, gallery_ids: Tensor | None
-) -> Inputs:
+    queries: Tensor, gallery: Tensor, query_ids: Tensor | None, gallery_ids: Tensor | None,
+    native: bool = False,
+) -> Inputs:  # fmt: skip
     """Queries and gallery as rows and columns of similarity_stats; equal ids are masked pairs."""
     if gallery.shape[0] > MOST_COLUMNS:
         raise ValueError(
@@ -37,7 +38,7 @@ def search_inputs(
     if query_ids is not None and gallery_ids is not None:
         row_mask, col_mask = _numbered(query_ids, gallery_ids)
     one = torch.ones((), device=queries.device)
-    return Inputs.of(queries, gallery, one, None, None, row_mask, col_mask, 0.0, False)
+    return Inputs.of(queries, gallery, one, None, None, row_mask, col_mask, 0.0, False, native)
 
 
 def choose_search(inputs: Inputs, attempt: Callable[[Inputs, Config], object]) -> Config:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3bind_kernels import hopper
 from m3bind_kernels.configs import Config, multiprocessors
 from m3bind_kernels.launch import Inputs, start
 from m3bind_kernels.search import choose_search, ordered, search_inputs
@@ -120,21 +121,26 @@ def num_parts_for(tiles_n: int, tiles_m: int, programs: int, most: int) -> int:
 def topk_kernel(inputs: Inputs, k: int, config: Config) -> Tensor:
     """Candidates [N, L] of a band of queries, as keys; the k best are among them."""
     num_rows, num_cols = inputs.shape
-    tiles_n, tiles_m = triton.cdiv(num_rows, config.block_m), triton.cdiv(num_cols, config.block_n)
+    block_rows = hopper.BLOCK_ROWS if config == hopper.TILE else config.block_m
+    tiles_n, tiles_m = triton.cdiv(num_rows, block_rows), triton.cdiv(num_cols, config.block_n)
     programs = multiprocessors(inputs.x.device) * config.programs
     space = capacity(k, config)
     # What fits, and in any case one part for every program.
-    most = max(programs // tiles_n, SPACE_BYTES // (8 * space * config.block_m * tiles_n))
+    most = max(programs // tiles_n, SPACE_BYTES // (8 * space * block_rows * tiles_n))
     tiles_a_part = triton.cdiv(tiles_m, num_parts_for(tiles_n, tiles_m, programs, most))
     num_parts = triton.cdiv(tiles_m, tiles_a_part)
-    lists = (tiles_n * config.block_m, num_parts)
+    lists = (tiles_n * block_rows, num_parts)
     keys = inputs.x.new_empty((*lists, space), dtype=torch.int64)
+    many = min(space - config.block_n, k + max(k, 32))
+    if config == hopper.TILE:
+        hopper.topk(inputs, keys, tiles_a_part, k, many)
+        return keys[:num_rows].flatten(1)
     start(
         _topk_kernel, config, tiles_n * num_parts,
         inputs.x, inputs.y, inputs.row_mask, inputs.col_mask, *inputs.ranges(config)[2:],
         keys, keys.new_empty(lists, dtype=torch.int32), keys.new_empty(lists, dtype=torch.float32),
         num_rows, num_cols, inputs.x.shape[1], k, num_parts, tiles_a_part,
-        min(space - config.block_n, k + max(k, 32)),
+        many,
         CAPACITY=space, **inputs.constants(config),
     )  # fmt: skip
     return keys[:num_rows].flatten(1)
@@ -146,14 +152,17 @@ def similarity_topk_fwd(
     k: int,
     query_ids: Tensor | None,  # [N] int64
     gallery_ids: Tensor | None,  # [M] int64
+    native: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [N, k] float32, [N, k] int64
     """The k best rows of the gallery for each query; see `m3bind.ops.topk`."""
-    inputs = search_inputs(queries, gallery, query_ids, gallery_ids)
+    inputs = search_inputs(queries, gallery, query_ids, gallery_ids, native)
     num_rows, num_cols = inputs.shape
     best = inputs.x.new_full((num_rows, k), NO_KEY.value, dtype=torch.int64)
     if num_rows > 0 and num_cols > 0:
         with torch.cuda.device_of(inputs.x):
-            config = choose_search(inputs, lambda part, config: topk_kernel(part, k, config))
+            config = hopper.TILE
+            if not inputs.native or k < 1 or capacity(k, config) > hopper.MOST_CANDIDATES:
+                config = choose_search(inputs, lambda part, config: topk_kernel(part, k, config))
             step = max(1, SPACE_BYTES // (8 * capacity(k, config)) // config.block_m)
             for first in range(0, num_rows, step * config.block_m):
                 band = slice(first, first + step * config.block_m)

@@ -63,6 +63,14 @@ class Siglip(Struct):
     ]  # fmt: skip
 
 
+class Topk(Struct):
+    _fields_ = [
+        ("sizes", Sizes), ("numbers", Numbers), ("keys", POINTER), ("num_parts", ctypes.c_int),
+        ("tiles_a_part", ctypes.c_int), ("k", ctypes.c_int), ("many", ctypes.c_int),
+        ("capacity", ctypes.c_int),
+    ]  # fmt: skip
+
+
 @cache
 def library(folder: Path) -> ctypes.CDLL:
     """Built into ``folder``."""

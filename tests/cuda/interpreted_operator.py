@@ -7,9 +7,19 @@ import itertools
 
 import pytest
 import torch
-from emulator import Numbers, Siglip, Sizes, StatsBwd, StatsFwd, flags, library, pointer
+from emulator import (
+    Numbers,
+    Siglip,
+    Sizes,
+    StatsBwd,
+    StatsFwd,
+    Topk,
+    flags,
+    library,
+    pointer,
+)
 
-from m3bind import chunked
+from m3bind import chunked, reference
 from m3bind_kernels import hopper, native, stats_bwd, waves
 
 NAMES = [name for name, _ in Numbers._fields_]
@@ -20,7 +30,7 @@ SEEDS = itertools.count()
 def calls(tmp_path_factory):
     """How often each kernel was started; they stand in for those of m3bind._C_cuda."""
     kernels = library(tmp_path_factory.mktemp("emulated"))
-    found = {"stats_fwd": 0, "stats_bwd": 0, "siglip": 0}
+    found = {"stats_fwd": 0, "stats_bwd": 0, "siglip": 0, "topk": 0}
     schemas = torch.library.Library("m3bind_hopper", "FRAGMENT")
     given = "Tensor x, Tensor y, Tensor factor, " + ", ".join(f"Tensor? {n}" for n in NAMES)
     given += ", float margin, bool totals"
@@ -38,12 +48,16 @@ def calls(tmp_path_factory):
         "Tensor? weights, Tensor? boost, Tensor? wanted, Tensor(b!)? out, Tensor(c!)? lone, "
         "Tensor(d!)? sums) -> ()"
     )
+    schemas.define(
+        "topk(Tensor x, Tensor y, Tensor? row_mask, Tensor? col_mask, Tensor? row_mask_ranges, "
+        "Tensor? col_mask_ranges, Tensor(a!) keys, int tiles_a_part, int k, int many) -> ()"
+    )
 
-    def start(name, x, y, chosen, p, *more) -> None:
+    def start(name, x, y, chosen, p, *more, blocks=3) -> None:
         assert x.is_contiguous() and y.is_contiguous() and x.data_ptr() % 16 == 0
         getattr(kernels, f"emulate_{name}")(
             ctypes.c_bool(x.dtype == torch.bfloat16), flags(*chosen), pointer(x), pointer(y),
-            *more, ctypes.byref(p), 3, ctypes.c_uint64(next(SEEDS)),
+            *more, ctypes.byref(p), blocks, ctypes.c_uint64(next(SEEDS)),
         )  # fmt: skip
         found[name] += 1
 
@@ -88,6 +102,20 @@ def calls(tmp_path_factory):
         there = x if out is None else out
         start("siglip", x, y, chosen, p, pointer(there), there.stride(0))
 
+    def topk(x, y, row_mask, col_mask, row_ranges, col_ranges, keys, tiles_a_part, k, many):
+        rows, parts, space = keys.shape
+        p = Topk(
+            sizes=Sizes(rows=x.shape[0], cols=y.shape[0], features=x.shape[1]),
+            numbers=Numbers(
+                row_mask=row_mask, col_mask=col_mask, row_mask_ranges=row_ranges,
+                col_mask_ranges=col_ranges,
+            ), keys=keys, num_parts=parts, tiles_a_part=tiles_a_part, k=k, many=many,
+            capacity=space,
+        )  # fmt: skip
+        assert keys.is_contiguous() and space <= hopper.MOST_CANDIDATES
+        start("topk", x, y, [row_mask is not None], p, blocks=rows // hopper.BLOCK_ROWS * parts)
+
+    schemas.impl("topk", topk, "CPU")
     schemas.impl("siglip", siglip, "CPU")
     schemas.impl("stats_fwd", forward, "CPU")
     schemas.impl("stats_bwd", backward, "CPU")
@@ -225,3 +253,41 @@ def test_siglip(calls, monkeypatch, masks, separated, dtype):
     limits = (exact, rounding, rounding, 1e-4, 1e-4)
     assert all(error(g, w) < limit for g, w, limit in zip(got, want, limits, strict=True))
     assert calls["siglip"] >= before + 9
+
+
+@pytest.mark.parametrize("k", (1, 10, 300))
+@pytest.mark.parametrize(
+    ("masks", "dtype"), [(False, torch.bfloat16), (True, torch.float16)], ids=("bf16", "masks")
+)
+def test_topk(calls, masks, dtype, k):
+    """Whole numbers, so that scores are exact and many are equal; rising and falling ones; NaN."""
+    draw = torch.Generator().manual_seed(k)
+    queries, gallery = (
+        torch.randint(-3, 4, (n, 40), generator=draw).to(dtype) for n in (150, 2100)
+    )
+    gallery[900:1300, 7] = torch.arange(400).to(dtype)
+    gallery[1300:1700, 7] = torch.arange(400, 0, -1).to(dtype)
+    queries[3] = 0  # all scores are equal
+    queries[5, 0] = torch.nan
+    gallery[1000, 3] = torch.nan
+    ids: list = [None, None]
+    if masks:
+        ids = [torch.randint(0, 9, (n,), generator=draw) for n in (150, 2100)]
+        ids[0][8] = ids[1][:] = 4  # nothing is left for query 8
+        ids[1][1::2] = 5
+        ids[0][9] = 5
+    before = calls["topk"]
+    found = native.similarity_topk_fwd(queries, gallery, k, *ids)
+    assert calls["topk"] == before + 1
+    want = reference.similarity_topk(queries, gallery, k, *ids)
+    assert torch.equal(found[1], want[1])
+    torch.testing.assert_close(found[0], want[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_more_neighbours_than_there_is_space_for_are_triton_s(calls):
+    draw = torch.Generator().manual_seed(0)
+    queries, gallery = (torch.randint(-3, 4, (n, 64), generator=draw).half() for n in (5, 900))
+    before = calls["topk"]
+    found = native.similarity_topk_fwd(queries, gallery, 700, None, None)
+    assert calls["topk"] == before
+    assert torch.equal(found[1], reference.similarity_topk(queries, gallery, 700)[1])

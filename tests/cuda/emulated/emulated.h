@@ -214,15 +214,36 @@ inline void block_sync() { block->meet(0, 384, true); }
 inline void named_sync(int id, int threads) { block->meet(id, threads, true); }
 inline void named_arrive(int id, int threads) { block->meet(id, threads, false); }
 
-inline float shuffle_xor(float value, int lanes) {
-  const int own = thread_index();
-  std::memcpy(&block->mail(own), &value, sizeof value);
+inline void warp_sync() { block->meet_warp(); }
+
+// What another thread of the warp has.
+template <class T>
+T other_of(T value, int other) {
+  std::memcpy(&block->mail(thread_index()), &value, sizeof value);
   block->meet_warp();
-  float other;
-  std::memcpy(&other, &block->mail(own ^ lanes), sizeof other);
+  T found;
+  std::memcpy(&found, &block->mail(other), sizeof found);
   block->meet_warp();
-  return other;
+  return found;
 }
+
+template <class T>
+T shuffle_xor(T value, int lanes) {
+  return other_of(value, thread_index() ^ lanes);
+}
+
+inline uint32_t ballot(bool vote) {
+  block->mail(thread_index()) = vote;
+  block->meet_warp();
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i)
+    bits |= static_cast<uint32_t>(block->mail(thread_index() / 32 * 32 + i) & 1) << i;
+  block->meet_warp();
+  return bits;
+}
+
+inline int bits_in(uint32_t bits) { return __builtin_popcount(bits); }
+inline int count_up(int* number) { return (*number)++; }
 
 // ---- copies
 
@@ -354,6 +375,17 @@ inline void in_order() {}
 inline int anew(int number) { return number; }
 
 inline float power_of_two(float x) { return std::exp2(x); }
+
+inline int bits_of(float x) {
+  int bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float from_bits(int bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 inline float quotient(float a, float b) { return a / b; }
 

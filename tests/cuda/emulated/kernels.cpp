@@ -3,6 +3,7 @@
 #include "siglip.h"
 #include "stats_bwd.h"
 #include "stats_fwd.h"
+#include "topk.h"
 
 using namespace m3bind::cuda;
 
@@ -83,4 +84,21 @@ extern "C" void emulate_siglip(bool bf16, const bool* flags, const void* x, cons
     });
   };
   with_flags(run, flags[0], flags[1], flags[2], flags[3]);
+}
+
+// flags: masks
+extern "C" void emulate_topk(bool bf16, const bool* flags, const void* x, const void* y,
+                             const Topk* p, int blocks, uint64_t seed) {
+  const Sizes& s = p->sizes;
+  const TensorMap x_map = map_of(x, s.rows, s.features, s.features, kBlockRows);
+  const TensorMap y_map = map_of(y, s.cols, s.features, s.features, kTileCols);
+  const auto run = [&]<bool M>(std::integer_sequence<bool, M>) {
+    launch(blocks, seed, kTopkShared, [&](char* shared) {
+      if (bf16)
+        topk<__nv_bfloat16, M>(*p, &x_map, &y_map, shared);
+      else
+        topk<__half, M>(*p, &x_map, &y_map, shared);
+    });
+  };
+  with_flags(run, flags[0]);
 }
