@@ -37,11 +37,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(mode)  # safetensors makes files that nobody else may read
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """What was written to a file, or which names a folder has, survives a power cut from now on."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Which checkpoint a training goes on from, refuses or sets aside, wherever it was cut."""
 
+import math
 import os
 import shutil
 
@@ -8,7 +9,7 @@ from train_stub import Stub, StubLoader, config, kept, quadratic
 
 from m3bind.errors import M3BindError
 from m3bind.tracking import read_history
-from m3bind.train import checkpoints, fit
+from m3bind.train import checkpoints, fit, load_best
 from m3bind.train.checkpoints import read_checkpoint
 
 
@@ -33,7 +34,7 @@ def run(out, scores, function=quadratic, *, resume=False, **values):
         seen.append(task.weight.item())
         return {"score": next(left)}
 
-    settings = config(checkpoint_every=1000, **values)
+    settings = config(checkpoint_every=values.pop("more", 1000), **values)
     result = fit(task, {"stub": StubLoader()}, settings, out, validate=validate, resume=resume)
     return task.weight.item(), seen, result
 
@@ -47,7 +48,7 @@ def test_what_goes_on_from_an_earlier_step_knows_the_same_best(tmp_path) -> None
     assert (result.best_step, result.best_score) == (6, 0.9)
     assert weight == seen[1] and len(later) == 2  # of steps 9 and 10
     assert kept(tmp_path / "cut", "best")["model/weight"].item() == seen[1]
-    assert read_checkpoint(tmp_path / "cut")["best"]["folder"] == "step-6"
+    assert read_checkpoint(tmp_path / "cut")["best"]["folder"].startswith("step-6-")
 
 
 @pytest.mark.parametrize("cut_in", ["save_parts", "write_json"])
@@ -58,7 +59,7 @@ def test_a_cut_while_it_is_written_leaves_the_one_before(tmp_path, monkeypatch, 
     def cut(path, content):
         if cut_in == "save_parts":
             write(path, content)
-        if (folder / "step-6").exists():
+        if list(folder.glob("step-6-*")):
             raise Cut
         return write(path, content)
 
@@ -68,20 +69,59 @@ def test_a_cut_while_it_is_written_leaves_the_one_before(tmp_path, monkeypatch, 
     monkeypatch.setattr(checkpoints, cut_in, write)
     found = read_checkpoint(tmp_path / "cut")
     assert found["step"] == found["best_step"] == 3
-    (folder / "step-6" / "left.safetensors").touch()  # as of more ranks
+    (left,) = folder.glob("step-6-*")
     weight, later, result = run(tmp_path / "cut", [0.9, 0.5, 0.4], resume=True)
     assert (result.best_step, weight) == (6, seen[1]) and later == seen[1:]
-    assert [path.name for path in (folder / "step-6").iterdir()] == [
-        "shard-00001-model-00001-of-00001.safetensors"
-    ]
+    assert not left.exists()
 
 
 def test_only_the_last_and_the_best_are_kept(tmp_path):
     run(tmp_path, [0.2, 0.9, 0.5, 0.4])
-    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert len(names) == 3 and names > {"index.json", "step-6"}
-    last = read_checkpoint(tmp_path)["last"]["folder"]
-    assert last in names and last.startswith("step-10")
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert [name.rpartition("-")[0] for name in names] == ["", "step-10", "step-6"]
+    assert read_checkpoint(tmp_path)["last"]["folder"] == names[1]
+
+
+def test_no_more_is_written_where_no_score_was_a_number(tmp_path, monkeypatch):
+    written = []
+    save = checkpoints.save_parts
+    monkeypatch.setattr(
+        checkpoints, "save_parts", lambda *given: written.append(given[0].name) or save(*given)
+    )
+    fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)
+    assert [name.rpartition("-")[0] for name in written] == ["step-4", "step-8", "step-10"]
+    assert read_checkpoint(tmp_path)["best"]["folder"] == written[-1]
+
+
+def test_the_best_weights_of_a_run_that_has_none_yet(tmp_path):
+    with pytest.raises(Cut):
+        run(tmp_path, [math.nan], cut_at(7), validate_every=5, more=4)
+    with pytest.raises(M3BindError, match="names no best weights yet"):
+        load_best(Stub(quadratic), tmp_path)
+
+
+def test_what_is_not_of_this_version_is_kept(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "last.safetensors").write_text("of an earlier version")
+    fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path, resume=True)
+    assert (tmp_path / "checkpoints.previous" / "last.safetensors").is_file()
+
+
+def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
+    fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)
+    other = Stub(quadratic)
+    other.renamed = other.weight
+    del other._parameters["weight"]
+    object.__setattr__(other, "weight", other.renamed)
+    with pytest.raises(M3BindError, match=r"fit the optimizer: .*unexpected \['weight'\]"):
+        fit(other, {"stub": StubLoader()}, config(), tmp_path, resume=True)
+
+
+def test_settings_that_json_writes_otherwise_are_the_same_settings(tmp_path):
+    for resume in (False, True):
+        more = {"settings": {"sizes": (1, 2)}, "resume": resume}
+        fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path, **more)
 
 
 def test_a_run_that_wrote_no_checkpoint_does_not_cost_an_earlier_one_its_own(tmp_path) -> None:
@@ -140,7 +180,11 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("written", "said"),
-    [("{", "is damaged"), ("[]", "not of a checkpoint of this version"), ("{}", "this version")],
+    [
+        ("{", "is damaged"),
+        ("[]", "not of a checkpoint of this version"),
+        ('{"format": "m3bind-checkpoint-3", "last": {}}', "is damaged: it lacks best, best_score"),
+    ],
 )
 def test_a_damaged_index_is_named(tmp_path, written, said) -> None:
     (tmp_path / "checkpoints").mkdir()

@@ -37,10 +37,25 @@ def test_tensors_come_back_exactly(tmp_path) -> None:
 def test_what_does_not_fit_is_named(tmp_path) -> None:
     folder = tmp_path / "x"
     parts = Parts(folder, save_parts(folder, {"a": torch.zeros(3, 2)}))
-    with pytest.raises(M3BindError, match=r"a has the shape \(3, 2\), and should have \(2, 3\)"):
+    with pytest.raises(M3BindError, match=r"a is float32 \(3, 2\), and should be float32 \(2, 3\)"):
         parts.fill("", {"a": torch.zeros(2, 3)})
-    with pytest.raises(M3BindError, match=r"b is missing, and should have \(4,\)"):
+    with pytest.raises(M3BindError, match=r"b is missing, and should be float32 \(4,\)"):
         parts.fill("", {"b": torch.zeros(4)})
+    with pytest.raises(M3BindError, match=r"a is float32 \(3, 2\), and should be int32 \(3, 2\)"):
+        parts.fill("", {"a": torch.zeros(3, 2, dtype=torch.int32)})
+
+
+def test_what_went_wrong_is_told_as_it_was(tmp_path, monkeypatch) -> None:
+    with pytest.raises(M3BindError, match=r"could not be written .*complex128") as told:
+        save_parts(tmp_path / "x", {"a": torch.zeros(3, dtype=torch.complex128)})
+    assert "space" not in str(told.value) and told.value.__cause__ is not None
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_parts(tmp_path / "y", {"a": torch.zeros(3)})
 
 
 class Malice:

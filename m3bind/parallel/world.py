@@ -8,10 +8,10 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from m3bind.distributed.lost import announce, naming_the_lost
 from m3bind.errors import M3BindError
 from m3bind.parallel.joining import fresh_store
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of what one rank waits for another
 PATIENCE = timedelta(days=7)  # where another computes what all need
 
@@ -89,6 +90,25 @@ def gathered_objects(own: Any, group: Any = None) -> list[Any]:
         return [own]
     found: list[Any] = [None] * size(group)
     dist.all_gather_object(found, own, group=group)
+    return found
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What ``work`` returns on the first rank, on all of them.
+
+    An M3BindError or OSError that it raises there is raised on all as M3BindError.
+    """
+    outcome: list[Any] = [None]
+    if is_first():
+        try:
+            outcome = [(work(), "")]
+        except (M3BindError, OSError) as error:
+            outcome = [(None, str(error))]
+    if size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    ((found, failed),) = outcome
+    if failed:
+        raise M3BindError(failed)
     return found
 
 
@@ -170,9 +190,18 @@ def launched() -> float:
 
     Restarts do not change it, nor do machines that come or go, of which torchrun keeps no count.
     """
-    own = math.inf
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        import psutil
+    return min(gathered_objects(_start_of_agent()))
 
-        own = psutil.Process(os.getppid()).create_time()
-    return min(gathered_objects(own))
+
+def _start_of_agent() -> float:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return math.inf
+    import psutil
+
+    for above in psutil.Process().parents():
+        # A script may stand between it and this process, which is another after a restart.
+        with suppress(psutil.AccessDenied):
+            if "TORCHELASTIC_RUN_ID" in above.environ():
+                continue
+        return above.create_time()
+    return math.inf

@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 import random
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from m3bind.errors import M3BindError
-from m3bind.files import write_json
-from m3bind.parallel import Engine, gathered_objects, is_first, meet, rank
-from m3bind.parallel.world import launched
+from m3bind.files import sync, write_json
+from m3bind.parallel import Engine, gathered_objects, is_first, rank, size
+from m3bind.parallel.world import by_first, launched
 from m3bind.train.generators import pack_random, unpack_random
 from m3bind.train.parts import Parts, pack, save_parts, unpack
 
@@ -44,18 +45,34 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
         raise M3BindError(f"{index} is damaged ({error})") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise M3BindError(f"{index} is not of a checkpoint of this version ({FORMAT})")
+    missing = {"last", "best", "config", "layout", *vars(Progress())} - data.keys()
+    if missing:
+        raise M3BindError(f"{index} is damaged: it lacks {', '.join(sorted(missing))}")
     return data
 
 
 def best_weights(out: Path) -> dict[str, Tensor]:
     """The best weights of the training in ``out``, whole, whatever ranks wrote them."""
-    return _parts(out, read_checkpoint(out)["best"]).read("model/")
+    return _best(Path(out))[0]
 
 
 def load_best(task: Any, out: Path) -> int:
     """Give ``task`` the best weights of the run in ``out``; returns their step."""
-    task.load_trainable_state(best_weights(Path(out)))
-    return int(read_checkpoint(Path(out))["best_step"])
+    weights, step = _best(Path(out))
+    task.load_trainable_state(weights)
+    return step
+
+
+def _best(out: Path) -> tuple[dict[str, Tensor], int]:
+    data = read_checkpoint(out)
+    if not data["best"]:
+        raise M3BindError(f"{_index(out)} names no best weights yet: wait for a validation")
+    try:
+        return _parts(out, data["best"]).read("model/"), data["best_step"]
+    except M3BindError:
+        if read_checkpoint(out)["best"] == data["best"]:
+            raise
+        return _best(out)  # a training that goes on has found better ones meanwhile
 
 
 class Progress:
@@ -73,7 +90,7 @@ class Checkpoints:
     replaced in one move once all ranks have written their parts, so one whole checkpoint is
     always there. Every rank calls every method. Where the ranks or their placement are others
     than when it was written, weights, optimizer and progress go on as they were, features too;
-    streams of images and the ranks' own generators begin anew, unlike any that was before.
+    streams of images and torch's generators begin anew, unlike any that was before.
     """
 
     def __init__(
@@ -86,7 +103,8 @@ class Checkpoints:
         settings: dict[str, Any],
     ) -> None:
         self.out, self.engine, self.optimizer = out, engine, optimizer
-        self.loaders, self.rng, self.settings = loaders, rng, settings
+        self.loaders, self.rng = loaders, rng
+        self.settings = json.loads(json.dumps(settings))  # as they come back
         self.task: Any = engine.task
         self.index = _index(out)
         self.folder = self.index.parent
@@ -100,23 +118,33 @@ class Checkpoints:
     def begin(self, resume: bool) -> Progress:
         """Go on from the last one, if that is wanted and there is one; else set old ones aside."""
         # A restart goes on with what this torchrun wrote, not with what was there before it.
-        found = has_checkpoint(self.out, -math.inf if resume else launched())
-        if not gathered_objects(found)[0]:
-            self._set_aside()
-            seed = self.settings["seed"]
-            torch.manual_seed(seed if is_first() else _mixed(seed, rank()))
-            return Progress()
-        return self._restored()
+        since = -math.inf if resume else launched()
+        if by_first(lambda: has_checkpoint(self.out, since)):
+            return self._restored()
+        by_first(self._set_aside)
+        seed = self.settings["seed"]
+        torch.manual_seed(seed if is_first() else _mixed(seed, rank()))
+        return Progress()
 
     def save(self, progress: Progress) -> None:
         """All that a resumed training needs; these are the best weights, if it is their step."""
-        self._remove_old()  # what a run left that was stopped while it wrote
-        names = (f"step-{progress.step}{again}" for again in ("", ".2", ".3"))
-        folder = next(name for name in names if name not in self._kept())
-        tensors = save_parts(self.folder / folder, self._tensors())
-        self.last = {"folder": folder, "tensors": tensors}
+        by_first(self._remove_old)  # what a run left that was stopped while it wrote
+        # Never used before: what an earlier attempt still writes cannot come among it.
+        name = by_first(lambda: f"step-{progress.step}-{secrets.token_hex(4)}")
+        tensors = save_parts(self.folder / name, self._tensors())
+        self.last = {"folder": name, "tensors": tensors}
         if progress.best_step == progress.step:
             self.best = self.last
+        self._write_index(progress)
+
+    def choose_last(self, progress: Progress) -> None:
+        """The last weights are the best, where nothing else tells."""
+        if not self.last:  # there was no step to take
+            self.save(progress)
+        self.best = self.last
+        self._write_index(progress)
+
+    def _write_index(self, progress: Progress) -> None:
         data = vars(progress) | {
             "format": FORMAT,
             "last": self.last,
@@ -124,9 +152,14 @@ class Checkpoints:
             "config": self.settings,
             "layout": self.layout,
         }
-        if is_first():
+
+        def write() -> None:
+            sync(self.folder / self.last["folder"])
+            sync(self.folder)
             write_json(self.index, data)
-        self._remove_old()
+            self._remove_old()
+
+        by_first(write)
 
     def load_best(self) -> None:
         """Give the task the best weights."""
@@ -139,9 +172,20 @@ class Checkpoints:
         own |= {f"loader/{name}": pack(state.pop("stream")) for name, state in states.items()}
         own["plain"] = pack(json.dumps({"random": random_data, "loaders": states}).encode())
         return {
-            **_under("model/", self.task.trainable_state()),
+            **_under("model/", self._model()),
             **_under("optimizer/", self._optimizer(self.optimizer.state)),
             **_under(f"rank/{rank()}/", own),
+        }
+
+    def _model(self) -> dict[str, Tensor]:
+        """This rank's: parameters are alike on all ranks of the group, or in parts; of what is not,
+        as are a batch norm's statistics, that of the first one is kept."""
+        alike = {p.data_ptr() for p in self.task.parameters() if not hasattr(p, "placements")}
+        first = rank(self.engine.group) == 0
+        return {
+            name: tensor
+            for name, tensor in self.task.trainable_state().items()
+            if first or hasattr(tensor, "placements") or tensor.data_ptr() in alike
         }
 
     def _optimizer(self, states: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -153,16 +197,11 @@ class Checkpoints:
         }
 
     def _restored(self) -> Progress:
-        data = read_checkpoint(self.out)
+        data = by_first(lambda: read_checkpoint(self.out))
         self._check(data)
         progress = Progress()
         for name in vars(progress):
             setattr(progress, name, data[name])
-        if len(set(gathered_objects(progress.step))) > 1:
-            raise M3BindError(
-                f"ranks read different steps of {self.index}: not all see the same file, or one "
-                "sees an old one"
-            )
         self.last, self.best = data["last"], data["best"]
         parts = _parts(self.out, self.last)
         self._load_model(parts)
@@ -173,22 +212,17 @@ class Checkpoints:
         generators = {n.removeprefix("random/"): t for n, t in kept.items() if "random/" in n}
         unpack_random(self.rng, generators, plain["random"])
         self._load_streams(parts, data, same)
+        seed = _mixed(self.settings["seed"], progress.step, len(self.layout), rank())
         if not same:
-            torch.manual_seed(
-                _mixed(self.settings["seed"], progress.step, len(self.layout), rank())
-            )
+            torch.manual_seed(seed)
+        elif torch.cuda.is_available() and "cuda" not in generators:  # written without a GPU
+            torch.cuda.manual_seed(seed)
         return progress
 
     def _load_model(self, parts: Parts) -> None:
         own = self.task.trainable_state()
         there = set(parts.under("model/"))
-        # Ranks may hold different experts.
-        wanted = {name for names in gathered_objects(list(own)) for name in names}
-        if there != wanted:
-            raise M3BindError(
-                f"{parts.folder} does not fit the model: missing {sorted(wanted - there)[:5]}, "
-                f"unexpected {sorted(there - wanted)[:5]}"
-            )
+        self._check_names(parts, "model", there, own)
         state = {name: torch.empty_like(tensor.detach()) for name, tensor in own.items()}
         parts.fill("model/", state)
         try:
@@ -196,7 +230,21 @@ class Checkpoints:
         except ValueError as error:
             raise M3BindError(f"{parts.folder} does not fit the model: {error}") from None
 
+    def _check_names(
+        self, parts: Parts, what: str, there: set[str], own: Iterable[str], all_of_them: bool = True
+    ) -> None:
+        wanted = set(own)
+        if self.engine.size < size():  # ranks may hold different experts
+            wanted = {name for names in gathered_objects(list(wanted)) for name in names}
+        if there - wanted or (all_of_them and wanted - there):
+            raise M3BindError(
+                f"{parts.folder} does not fit the {what}: missing {sorted(wanted - there)[:5]}, "
+                f"unexpected {sorted(there - wanted)[:5]}"
+            )
+
     def _load_optimizer(self, parts: Parts) -> None:
+        there = {name.rpartition("/")[0] for name in parts.under("optimizer/")}
+        self._check_names(parts, "optimizer", there, self.parameters, all_of_them=False)
         # AdamW counts steps on the CPU, wherever its parameters lie. Nothing is kept of what never
         # had a gradient.
         states = {
@@ -244,21 +292,21 @@ class Checkpoints:
         return {which["folder"] for which in (self.last, self.best) if which}
 
     def _remove_old(self) -> None:
-        if is_first():
-            for folder in self.folder.glob("step-*"):
-                if folder.name not in self._kept():
-                    shutil.rmtree(folder, ignore_errors=True)
-        meet()
+        for folder in self.folder.glob("step-*"):
+            if folder.name not in self._kept():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _set_aside(self) -> None:
-        if is_first() and self.folder.exists():
-            previous = self.out / "checkpoints.previous"
-            if self.index.is_file():
-                shutil.rmtree(previous, ignore_errors=True)
-                self.folder.rename(previous)
-            else:  # of a run that did not come as far, for which nothing good is given up
-                shutil.rmtree(self.folder)
-        meet()
+        if not self.folder.exists():
+            return
+        previous = self.out / "checkpoints.previous"
+        unfinished = (path.name.startswith(("step-", ".")) for path in self.folder.iterdir())
+        if all(unfinished):  # of a run that did not come as far, for which nothing good is given up
+            shutil.rmtree(self.folder)
+            return
+        if previous.exists():
+            shutil.rmtree(previous)
+        self.folder.rename(previous)
 
 
 def _index(out: Path) -> Path:

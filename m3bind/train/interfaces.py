@@ -28,7 +28,7 @@ class Task(Protocol):
         """What training changes: trained parameters, and buffers that move."""
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `trainable_state`; over ranks, ``state`` may hold other ranks' too."""
+        """The inverse of `trainable_state`; raises ValueError for keys that do not fit."""
 
 
 class Loader(Protocol):

@@ -64,9 +64,10 @@ def fit(
     Over ranks (`m3bind.parallel.started`), each calls it with the same arguments and its own part
     of the batches; ``group`` are those that train the same parameters (None: all). Gradients are
     averaged over it as ``config.parallel`` says, so the losses must be those of
-    `m3bind.distributed`. All ranks validate, and the first one's score counts. It alone writes,
-    what ranks of other groups lost and reported included. Where torchrun starts them anew, they go
-    on from the last checkpoint of this run, asked or not.
+    `m3bind.distributed`. All ranks validate, and the first one's score counts. It alone writes
+    logs, what ranks of other groups lost and reported included; each writes its part of the
+    checkpoints. Where torchrun starts them anew, they go on from the last checkpoint of this run,
+    asked or not.
 
     Raises Interrupted after Ctrl-C or SIGTERM, once a checkpoint is written (a second Ctrl-C
     stops at once), and M3BindError when a loss is not finite or the checkpoint does not fit.
@@ -114,7 +115,7 @@ class _Fit:
                     self._train(stop)
             if progress.best_step == 0:  # nothing to choose by
                 progress.best_step, progress.best_score = progress.step, math.nan
-                self.checkpoints.save(progress)
+                self.checkpoints.choose_last(progress)
             self.checkpoints.load_best()
             return FitResult(
                 best_step=progress.best_step,

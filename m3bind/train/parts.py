@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from m3bind.errors import M3BindError
-from m3bind.files import unwritable
+from m3bind.files import sync, unwritable
 
 
 def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> int:
@@ -30,9 +32,9 @@ def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> int:
         storage = checkpoint.HuggingFaceStorageWriter(folder, save_distributed=True)
         checkpoint.save(tensors, storage_writer=storage)
 
-    Of a DTensor each rank writes its part; of what several ranks have under one name, one of them
-    does. Returns how many there are of all ranks. Raises M3BindError, on all of them, where one
-    cannot write.
+    Of a DTensor each rank writes its part; of what several ranks have under one name, which must be
+    the same on all of them, one does. Returns how many there are of all ranks. Raises M3BindError,
+    on all of them, where one cannot write.
     """
     from torch.distributed import checkpoint
 
@@ -41,31 +43,46 @@ def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> int:
         try:
             written: Any = checkpoint.save(_apart(tensors), storage_writer=storage)
         except checkpoint.CheckpointException as error:
-            raise unwritable(folder, _failures(error)) from None
+            raise _failure(folder, error) from error
+    own = dist.get_rank() if dist.is_initialized() else 0
+    for file in folder.glob(f"shard-{own + 1:05d}-*"):
+        sync(file)  # torch 2.11 does so before it has written the last of it
     return len(written.state_dict_metadata)
+
+
+def _failure(folder: Path, error: Any) -> BaseException:
+    failed = {rank: failure for rank, (failure, _) in sorted(error.failures.items())}
+    if any(isinstance(one, KeyboardInterrupt) for one in failed.values()):
+        return KeyboardInterrupt()
+    said = "; ".join(
+        f"rank {rank}: {(str(one) or repr(one)).splitlines()[0]}" for rank, one in failed.items()
+    )
+    if all(isinstance(one, OSError | SafetensorError) for one in failed.values()):
+        return unwritable(folder, said)
+    return M3BindError(f"a checkpoint could not be written to {folder}: {said}")
 
 
 class Parts:
     """What `save_parts` wrote into ``folder``, on any number of ranks; each rank reads by itself.
 
     ``count`` is what `save_parts` returned. ``like`` has the shape and dtype of every tensor, in
-    tensors without memory. Raises M3BindError where anything is missing or damaged.
+    tensors without memory. Raises M3BindError where anything is missing or cut short.
     """
 
     def __init__(self, folder: Path, count: int) -> None:
-        from safetensors import SafetensorError
         from torch.distributed.checkpoint import HuggingFaceStorageReader
 
         self.folder = folder
         try:
-            metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+            self.metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise M3BindError(f"{folder} is not a whole checkpoint ({error})") from None
-        there = len(metadata.state_dict_metadata)
-        if there != count:
-            raise M3BindError(f"{folder} is not a whole checkpoint: {there} of {count} tensors")
+        stored: dict[str, Any] = self.metadata.state_dict_metadata
+        if len(stored) != count:
+            raise M3BindError(
+                f"{folder} is not a whole checkpoint: {len(stored)} of {count} tensors"
+            )
         self.like: dict[str, Tensor] = {}
-        stored: dict[str, Any] = metadata.state_dict_metadata
         for name, tensor in stored.items():
             # Parts never overlap: so many numbers are all of it.
             if sum(prod(part.sizes) for part in tensor.chunks) != prod(tensor.size):
@@ -87,25 +104,36 @@ class Parts:
     def fill(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         """Fill ``tensors``, by the rest of their names; of a DTensor this rank's part is read.
 
-        Raises M3BindError for one that is not there or has another shape.
+        Raises M3BindError for one that is not there, or has another shape or dtype.
         """
         from torch.distributed import checkpoint
 
         for name, tensor in tensors.items():
             like = self.like.get(prefix + name)
-            if like is None or like.shape != tensor.shape:
-                there = "is missing" if like is None else f"has the shape {tuple(like.shape)}"
+            if like is None or (like.shape, like.dtype) != (tensor.shape, tensor.dtype):
+                there = "is missing" if like is None else f"is {_described(like)}"
                 raise M3BindError(
-                    f"{self.folder} does not fit: {prefix}{name} {there}, and should have "
-                    f"{tuple(tensor.shape)}"
+                    f"{self.folder} does not fit: {prefix}{name} {there}, and should be "
+                    f"{_described(tensor)}"
                 )
+        metadata = self.metadata
+
+        class Reader(checkpoint.HuggingFaceStorageReader):
+            """Opens no file for what is known."""
+
+            def read_metadata(self) -> Any:
+                return metadata
+
         named = {prefix + name: tensor for name, tensor in tensors.items()}
-        storage = checkpoint.HuggingFaceStorageReader(str(self.folder))
         with _one_process_is_fine():
             try:
-                checkpoint.load(named, storage_reader=storage, no_dist=True)
+                checkpoint.load(named, storage_reader=Reader(str(self.folder)), no_dist=True)
             except checkpoint.CheckpointException as error:
-                raise M3BindError(f"cannot read {self.folder}: {_failures(error)}") from None
+                raise M3BindError(f"{self.folder} cannot be read: {error}") from error
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def pack(data: bytes) -> Tensor:
@@ -131,11 +159,6 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         used.add(memory)
         found[name] = own
     return found
-
-
-def _failures(error: Any) -> str:
-    said = {rank: str(failure[0]) or repr(failure[0]) for rank, failure in error.failures.items()}
-    return "; ".join(f"rank {rank}: {said[rank].splitlines()[0]}" for rank in sorted(said))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from m3bind.parallel import Engine, Placement, gathered_objects, meet_after, ran
 from m3bind.tasks.align import Align
 from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
+from m3bind.train.checkpoints import Checkpoints, Progress
 from m3bind.train.parts import Parts, save_parts
 
 WIDTH = 8
@@ -175,6 +176,36 @@ def write_parts_without_space(folder: Path) -> int:
         return write_parts(folder, "ddp", "replicated")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Normed(nn.Module):
+    """A batch norm, whose statistics are each rank's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 5), nn.BatchNorm1d(5)])
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        return self.state_dict()
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        self.load_state_dict(state)
+
+
+def save_statistics(out: Path, how: str, resumed: bool) -> dict[str, Tensor]:
+    """Those of a batch norm that this rank has, after its number was put in and they were saved or,
+    where ``resumed``, read."""
+    torch.manual_seed(0)
+    engine = Engine(Normed(), how)
+    optimizer = torch.optim.AdamW(engine.task.parameters())
+    kept = Checkpoints(out, engine, optimizer, {}, random.Random(0), {"seed": 0})
+    if resumed:
+        kept.begin(resume=True)
+    else:
+        for buffer in engine.task.buffers():
+            buffer.fill_(rank() + 1)
+        kept.save(Progress())
+    return {name: buffer.clone() for name, buffer in engine.task.named_buffers()}
 
 
 def read_parts(folder: Path, count: int, how: str, placing: str) -> dict[str, Tensor]:

@@ -84,6 +84,15 @@ def test_what_is_there_more_than_once_is_written_once(pools, tmp_path):
     assert max(sizes) < total / 2  # and no rank writes most of it
 
 
+@pytest.mark.parametrize("how", ("ddp", "fsdp"))
+def test_statistics_are_those_of_the_first_rank(pools, tmp_path, how):
+    saved = pools(3).run(bound.save_statistics, [(tmp_path, how, False)] * 3)
+    assert [found["layers.1.running_mean"][0].item() for found in saved] == [1, 2, 3]
+    for ranks in (3, 4):
+        for found in pools(ranks).run(bound.save_statistics, [(tmp_path, how, True)] * ranks):
+            assert len(found) == 3 and all((buffer == 1).all() for buffer in found.values())
+
+
 def test_a_rank_that_cannot_write_is_named_by_all(pools, tmp_path):
     ranks = pools(3)
     ranks.start(bound.write_parts_without_space, [(tmp_path / "p",)] * 3)

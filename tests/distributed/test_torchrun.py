@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from train_stub import kept
 
 from m3bind.config import load_config
 from m3bind.stages import Run
@@ -38,8 +40,8 @@ def alone(write_settings, tmp_path_factory) -> Run:
 
 
 def beside(run: Run, folder: Path) -> Path:
-    for kept in ("text_cache", "features"):
-        shutil.copytree(run.folder / kept, folder / kept)
+    for part in ("text_cache", "features"):
+        shutil.copytree(run.folder / part, folder / part)
     return folder
 
 
@@ -218,6 +220,10 @@ def test_an_expert_is_pretrained_over_ranks(settings, tmp_path):
         weights = out / "pretrain" / "xray" / "model.safetensors"
         runs[name].append(hashlib.sha256(weights.read_bytes()).hexdigest())
     assert len(runs["whole"]) == 9 and runs["cut"] == runs["whole"]
+    last, again = (kept(tmp_path / name / "pretrain" / "xray") for name in ("whole", "cut"))
+    assert last.keys() == again.keys() and any("running_var" in name for name in last)
+    for name, tensor in last.items():
+        assert torch.equal(tensor, again[name]), name
 
 
 def test_one_process_commands_are_refused(settings):
