@@ -84,7 +84,7 @@ def _distill_far_kernel(
 
 def far_config(config: Config) -> Config:
     """The forward kernel's tiles, in steps over the features and pieces that do not spill."""
-    return replace(config, block_k=min(config.block_k, 32), piece=16)
+    return replace(config, block_k=min(config.block_k, 32), piece=max(config.piece, 16))
 
 
 def distill_far_kernel(
