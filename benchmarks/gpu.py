@@ -22,6 +22,9 @@ from gpu_run import BENCHMARKS, ROOT, Ended, Incomplete, Run, Step, grouped, tol
 SECONDS = {"full": 465, "quick": 112}  # of eight and two minutes
 OPS = ("clip_loss", "siglip_loss", "similarity_distill", "similarity_topk",
                  "similarity_rank")  # fmt: skip
+# What compute-sanitizer watches.
+WATCHED = (*((op, "triton") for op in OPS),
+           *((op, "cuda") for op in ("clip_loss", "siglip_loss", "similarity_topk")))  # fmt: skip
 # Errors that calls of the driver return are torch's, which asks what there is.
 SANITIZERS = {
     "memcheck": ("--tool", "memcheck", "--report-api-errors", "no"),
@@ -143,26 +146,26 @@ def sanitizer(run: Run) -> Callable[[float], str]:
         names = tuple(SANITIZERS)
         if tool is None or not run.gpu:
             reason = "compute-sanitizer is not installed" if run.gpu else "it needs a GPU"
-            found = [sanitized(name, op, "triton", f"not run: {reason}")
-                     for name in names for op in OPS]  # fmt: skip
+            found = [sanitized(name, *what, f"not run: {reason}")
+                     for name in names for what in WATCHED]  # fmt: skip
             keep(run, found)
             return f"not run: {reason}"
         steps = [
             Step(
-                f"{name}-{op}",
+                f"{name}-{op}-{backend}",
                 [tool, *options, "--error-exitcode", str(ERRORS_FOUND), sys.executable,
-                 str(BENCHMARKS / "sanitized.py"), op, "triton"],
+                 str(BENCHMARKS / "sanitized.py"), op, backend],
                 # memcheck sees what lies beyond an allocation, not beyond a part of a pool.
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )
-            for name, options in SANITIZERS.items() for op in OPS
+            for name, options in SANITIZERS.items() for op, backend in WATCHED
         ]  # fmt: skip
         ended = run.all_at_once(steps, limit)
         keep(run, [
-            sanitized(name, op, "triton", outcome_of(ended[f"{name}-{op}"]))
-            for name in names for op in OPS
+            sanitized(name, op, backend, outcome_of(ended[f"{name}-{op}-{backend}"]))
+            for name in names for op, backend in WATCHED
         ])  # fmt: skip
-        return told(ended, "watched the Triton kernels")
+        return told(ended, "watched the kernels")
 
     return work
 

@@ -26,8 +26,10 @@ END = "<!-- results end -->"
 NOT_YET = "not yet run on a GPU"
 # Its own status, which says nothing of whether a kernel works.
 COMPILES = {
-    "triton": "compiles in every configuration for sm_80, sm_90 and sm_100, without spills "
+    "triton": "compiles for sm_80, sm_90 and sm_100, in every configuration and without spills "
     "(`tests/kernels/test_triton_compile*.py`)",
+    "cuda": "compiles for sm_90a, without spills (`tests/cuda/test_compiled.py`); tested on "
+    "emulated blocks (`tests/cuda`)",
 }
 
 HEAD = """# Performance
@@ -47,6 +49,8 @@ A row whose kernels' sources have changed since it was measured says so.
 
 def current_sources(primitive: str, backend: str) -> str | None:
     """Of this checkout, whatever is built or installed."""
+    if backend == "cuda" and primitive not in sources.cuda_operators(ROOT):
+        return None
     compiled = sources.of_native(ROOT, backend) if backend in sources.NATIVE else ""
     if compiled is None or backend == "cpp":
         return compiled

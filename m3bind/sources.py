@@ -5,6 +5,7 @@ The standard library alone: setup.py reads this file too, and stamps the compile
 
 import ast
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def of_native(root: Path, backend: str) -> str | None:
         return None
     inside = [file for place in places if place.is_dir() for file in place.rglob("*.*")]
     return digest(root, inside + [place for place in places if place.is_file()])
+
+
+def cuda_operators(root: Path) -> tuple[str, ...]:
+    """The primitives that csrc/cuda of a checkout has kernels for."""
+    text = (root / "csrc" / "cuda" / "module.cpp").read_text()
+    found = re.search(r'"operators"\)\s*=\s*pybind11::make_tuple\(([^)]*)\)', text)
+    assert found is not None
+    return tuple(re.findall(r'"(\w+)"', found[1]))
 
 
 def of_package(folder: Path, primitive: str) -> str:

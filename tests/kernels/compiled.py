@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -149,6 +150,10 @@ def compile_for(
 
 
 def compile_kernel(name: str, capability: int, folder: Path, **options: Any) -> Compiled:
+    if triton.__version__.startswith("3.6") and capability != 90:
+        pytest.skip(
+            "the compiler of Triton 3.6 stops at some kernels for sm_100, and spills on sm_80"
+        )
     compiled = compile_for(GPUTarget("cuda", capability, 32), name, **options)
     binary = folder / f"{name}.cubin"
     binary.write_bytes(compiled.asm["cubin"])
