@@ -1,6 +1,8 @@
 """The kernels of csrc/cuda on emulated blocks: built by the host's compiler, called by ctypes."""
 
 import ctypes
+import hashlib
+import os
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -72,14 +74,30 @@ class Topk(Struct):
 
 
 @cache
-def library(folder: Path) -> ctypes.CDLL:
-    """Built into ``folder``."""
-    target = folder / "emulated.so"
-    command = ["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += ["-fPIC", "-shared", f"-I{HERE / 'emulated'}", f"-I{KERNELS}"]
-    command += [str(HERE / "emulated" / "kernels.cpp"), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def library() -> ctypes.CDLL:
+    """Built once for these sources, into the repository's build folder."""
+    files = sorted([*KERNELS.glob("*.h"), *(HERE / "emulated").glob("*")])
+    content = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    target = HERE.parents[1] / "build" / f"emulated-{content}.so"
+    if not target.is_file():
+        target.parent.mkdir(exist_ok=True)
+        for old in target.parent.glob("emulated-*.so"):
+            old.unlink()
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = [
+            "g++",
+            "-std=c++20",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-Wno-unknown-pragmas",
+        ]
+        command += ["-fPIC", "-shared", f"-I{HERE / 'emulated'}", f"-I{KERNELS}"]
+        command += [str(HERE / "emulated" / "kernels.cpp"), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        partial.rename(target)
     return ctypes.CDLL(str(target))
 
 

@@ -27,8 +27,8 @@ NONE = (False, False, False)
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return library(tmp_path_factory.mktemp("emulated"))
+def kernels():
+    return library()
 
 
 def inputs(shape, dtype, given, *, scale=20.0, margin=0.0, seed=0, spread=0.0):

@@ -117,5 +117,5 @@ def test_a_folder_without_its_description_is_named(tmp_path) -> None:
     path.write_text(json.dumps({"width": 32}))
     with pytest.raises(M3BindError, match=r"m3bind_config\.json does not describe a text encoder"):
         load_text_encoder(tmp_path)
-    with pytest.raises(M3BindError, match="no checkpoint at"):
+    with pytest.raises(M3BindError, match="no weights at"):
         load_expert(tmp_path / "nowhere")
