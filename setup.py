@@ -2,7 +2,7 @@
 
 Environment:
     M3BIND_NATIVE=0               pure-Python package, nothing is compiled
-    M3BIND_CUDA=AUTO|ON|OFF       CUDA module `_C_cuda` (AUTO: when there are sources and an nvcc)
+    M3BIND_CUDA=AUTO|ON|OFF       CUDA module `_C_cuda` (AUTO: with an nvcc and a torch with CUDA)
     M3BIND_TORCH_DIR=<folder>     torch's package folder, where it cannot be found otherwise
 """
 
