@@ -88,6 +88,9 @@ M3BIND_DEVICE T shuffle_xor(T value, int lanes) {
 // A bit for each thread of the warp.
 M3BIND_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 M3BIND_DEVICE int bits_in(uint32_t bits) { return __popc(bits); }
+M3BIND_DEVICE int lowest_bit(uint32_t bits) { return __ffs(bits) - 1; }
+
+M3BIND_DEVICE int sum_over_warp(int own) { return __reduce_add_sync(0xffffffffu, own); }
 
 // Adds 1 to a number that several threads count up; what it was before.
 M3BIND_DEVICE int count_up(int* number) { return atomicAdd(number, 1); }
@@ -131,6 +134,13 @@ M3BIND_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligne
 template <int LEFT>
 M3BIND_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// What products are done for is read only after they have been waited for: to the compilers, the
+// sums change here.
+M3BIND_DEVICE void wgmma_done(float (&sums)[128]) {
+#pragma unroll
+  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 #define M3BIND_8(f, i) f(i), f(i + 1), f(i + 2), f(i + 3), f(i + 4), f(i + 5), f(i + 6), f(i + 7)
@@ -191,9 +201,6 @@ M3BIND_DEVICE void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// Nothing is moved across it: loads that come too early take registers.
-M3BIND_DEVICE void in_order() { __syncwarp(); }
-
 // The same number, of which nothing is known: what is computed of it is not kept from before.
 M3BIND_DEVICE int anew(int number) {
   asm volatile("" : "+r"(number));
@@ -209,7 +216,11 @@ M3BIND_DEVICE float power_of_two(float x) {
 M3BIND_DEVICE int bits_of(float x) { return __float_as_int(x); }
 M3BIND_DEVICE float from_bits(int bits) { return __int_as_float(bits); }
 
-M3BIND_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
+M3BIND_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Two numbers rounded to float16, the first in the lower half.
 M3BIND_DEVICE uint32_t rounded_pair(float low, float high) {

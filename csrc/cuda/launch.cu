@@ -43,8 +43,12 @@ cudaStream_t stream_of(const Tensor& like) {
 TensorMap describe(const Tensor& matrix, int box_rows) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.size(1)),
                                static_cast<cuuint64_t>(matrix.size(0))};
-  const cuuint64_t row_bytes[1] = {2 * static_cast<cuuint64_t>(matrix.stride(0))};
+  // Of a single row torch keeps whatever stride it had.
+  const int64_t stride = matrix.size(0) == 1 ? (matrix.size(1) + 7) / 8 * 8 : matrix.stride(0);
+  const cuuint64_t row_bytes[1] = {2 * static_cast<cuuint64_t>(stride)};
   const cuuint32_t box[2] = {kDepth, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  STD_TORCH_CHECK(is_bf16(matrix) || matrix.scalar_type() == torch::headeronly::ScalarType::Half,
+                  "m3bind: only bfloat16 and float16 are for Hopper's kernels");
   TensorMap map;
   const CUresult result = encode()(
       &map, is_bf16(matrix) ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,

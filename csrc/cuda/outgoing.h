@@ -18,7 +18,8 @@ class Outgoing {
   // By one thread: what left before has been read.
   M3BIND_DEVICE void wait() const { copy_out_wait_read(); }
 
-  // A piece of 8 columns of each thread, rounded: pairs[2 * (column / 2) + row].
+  // A piece of 8 columns of each thread, rounded, before an `async_fence`: pairs[2 * (column / 2) +
+  // row].
   M3BIND_DEVICE void put(int first, const uint32_t (&pairs)[kPiece]) const {
     const Lane lane;
     const int in_warp = lane.thread % 32, row = 16 * lane.warp + in_warp % 16;
@@ -29,7 +30,6 @@ class Outgoing {
       const uint32_t four[4] = {pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]};
       store_matrices(box + 128 * row + 16 * (col8 % 8 ^ row % 8), four);
     }
-    async_fence();
   }
 
   // By one thread, after all have put all columns.

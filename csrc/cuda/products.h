@@ -108,8 +108,9 @@ class Ring {
   // By warpgroup 0 or 1: the dot products of its half of the block, as `wgmma` hands them out.
   template <class Half>
   M3BIND_DEVICE void multiply(Place& place, int half, float (&dots)[128]) {
-    // The second warpgroup runs behind the first one, so that one multiplies while the other works
-    // on what it has; as far as the ring reaches. Of few steps the first could come round twice.
+    // The second warpgroup runs behind the first one, as far as the ring reaches: for so long one
+    // multiplies while the other works on what it has. Of few steps the first could come round
+    // twice.
     const bool behind = steps_ >= STAGES;
     if (behind && half == 1) named_sync(kBehind, 2 * kWarpgroup);
     int before = 0;
@@ -131,6 +132,7 @@ class Ring {
       if (behind && half == 0 && k == STAGES - 2) named_arrive(kBehind, 2 * kWarpgroup);
     }
     wgmma_wait<0>();
+    wgmma_done(dots);
     release(before);
   }
 

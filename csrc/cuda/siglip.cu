@@ -43,8 +43,10 @@ void siglip_op(const Tensor& x, const Tensor& y, const Tensor& logits,
         using Half = std::conditional_t<BF16, __nv_bfloat16, __half>;
         // Only float16's own derivatives are left to the caller.
         if constexpr ((L || G) && (!A || (G && !BF16)))
-          launch(siglip_kernel<Half, M, L, G, A>, kSiglipShared, blocks_for(x, y), x, x_map, y_map,
-                 out_map, p);
+          launch(siglip_kernel<Half, M, L, G, A>, kSiglipShared<G>, blocks_for(x, y), x, x_map,
+                 y_map, out_map, p);
+        else
+          STD_TORCH_CHECK(false, "m3bind: losses or derivatives, and lone ones of float16 alone");
       },
       is_bf16(x), row_mask.has_value(), losses.has_value(), out.has_value(), lone.has_value());
 }

@@ -19,12 +19,15 @@ struct Siglip {
   int64_t plane;         // elements from plane to plane of `sums`
 };
 
-// e^t for t <= 0. Of t * log2(e) only the fraction is rounded: see `exp_below_zero` in sigmoid.py.
+// e^t for t <= 0, 0 below the normal numbers. Of t * log2(e) only the fraction is rounded: see
+// `exp_below_zero` in sigmoid.py.
 M3BIND_DEVICE float exp_below_zero(float t) {
-  t = t < -110.0f ? -110.0f : t;  // 0 in float32; a NaN stays
-  const float whole = fmaf(t, 1.4426950408889634f, 12582912.0f) - 12582912.0f;
+  // The nearest integer is in the last digits of what 1.5 * 2^23 has been added to.
+  const float added = fmaf(t, 1.4426950408889634f, 12582912.0f), whole = added - 12582912.0f;
   const float rest = fmaf(whole, 2.1219444005469057e-4f, fmaf(whole, -0.693359375f, t));
-  return power_of_two(whole) * power_of_two(rest * 1.4426950408889634f);
+  const float power = power_of_two(rest * 1.4426950408889634f);
+  const float found = from_bits(bits_of(power) + (bits_of(added) << 23));
+  return t >= -87.0f ? found : t < -87.0f ? 0.0f : t;  // a NaN stays
 }
 
 // log(1 + e) for 0 <= e <= 1: a polynomial, whose relative error is 5e-9 before rounding.
@@ -67,7 +70,7 @@ class SiglipTile {
   M3BIND_DEVICE void all_pieces(float (&dots)[128], const Rules& rules) {
     meeting_.sync();  // what left before has been read
     Sums sums;
-    over_pieces<false>(dots, [&](int first, int place) {
+    over_pieces<Rules::kAny ? 1 : 2>(dots, [&](int first, int place) {
       const Lane lane;
       const float scale = p_.logits[0], bias = p_.logits[1];
       const RowNumbers rows = rules.rows(lane);
@@ -112,7 +115,7 @@ class SiglipTile {
       sums.loss[r] += pair.left_out ? 0.0f : loss;
     }
     if (!GRADIENT) return 0.0f;
-    float grad = quotient(logit < 0.0f ? power : 1.0f, 1.0f + power) * weight;
+    float grad = (logit < 0.0f ? power : 1.0f) * reciprocal(1.0f + power) * weight;
     if (pair.left_out) grad = 0.0f;
     if (pair.positive) grad = -grad;
     sums.derivatives += grad;
@@ -136,6 +139,7 @@ class SiglipTile {
       }
     }
     if (!GRADIENT) return;
+    async_fence();
     meeting_.sync();
     if (lane.thread == 0) outgoing_.send(p_.sizes, tile_);
     const auto add = [](float a, float b) { return a + b; };
@@ -156,19 +160,21 @@ class SiglipTile {
   Outgoing outgoing_;
 };
 
-constexpr int kSiglipStages = 3;
-constexpr int kSiglipShared = Ring<kSiglipStages>::kBytes +
-                              2 * (Outgoing::kBytes + Meeting::kBytes) +
-                              2 * kSiglipStages * sizeof(Barrier) + 1024;  // to align it
+template <bool GRADIENT>
+constexpr int kSiglipStages = GRADIENT ? 3 : 4;
+template <bool GRADIENT>
+constexpr int kSiglipShared = Ring<kSiglipStages<GRADIENT>>::kBytes +
+                              2 * ((GRADIENT ? Outgoing::kBytes : 0) + Meeting::kBytes) +
+                              2 * kSiglipStages<GRADIENT> * sizeof(Barrier) + 1024;  // to align it
 
 // `shared` is aligned to 1024 bytes; `out` is read only for a gradient.
 template <class Half, bool MASKS, bool LOSS, bool GRADIENT, bool APART>
 M3BIND_DEVICE void siglip(const Siglip& p, const TensorMap* x, const TensorMap* y,
                           const TensorMap* out, char* shared) {
   if (GRADIENT && *p.wanted == 0) return;
-  using Stages = Ring<kSiglipStages>;
+  using Stages = Ring<kSiglipStages<GRADIENT>>;
   char* outgoing = shared + Stages::kBytes;
-  char* meetings = outgoing + 2 * Outgoing::kBytes;
+  char* meetings = outgoing + (GRADIENT ? 2 * Outgoing::kBytes : 0);
   Barrier* barriers = reinterpret_cast<Barrier*>(meetings + 2 * Meeting::kBytes);
   over_tiles<Half>(Stages(shared, barriers, p.sizes), x, y, p.sizes, AllBlocks{p.sizes},
                    [&](float (&dots)[128], Tile tile) {

@@ -86,6 +86,8 @@ void stats_bwd_op(const Tensor& x, const Tensor& y, const Tensor& factor,
         if constexpr (!A || (C && !BF16))
           launch(stats_bwd_kernel<Half, C, M, T, A>, kStatsBwdShared, blocks_for(x, y), x, x_map,
                  y_map, out_map, p);
+        else
+          STD_TORCH_CHECK(false, "m3bind: apart is for float16 and classes");
       },
       is_bf16(x), row_class.has_value(), row_mask.has_value(), totals, apart);
 }

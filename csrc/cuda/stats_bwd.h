@@ -76,15 +76,16 @@ class StatsBwdTile {
       row_total[r] = TOTALS ? of_row(kTotals, row) : 0.0f;
     }
     const float factor = *p_.factor;
-    put<true>(dots, [&](int, float by_col, [[maybe_unused]] float col_total, const auto& derive) {
+    put<kAllPieces>(
+        dots, [&](int, float by_col, [[maybe_unused]] float col_total, const auto& derive) {
 #pragma unroll
-      for (int r = 0; r < kOwnRows; ++r)
-        derive(r, [&](float dot) {
-          float grad = power_of_two(fmaf(dot, factor, -high)) * (by_row[r] + by_col);
-          if (TOTALS) grad += row_total[r] + col_total;
-          return Derivative{grad * dot, grad};
+          for (int r = 0; r < kOwnRows; ++r)
+            derive(r, [&](float dot) {
+              float grad = power_of_two(fmaf(dot, factor, -high)) * (by_row[r] + by_col);
+              if (TOTALS) grad += row_total[r] + col_total;
+              return Derivative{grad * dot, grad};
+            });
         });
-    });
   }
 
   // Two exponentials a pair, and rules.
@@ -92,7 +93,7 @@ class StatsBwdTile {
     share([&](int col) { return of_col(kShift, col); },
           [&](int col) { return of_col(kWeight, col); });
     const float factor = *p_.factor;
-    put<false>(dots, [&](int col, float col_shift, float col_weight, const auto& derive) {
+    put<1>(dots, [&](int col, float col_shift, float col_weight, const auto& derive) {
       const Lane lane;
       Pair pairs[kOwnRows];
       rules.of_column(rules.rows(lane), col, pairs);
@@ -130,10 +131,10 @@ class StatsBwdTile {
   }
 
   // Rounds the derivatives, sends them off, and adds up what is lost.
-  template <bool UNROLLED, class Of>
+  template <int AT_ONCE, class Of>
   M3BIND_DEVICE void put(float (&dots)[128], const Of& of) {
     float by_scale = 0, row_lost[kOwnRows] = {0, 0};
-    over_pieces<UNROLLED>(dots, [&](int first, int place) {
+    over_pieces<AT_ONCE>(dots, [&](int first, int place) {
       const Lane lane;
       float lost[kPiece];
       uint32_t pairs[kPiece];
@@ -164,6 +165,7 @@ class StatsBwdTile {
       outgoing_.put(first, pairs);
       put_columns(meeting_, first, lost);
     });
+    async_fence();
     column_totals(meeting_, [&](int col, float total) {
       const int at = tile_.col * kTileCols + col;
       if (at < p_.sizes.cols) p_.col_lost[int64_t{tile_.row} * p_.sizes.cols + at] = total;

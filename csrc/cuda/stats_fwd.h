@@ -74,11 +74,16 @@ class StatsFwdTile {
   // An integer above the highest logit, so that differences of shifts are exact. A negative margin
   // raises the positives above what is there.
   M3BIND_DEVICE float tile_shift(const float (&dots)[128], float factor) {
-    float own = dots[0] * factor;
+    float own = dots[0];
+    if (factor < 0) {
 #pragma unroll
-    for (int i = 1; i < 128; ++i) own = higher(own, dots[i] * factor);
+      for (int i = 1; i < 128; ++i) own = fminf(own, dots[i]);
+    } else {
+#pragma unroll
+      for (int i = 1; i < 128; ++i) own = fmaxf(own, dots[i]);
+    }
     const float raised = fmaxf(-p_.margin * factor, 0.0f);
-    const float found = over_warpgroup(own, meeting_, higher) + raised;
+    const float found = over_warpgroup(own * factor, meeting_, higher) + raised;
     return found == -INFINITY ? 0.0f : ceilf(found);
   }
 
@@ -88,7 +93,7 @@ class StatsFwdTile {
     float row_sums[kOwnRows] = {0, 0};
     bool good = true;
     meeting_.sync();
-    over_pieces<!Rules::kAny>(dots, [&](int first, int place) {
+    over_pieces<Rules::kAny ? 1 : kAllPieces>(dots, [&](int first, int place) {
       const Lane lane;
       const RowNumbers rows = rules.rows(lane);
       float own[kPiece];

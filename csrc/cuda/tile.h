@@ -45,7 +45,7 @@ M3BIND_DEVICE float row_sum(float own) {
   return own + shuffle_xor(own, 2);
 }
 
-M3BIND_DEVICE float higher(float a, float b) { return a > b ? a : b; }
+M3BIND_DEVICE float higher(float a, float b) { return fmaxf(a, b); }  // without NaN
 
 // `f` of the numbers of all threads of the warpgroup, on all of them.
 template <class F>
@@ -76,33 +76,33 @@ M3BIND_DEVICE void halve(float (&sums)[kPiece], bool upper, int lanes) {
   }
 }
 
-// The next piece of a thread's numbers comes to the front; after all pieces they are as before.
+// The next numbers of a thread come to the front; after all pieces they are as before.
+template <int COUNT>
 M3BIND_DEVICE void turn(float (&dots)[128]) {
-  constexpr int kNumbers = kOwnRows * kPiece;
-  float front[kNumbers];
+  float front[COUNT];
 #pragma unroll
-  for (int i = 0; i < kNumbers; ++i) front[i] = dots[i];
+  for (int i = 0; i < COUNT; ++i) front[i] = dots[i];
 #pragma unroll
-  for (int i = 0; i < 128 - kNumbers; ++i) dots[i] = dots[i + kNumbers];
+  for (int i = 0; i < 128 - COUNT; ++i) dots[i] = dots[i + COUNT];
 #pragma unroll
-  for (int i = 0; i < kNumbers; ++i) dots[128 - kNumbers + i] = front[i];
+  for (int i = 0; i < COUNT; ++i) dots[128 - COUNT + i] = front[i];
 }
 
-// `piece(first own column, place of its numbers)` for every piece. A loop that is one keeps what is
-// computed of a piece from filling the registers, and turns the numbers; unrolled, it is faster.
-template <bool UNROLLED, class Piece>
+// `piece(first own column, place of its numbers)` for every piece, so many written out at once. A
+// loop that is one keeps what is computed of a piece from filling the registers, and turns the
+// numbers; written out, it is faster.
+template <int AT_ONCE, class Piece>
 M3BIND_DEVICE void over_pieces(float (&dots)[128], const Piece& piece) {
-  if (UNROLLED) {
-#pragma unroll
-    for (int first = 0; first < kOwnCols; first += kPiece) piece(first, first);
-  } else {
+  constexpr int kCols = AT_ONCE * kPiece;
 #pragma unroll 1
-    for (int first = 0; first < kOwnCols; first += kPiece) {
-      piece(first, 0);
-      turn(dots);
-    }
+  for (int first = 0; first < kOwnCols; first += kCols) {
+#pragma unroll
+    for (int place = 0; place < kCols; place += kPiece) piece(first + place, place);
+    if (kCols < kOwnCols) turn<kOwnRows * kCols>(dots);
   }
 }
+
+constexpr int kAllPieces = kOwnCols / kPiece;
 
 // A piece's sums over the rows of a warp, for `column_totals`.
 M3BIND_DEVICE void put_columns(const Meeting& meeting, int first, float (&sums)[kPiece]) {

@@ -64,16 +64,17 @@ class Candidates {
   }
 
   // By all threads of the warp: keeps the best of rows that have too many.
-  M3BIND_DEVICE void tidy(int rows) const {
+  M3BIND_DEVICE void tidy() const {
     warp_sync();
-    const int first = 16 * Lane().warp;
+    const Lane lane;
+    const int first = 16 * lane.warp, own = lane.thread % 32;
+    uint32_t left = ballot(own < 16 && counts_[first + own % 16] > p_.many);
 #pragma unroll 1
-    for (int row = first; row < first + 16 && row < rows; ++row) {
-      const int count = counts_[row];
-      warp_sync();
-      if (count > p_.many) keep_best(row, count);
+    while (left != 0) {
+      const int row = first + lowest_bit(left);
+      left &= left - 1;
+      keep_best(row, counts_[row]);
     }
-    warp_sync();
   }
 
   M3BIND_DEVICE void fill(int rows) const {
@@ -142,7 +143,7 @@ class Candidates {
       const int64_t middle = static_cast<int64_t>(static_cast<uint64_t>(low) + half);
       int found = 0;
       for (int i = Lane().thread % 32; i < count; i += 32) found += buffer_[i] >= middle;
-      found = over_warp(found, [](int a, int b) { return a + b; });
+      found = sum_over_warp(found);
       if (found == p_.k) return middle;
       (found > p_.k ? low : high) = middle;
     }
@@ -155,40 +156,35 @@ class Candidates {
   float* limits_;
 };
 
-// A tile's scores that are above their row's limit.
-template <bool MASKS>
-M3BIND_DEVICE void collect(const Topk& p, Tile tile, const Meeting& meeting, float (&dots)[128],
-                           const Candidates& candidates) {
-  const auto all_pieces = [&](const auto& rules) {
-    over_pieces<false>(dots, [&](int first, int place) {
-      const Lane lane;
-      const RowNumbers rows = rules.rows(lane);
-      bool above[kOwnRows][kPiece], any = false;
+// A tile's scores that are above their row's limit; usually there are none.
+template <class Rules>
+M3BIND_DEVICE void collect(Tile tile, float (&dots)[128], const Candidates& candidates,
+                           const Rules& rules) {
+  float limits[kOwnRows];
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i) {
-        Pair pairs[kOwnRows] = {};
-        rules.of_column(rows, lane.col(first + i), pairs);
+  for (int r = 0; r < kOwnRows; ++r) limits[r] = candidates.limit(Lane().row(r));
+  bool any = false;
 #pragma unroll
-        for (int r = 0; r < kOwnRows; ++r) {
-          const bool low = dots[at(r, place + i)] <= candidates.limit(lane.row(r));
-          above[r][i] = !low && !pairs[r].left_out;
-          any |= above[r][i];
-        }
+  for (int c = 0; c < kOwnCols; ++c)
+#pragma unroll
+    for (int r = 0; r < kOwnRows; ++r) any |= !(dots[at(r, c)] <= limits[r]);
+  if (ballot(any) == 0) return;
+  over_pieces<1>(dots, [&](int first, int place) {
+    const Lane lane;
+    const RowNumbers rows = rules.rows(lane);
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) {
+      Pair pairs[kOwnRows] = {};
+      rules.of_column(rows, lane.col(first + i), pairs);
+#pragma unroll
+      for (int r = 0; r < kOwnRows; ++r) {
+        const float score = dots[at(r, place + i)];
+        if (!(score <= limits[r]) && !pairs[r].left_out)
+          candidates.add(lane.row(r), score, tile.col * kTileCols + lane.col(first + i));
       }
-      if (!any) return;
-#pragma unroll
-      for (int i = 0; i < kPiece; ++i)
-#pragma unroll
-        for (int r = 0; r < kOwnRows; ++r)
-          if (above[r][i])
-            candidates.add(lane.row(r), dots[at(r, place + i)],
-                           tile.col * kTileCols + lane.col(first + i));
-    });
-  };
-  if (is_special<false, MASKS>(p.numbers, p.sizes, tile))
-    all_pieces(PairRules<false, MASKS>(p.numbers, p.sizes, tile, Lane(), meeting));
-  else
-    all_pieces(NoRules());
+    }
+  });
+  candidates.tidy();
 }
 
 constexpr int kTopkStages = 3;
@@ -224,8 +220,11 @@ M3BIND_DEVICE void topk(const Topk& p, const TensorMap* x, const TensorMap* y, c
         for (int col = first; col < last; ++col) f([&] { return Tile{block, col}; });
       },
       [&](float (&dots)[128], Tile tile) {
-        collect<MASKS>(p, tile, meeting, dots, candidates);
-        candidates.tidy(rows);
+        if (is_special<false, MASKS>(p.numbers, p.sizes, tile))
+          collect(tile, dots, candidates,
+                  PairRules<false, MASKS>(p.numbers, p.sizes, tile, Lane(), meeting));
+        else
+          collect(tile, dots, candidates, NoRules());
       });
   if (works) candidates.fill(rows);
 }

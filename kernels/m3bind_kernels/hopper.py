@@ -20,6 +20,11 @@ BLOCK_ROWS = 128  # two warpgroups
 MOST_CANDIDATES = 1024  # of a query in similarity_topk
 
 
+def rows_of_block(config: Config) -> int:
+    """Rows that one program takes together."""
+    return BLOCK_ROWS if config == TILE else config.block_m
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels are built for this processor; the CPU is that of the emulator."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels.configs import Config
+from m3bind_kernels.hopper import rows_of_block
 from m3bind_kernels.launch import Inputs
 
 # Partial sums of one band of rows, which is what the memory beyond the features is spent on.
@@ -22,7 +23,8 @@ def bands(inputs: Inputs, config: Config, planes: int) -> list[slice]:
     """Rows whose partial sums fit PART_BYTES; whole tiles, and at least one."""
     num_rows, num_cols = inputs.shape
     a_row = 4 * planes * num_cols * (1 / config.block_m + 1 / config.block_n)
-    step = max(1, int(PART_BYTES / a_row) // config.block_m) * config.block_m
+    block = rows_of_block(config)
+    step = max(1, int(PART_BYTES / a_row) // block) * block
     return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
 

@@ -44,8 +44,9 @@ def siglip_fwd(
 
     with torch.cuda.device_of(x):
         config = hopper.TILE if inputs.native else choose("siglip_loss", inputs, partial)
-        step = PART_BYTES // (4 * triton.cdiv(num_cols, config.block_n)) // config.block_m
-        step = max(1, step) * config.block_m
+        block = hopper.rows_of_block(config)
+        step = PART_BYTES // (4 * triton.cdiv(num_cols, config.block_n)) // block
+        step = max(1, step) * block
         for i in range(0, num_rows, step):
             band = slice(i, min(i + step, num_rows))
             found[band] = partial(inputs.rows(band), config).sum(0, dtype=torch.float64)

@@ -121,7 +121,7 @@ def num_parts_for(tiles_n: int, tiles_m: int, programs: int, most: int) -> int:
 def topk_kernel(inputs: Inputs, k: int, config: Config) -> Tensor:
     """Candidates [N, L] of a band of queries, as keys; the k best are among them."""
     num_rows, num_cols = inputs.shape
-    block_rows = hopper.BLOCK_ROWS if config == hopper.TILE else config.block_m
+    block_rows = hopper.rows_of_block(config)
     tiles_n, tiles_m = triton.cdiv(num_rows, block_rows), triton.cdiv(num_cols, config.block_n)
     programs = multiprocessors(inputs.x.device) * config.programs
     space = capacity(k, config)

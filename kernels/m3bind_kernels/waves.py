@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels.configs import Config
+from m3bind_kernels.hopper import rows_of_block
 from m3bind_kernels.launch import Inputs
 from m3bind_kernels.products import add_product, as_float16, product
 from m3bind_kernels.upstream import LARGEST_EXPONENT, add_partners, partners
@@ -58,7 +59,8 @@ class Gradients:
         stride = triton.cdiv(num_cols, 16) * 16  # so that rows are aligned for wide stores
         dtype = self.other_x.dtype
         fitting = WAVE_BYTES // (stride * dtype.itemsize)
-        step = max(fitting, WAVE_ROWS) // config.block_m * config.block_m
+        block = rows_of_block(config)
+        step = max(fitting, WAVE_ROWS) // block * block
         buffer = self.inputs.x.new_empty((min(step, num_rows), stride), dtype=dtype)
         return [
             (slice(i, end), buffer[: end - i, :num_cols])

@@ -6,7 +6,7 @@
 // that is given back too early, a phase that is waited for wrongly or a barrier that somebody
 // misses shows as wrong numbers, or as a block in which nobody can go on. The layouts are those of
 // the PTX ISA: the pieces of 16 bytes that the 128-byte swizzle exchanges, the matrix descriptors,
-// and who has which number of an accumulator. What is not imitated: fences, bank conflicts,
+// and who has which number of an accumulator. What is not imitated: other fences, bank conflicts,
 // clusters, and the rounding of the tensor cores' sums.
 #pragma once
 
@@ -119,6 +119,13 @@ class Block {
   std::vector<std::function<void()>>& group() { return fibres_[thread_]->group; }
   std::vector<std::vector<std::function<void()>>>& groups() { return fibres_[thread_]->groups; }
   int& copies_out() { return fibres_[thread_]->copies_out; }
+  // What this thread stored in shared memory and has not fenced since.
+  std::vector<const char*>& unfenced() { return fibres_[thread_]->unfenced; }
+  void must_be_fenced(const char* from, int bytes) {
+    for (auto& fibre : fibres_)
+      for (const char* at : fibre->unfenced)
+        if (at >= from && at < from + bytes) stop("a copy of what is not fenced");
+  }
   std::vector<std::function<void()>>& late() { return fibres_[thread_]->late; }
 
   void ask(std::function<void()> copy) { copies_.push_back(std::move(copy)); }
@@ -141,6 +148,7 @@ class Block {
     bool done = false;
     uint64_t mail = 0;
     int copies_out = 0;
+    std::vector<const char*> unfenced;
     std::vector<std::function<void()>> group, late;  // products; copies to memory
     std::vector<std::vector<std::function<void()>>> groups;
   };
@@ -245,6 +253,12 @@ inline uint32_t ballot(bool vote) {
 }
 
 inline int bits_in(uint32_t bits) { return __builtin_popcount(bits); }
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+
+inline int sum_over_warp(int own) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) own += shuffle_xor(own, lanes);
+  return own;
+}
 inline int count_up(int* number) { return (*number)++; }
 
 // ---- copies
@@ -279,6 +293,7 @@ inline void copy_in(void* to, const TensorMap* map, int inner, int row, Barrier*
 
 // Reads what it copies at some time, or not before its thread waits for it.
 inline void copy_out(const TensorMap* map, int inner, int row, const void* from) {
+  block->must_be_fenced(static_cast<const char*>(from), 128 * map->box_rows);
   auto copy = [=] {
     over_box(static_cast<char*>(const_cast<void*>(from)), *map, inner, row,
              [](const char* here, char* there) {
@@ -305,7 +320,7 @@ inline void copy_out_wait() {
   block->wait([left] { return *left == 0; });
 }
 inline void copy_out_wait_read() { copy_out_wait(); }
-inline void async_fence() {}
+inline void async_fence() { block->unfenced().clear(); }
 
 // ---- tensor cores
 
@@ -335,6 +350,7 @@ float number_of(uint64_t operand, int r, int k) {
 }
 
 inline void wgmma_fence() {}
+inline void wgmma_done(float (&)[128]) {}
 
 template <class Half>
 void wgmma(float (&sums)[128], uint64_t a, uint64_t b, bool adds) {
@@ -383,7 +399,6 @@ void fewer_registers() {}
 template <int COUNT>
 void more_registers() {}
 
-inline void in_order() {}
 inline int anew(int number) { return number; }
 
 inline float power_of_two(float x) { return std::exp2(x); }
@@ -399,7 +414,7 @@ inline float from_bits(int bits) {
   return x;
 }
 
-inline float quotient(float a, float b) { return a / b; }
+inline float reciprocal(float x) { return 1 / x; }
 
 inline uint32_t rounded_pair(float low, float high) {
   const _Float16 both[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
@@ -413,6 +428,7 @@ inline float high_of(uint32_t pair) { return number(__half{}, reinterpret_cast<c
 
 inline void store_matrices(void* row, const uint32_t (&pairs)[4]) {
   const int own = thread_index(), lane = own % 32, warp = own - lane;
+  block->unfenced().push_back(static_cast<const char*>(row));
   for (int matrix = 0; matrix < 4; ++matrix) {
     block->mail(own) = pairs[matrix];
     block->meet_warp();

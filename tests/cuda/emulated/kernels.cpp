@@ -76,7 +76,7 @@ extern "C" void emulate_siglip(bool bf16, const bool* flags, const void* x, cons
   const TensorMap y_map = map_of(y, s.cols, s.features, s.features, kTileCols);
   const TensorMap out_map = map_of(out, s.rows, s.cols, out_stride, kTileRows);
   const auto run = [&]<bool M, bool L, bool G, bool A>(std::integer_sequence<bool, M, L, G, A>) {
-    launch(blocks, seed, kSiglipShared, [&](char* shared) {
+    launch(blocks, seed, kSiglipShared<G>, [&](char* shared) {
       if (bf16)
         siglip<__nv_bfloat16, M, L, G, A>(*p, &x_map, &y_map, &out_map, shared);
       else
