@@ -19,6 +19,7 @@ from compiled import (
 )
 from triton.backends.compiler import GPUTarget
 
+from m3bind_kernels import hopper
 from m3bind_kernels.configs import _ROCM, Config, candidates, fitting, side_config
 from m3bind_kernels.stats_far import far_config
 
@@ -90,6 +91,11 @@ def test_first_configuration(kernel, capability, given, dtype, out, tmp_path):
     if capability == 90 and kernel != "stats_far":
         assert result.count("UTMALDG") > 0  # features come by the tensor memory accelerator
         assert kernel != "stats_bwd" or result.count("UTMASTG") > 0
+
+
+@pytest.mark.parametrize("given", (DIAGONAL, EVERYTHING), ids=("diagonal", "everything"))
+def test_what_goes_over_the_tiles_of_cuda(given, tmp_path):
+    check("stats_far", 90, far_config(hopper.TILE), given, "bf16", "fp32", tmp_path)
 
 
 @pytest.mark.slow
