@@ -266,13 +266,13 @@ def test_topk(calls, masks, dtype, k):
         torch.randint(-3, 4, (n, 40), generator=draw).to(dtype) for n in (150, 2100)
     )
     gallery[900:1300, 7] = torch.arange(400).to(dtype)
-    gallery[1300:1700, 7] = torch.arange(400, 0, -1).to(dtype)
+    gallery[1000:1400, 7] = torch.arange(400, 0, -1).to(dtype)
     queries[3] = 0  # all scores are equal
     queries[5, 0] = torch.nan
-    gallery[1000, 3] = torch.nan
+    gallery[700, 3] = torch.nan
     ids: list = [None, None]
     if masks:
-        ids = [torch.randint(0, 9, (n,), generator=draw) for n in (150, 2100)]
+        ids = [torch.randint(0, 9, (n,), generator=draw) for n in (150, 1400)]
         ids[0][8] = ids[1][:] = 4  # nothing is left for query 8
         ids[1][1::2] = 5
         ids[0][9] = 5
