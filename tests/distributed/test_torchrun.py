@@ -223,7 +223,9 @@ def test_an_expert_is_pretrained_over_ranks(settings, tmp_path):
     last, again = (kept(tmp_path / name / "pretrain" / "xray") for name in ("whole", "cut"))
     assert last.keys() == again.keys() and any("running_var" in name for name in last)
     for name, tensor in last.items():
-        assert torch.equal(tensor, again[name]), name
+        # NumPy's and Python's own generators begin anywhere, and nothing is drawn from them here.
+        if not name.endswith(("/plain", "/numpy")):
+            assert torch.equal(tensor, again[name]), name
 
 
 def test_one_process_commands_are_refused(settings):
