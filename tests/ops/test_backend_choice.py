@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,3 +52,22 @@ def test_use_backend_is_heeded():
     x = torch.ones(3, 2)
     with use_backend("triton"), pytest.raises(ValueError, match="cannot run similarity_topk"):
         similarity_topk(x, x, 1)
+
+
+def test_cuda_says_for_which_processors_it_is_built(monkeypatch):
+    built = SimpleNamespace(operators=("siglip",), architectures=("sm_90",), sources="x")
+    monkeypatch.setattr(backends, "native_cuda", lambda: built)
+    for here, reason in (
+        (("sm_90",), None),
+        ((), None),  # no GPU is asked for before there is one
+        (("sm_80", "sm_90"), "its kernels are built for sm_90, not for sm_80: triton has others"),
+    ):
+        monkeypatch.setattr(backends, "architectures", lambda here=here: here)
+        assert backends.why_not("siglip_loss", "cuda", "cuda", torch.bfloat16) == reason
+    assert "has no similarity_topk" in str(
+        backends.why_not("similarity_topk", "cuda", "cuda", torch.bfloat16)
+    )
+    monkeypatch.setattr(backends, "architectures", lambda: ("sm_90",))
+    assert "it takes bfloat16, float16, not float32" in str(
+        backends.why_not("siglip_loss", "cuda", "cuda", torch.float32)
+    )
