@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from turns import Contestant, fullgraph, ours, peer, step, unit_rows
 
 from m3bind.ops import clip_loss
-from m3bind.ops.clip import MEMORY_BUDGET
+from m3bind.ops.stats import MEMORY_BUDGET
 
 SCALE = 100.0
 PANEL_ROWS = 512

@@ -31,7 +31,7 @@ SANITIZERS = {
     "racecheck": ("--tool", "racecheck"),
 }
 KERNEL_TESTS = tuple(f"tests/kernels/test_triton_{name}.py"
-                     for name in ("stats", "siglip", "distill", "search"))  # fmt: skip
+                     for name in ("stats", "kept", "siglip", "distill", "search"))  # fmt: skip
 DEVICE_TESTS = "tests/ops/test_on_device.py"
 ERRORS_FOUND = 99
 MOST_PROCESSES = 12  # each has a context on the GPU

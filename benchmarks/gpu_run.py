@@ -23,6 +23,7 @@ RESULTS = BENCHMARKS / "results"
 # The tests of a file of kernels, and what they are about.
 ABOUT = {
     "test_triton_stats": ("similarity_stats",),
+    "test_triton_kept": ("similarity_stats",),
     "test_triton_siglip": ("siglip",),
     "test_triton_distill": ("similarity_distill",),
     "test_triton_search": ("similarity_topk", "similarity_rank"),

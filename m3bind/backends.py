@@ -48,7 +48,7 @@ class Entry:
     note: str = ""
     missing: Callable[[], str | None] = lambda: None  # why it cannot run at all, or None
     one_way: bool = False  # it forms the gradient of a single direction in the forward pass
-    keeps: bool = True  # it can keep dot products from forward to backward (memory_budget)
+    keeps_powers: bool = False  # memory_budget is for powers of 2 and not for dot products
 
 
 @cache
@@ -151,7 +151,7 @@ def _row(primitive: str, **others: Entry) -> tuple[str, dict[str, Entry]]:
         "cuda": Entry(
             load=_cuda_kernels, devices=("cuda",), dtypes=_HALVES,
             note="CUDA C++; where features are no multiple of 8, Triton",
-            missing=partial(_cuda_missing, primitive), keeps=False,
+            missing=partial(_cuda_missing, primitive), keeps_powers=True,
         ),
     }  # fmt: skip
     return primitive, {name: (always | others)[name] for name in BACKENDS}
@@ -169,7 +169,7 @@ def _triton(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return Entry(
         load=kernels, devices=("cuda", "cpu") if interpreted else ("cuda",), dtypes=dtypes,
-        note=note, missing=_kernels_missing, keeps=False,
+        note=note, missing=_kernels_missing, keeps_powers=True,
     )  # fmt: skip
 
 
@@ -273,9 +273,9 @@ def implementation(op: str, backend: str) -> Any:
     return TABLE[op][backend].load()
 
 
-def keeps(op: str, backend: str) -> bool:
-    """Whether a primitive can spend memory on dot products to save a matrix product."""
-    return TABLE[op][backend].keeps
+def keeps_powers(op: str, backend: str) -> bool:
+    """Whether a primitive keeps powers of 2, where it keeps anything from forward to backward."""
+    return TABLE[op][backend].keeps_powers
 
 
 def one_way(op: str, backend: str) -> bool:

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from m3bind import distributed, ops
-from m3bind.ops.clip import MEMORY_BUDGET
 
 
 class _OverRanks:
@@ -71,7 +70,7 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
-        memory_budget: float = MEMORY_BUDGET,
+        memory_budget: float | None = None,
         backend: str | None = None,
         group: Any = None,
         scheme: str = "auto",

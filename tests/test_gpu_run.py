@@ -147,7 +147,8 @@ def test_the_whole_way_without_a_gpu_and_without_the_toolkit(load, tmp_path, bar
 
 def test_the_tests_of_kernels_are_collected_without_the_toolkit(bare):
     """As on a GPU, but under the interpreter, for the GPU's own processes collect the same."""
-    files = [f"tests/kernels/test_triton_{n}.py" for n in ("stats", "siglip", "distill", "search")]
+    files = [f"tests/kernels/test_triton_{name}.py"
+             for name in ("stats", "kept", "siglip", "distill", "search")]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--collect-only", *files],
         cwd=ROOT, env=bare | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,

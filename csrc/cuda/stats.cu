@@ -10,11 +10,11 @@
 namespace m3bind::cuda {
 namespace {
 
-template <class Half, bool CLASSES, bool MASKS, bool TOTALS>
+template <class Half, bool CLASSES, bool MASKS, bool TOTALS, bool KEEP>
 __global__ void __launch_bounds__(kThreads, 1)
     stats_fwd_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
-                     const __grid_constant__ StatsFwd p) {
-  stats_fwd<Half, CLASSES, MASKS, TOTALS>(p, &x, &y, aligned_shared());
+                     const __grid_constant__ TensorMap powers, const __grid_constant__ StatsFwd p) {
+  stats_fwd<Half, CLASSES, MASKS, TOTALS, KEEP>(p, &x, &y, &powers, aligned_shared());
 }
 
 template <class Half, bool CLASSES, bool MASKS, bool TOTALS, bool APART>
@@ -30,7 +30,7 @@ void stats_fwd_op(const Tensor& x, const Tensor& y, const Tensor& factor,
                   const OptionalTensor& row_class_ranges, const OptionalTensor& col_class_ranges,
                   const OptionalTensor& row_mask_ranges, const OptionalTensor& col_mask_ranges,
                   double margin, bool totals, const Tensor& row_parts, const Tensor& col_parts,
-                  const Tensor& far) {
+                  const Tensor& far, const OptionalTensor& powers, const OptionalTensor& shifts) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const StatsFwd p{sizes_of(x, y),
                    numbers_of(row_class, col_class, row_mask, col_mask, row_class_ranges,
@@ -41,15 +41,23 @@ void stats_fwd_op(const Tensor& x, const Tensor& y, const Tensor& factor,
                    data_of<float>(col_parts),
                    row_parts.stride(0),
                    col_parts.stride(0),
-                   data_of<int>(far)};
+                   data_of<int>(far),
+                   powers.has_value() ? static_cast<int>(powers->size(0)) : 0,
+                   data_of<float>(shifts),
+                   shifts.has_value() ? shifts->stride(0) : 0};
   const TensorMap x_map = describe(x, kBlockRows), y_map = describe(y, kTileCols);
+  const TensorMap powers_map = powers.has_value() ? describe(*powers, kTileRows) : x_map;
   with_flags(
-      [&]<bool BF16, bool C, bool M, bool T>(std::integer_sequence<bool, BF16, C, M, T>) {
+      [&]<bool BF16, bool C, bool M, bool T, bool K>(
+          std::integer_sequence<bool, BF16, C, M, T, K>) {
         using Half = std::conditional_t<BF16, __nv_bfloat16, __half>;
-        launch(stats_fwd_kernel<Half, C, M, T>, kStatsFwdShared, blocks_for(x, y), x, x_map, y_map,
-               p);
+        if constexpr (!(T && K))
+          launch(stats_fwd_kernel<Half, C, M, T, K>, kStatsFwdShared<K>, blocks_for(x, y), x, x_map,
+                 y_map, powers_map, p);
+        else
+          STD_TORCH_CHECK(false, "m3bind: nothing is kept where totals are wanted");
       },
-      is_bf16(x), row_class.has_value(), row_mask.has_value(), totals);
+      is_bf16(x), row_class.has_value(), row_mask.has_value(), totals, powers.has_value());
 }
 
 void stats_bwd_op(const Tensor& x, const Tensor& y, const Tensor& factor,
@@ -102,7 +110,8 @@ void stats_bwd_op(const Tensor& x, const Tensor& y, const Tensor& factor,
 
 STABLE_TORCH_LIBRARY(m3bind_hopper, m) {
   m.def("stats_fwd(" M3BIND_INPUTS
-        ", Tensor(a!) row_parts, Tensor(b!) col_parts, Tensor(c!) far) -> ()");
+        ", Tensor(a!) row_parts, Tensor(b!) col_parts, Tensor(c!) far, Tensor(d!)? powers,"
+        " Tensor(e!)? shifts) -> ()");
   m.def("stats_bwd(" M3BIND_INPUTS
         ", bool apart, Tensor row_shift_ranges, Tensor col_shift_ranges, Tensor row_vectors,"
         " Tensor col_vectors, Tensor(a!) out, Tensor(b!) scale_parts, Tensor(c!) row_lost,"

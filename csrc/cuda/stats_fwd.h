@@ -2,7 +2,7 @@
 // tile leaves behind is told by `stats_fwd_kernel` in kernels/m3bind_kernels/stats_fwd.py.
 #pragma once
 
-#include "tile.h"
+#include "outgoing.h"
 
 namespace m3bind::cuda {
 
@@ -14,23 +14,35 @@ struct StatsFwd {
   float *row_parts, *col_parts;  // [planes, tiles of columns, rows], [planes, of rows, columns]
   int64_t row_plane, col_plane;  // elements from plane to plane
   int* far;                      // [tiles], 0: where the sums are not good
+  // Of the first rows, what stays for the backward pass: see `Kept` in kept.py.
+  int kept_rows;
+  float* shifts;  // [blocks of 64 rows, blocks of 64 columns]
+  int64_t shifts_stride;
 };
 
-template <bool CLASSES, bool MASKS, bool TOTALS>
+// KEEP: whether anything stays.
+template <bool CLASSES, bool MASKS, bool TOTALS, bool KEEP>
 class StatsFwdTile {
+  static_assert(!(KEEP && TOTALS));
+
  public:
-  M3BIND_DEVICE StatsFwdTile(const StatsFwd& p, Tile tile, const Meeting& meeting)
+  M3BIND_DEVICE StatsFwdTile(const StatsFwd& p, Tile tile, const Meeting& meeting,
+                             const Outgoing& outgoing)
       : p_(p),
         tile_(tile),
         meeting_(meeting),
+        outgoing_(outgoing),
         row_parts_(p.row_parts + int64_t{tile.col} * p.sizes.rows + tile.row * kTileRows),
         col_parts_(p.col_parts + int64_t{tile.row} * p.sizes.cols + tile.col * kTileCols),
         rows_(p.sizes.rows - tile.row * kTileRows),
         cols_(p.sizes.cols - tile.col * kTileCols) {}
 
   M3BIND_DEVICE void run(float (&dots)[128]) {
+    if (KEEP && Lane().thread == 0) outgoing_.wait();
     const float shift = tile_shift(dots, *p_.factor);
-    if (is_special<CLASSES, MASKS>(p_.numbers, p_.sizes, tile_))
+    const bool special = is_special<CLASSES, MASKS>(p_.numbers, p_.sizes, tile_);
+    if (KEEP) keep_shift(special || !stays() ? INFINITY : shift - kDigitsAbove);
+    if (special)
       statistics(dots, shift,
                  PairRules<CLASSES, MASKS>(p_.numbers, p_.sizes, tile_, Lane(), meeting_));
     else
@@ -70,6 +82,9 @@ class StatsFwdTile {
   // What is lost to underflow (at 2^-126) is below the rounding of sums above 2^-64. Rows or
   // columns far below the others, or left out, or a NaN, are for another kernel.
   static constexpr float kSmallest = 5.4e-20f;
+  // Powers up to 1 are multiplied by 2^15, so that float16 holds more of the small ones.
+  static constexpr float kDigitsAbove = 15, kAbove = 32768;
+  static constexpr int kKeptBlock = 64;
 
   // An integer above the highest logit, so that differences of shifts are exact. A negative margin
   // raises the positives above what is there.
@@ -87,16 +102,30 @@ class StatsFwdTile {
     return found == -INFINITY ? 0.0f : ceilf(found);
   }
 
+  // Whether the tile can be kept, but for special pairs. The scale's gradient is made of logits
+  // again, which small factors would not allow.
+  M3BIND_DEVICE bool stays() const {
+    return (tile_.row + 1) * kTileRows <= p_.kept_rows && fabsf(*p_.factor) >= 1;
+  }
+
+  M3BIND_DEVICE void keep_shift(float shift) {
+    const int at = Lane().thread, col = tile_.col * (kTileCols / kKeptBlock) + at;
+    const bool inside = tile_.row * kTileRows < p_.kept_rows && col * kKeptBlock < p_.sizes.cols;
+    if (at < kTileCols / kKeptBlock && inside)
+      p_.shifts[tile_.row * p_.shifts_stride + col] = shift;
+  }
+
   // Sums over rows and columns of what `f(dot, rules of the pair)` gives.
   template <class Rules, class F>
   M3BIND_DEVICE void sum(float (&dots)[128], const Rules& rules, int plane, const F& f) {
     float row_sums[kOwnRows] = {0, 0};
     bool good = true;
+    const bool keep = KEEP && !Rules::kAny && plane == kSum && stays();
     meeting_.sync();
     over_pieces<Rules::kAny ? 1 : kAllPieces>(dots, [&](int first, int place) {
       const Lane lane;
       const RowNumbers rows = rules.rows(lane);
-      float own[kPiece];
+      float own[kPiece], in_row[kOwnRows][kPiece];
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) {
         Pair pairs[kOwnRows] = {};
@@ -107,13 +136,17 @@ class StatsFwdTile {
           const Both both = f(dots[at(r, place + i)], pairs[r]);
           row_sums[r] += both.in_row;
           own[i] += both.in_col;
+          in_row[r][i] = both.in_row;
         }
       }
       put_columns(meeting_, first, own);
+      if (keep) put_powers(first, in_row);
     });
+    if (keep) async_fence();
     column_totals(meeting_, [&](int col, float total) {
       if (put_col(plane, col, total)) good = good && total >= kSmallest;
     });
+    if (keep && Lane().thread == 0) outgoing_.send(p_.sizes, tile_);
     const Lane lane;
 #pragma unroll
     for (int r = 0; r < kOwnRows; ++r) {
@@ -124,6 +157,16 @@ class StatsFwdTile {
       const int tiles_n = ceil_div(p_.sizes.rows, kTileRows);
       p_.far[index_of(tile_, tiles_n, ceil_div(p_.sizes.cols, kTileCols))] = 1;
     }
+  }
+
+  M3BIND_DEVICE void put_powers(int first, const float (&powers)[kOwnRows][kPiece]) {
+    uint32_t pairs[kPiece];
+#pragma unroll
+    for (int i = 0; i < kPiece; i += 2)
+#pragma unroll
+      for (int r = 0; r < kOwnRows; ++r)
+        pairs[i + r] = rounded_pair(kAbove * powers[r][i], kAbove * powers[r][i + 1]);
+    outgoing_.put(first, pairs);
   }
 
   M3BIND_DEVICE void fill(int plane, float value) {
@@ -149,26 +192,34 @@ class StatsFwdTile {
   const StatsFwd& p_;
   Tile tile_;
   Meeting meeting_;
+  Outgoing outgoing_;
   float *row_parts_, *col_parts_;
   int rows_, cols_;  // from the tile's first on
 };
 
-constexpr int kStatsFwdStages = 4;
-constexpr int kStatsFwdShared = Ring<kStatsFwdStages>::kBytes + 2 * Meeting::kBytes +
-                                2 * kStatsFwdStages * sizeof(Barrier) + 1024;  // to align it
+template <bool KEEP>
+constexpr int kStatsFwdStages = KEEP ? 3 : 4;
+template <bool KEEP>
+constexpr int kStatsFwdShared =
+    Ring<kStatsFwdStages<KEEP>>::kBytes + 2 * (KEEP * Outgoing::kBytes + Meeting::kBytes) +
+    2 * kStatsFwdStages<KEEP> * sizeof(Barrier) + 1024;  // to align it
 
-// `shared` is aligned to 1024 bytes.
-template <class Half, bool CLASSES, bool MASKS, bool TOTALS>
+// `shared` is aligned to 1024 bytes; `powers` describes [kept rows, columns] float16.
+template <class Half, bool CLASSES, bool MASKS, bool TOTALS, bool KEEP>
 M3BIND_DEVICE void stats_fwd(const StatsFwd& p, const TensorMap* x, const TensorMap* y,
-                             char* shared) {
-  using Stages = Ring<kStatsFwdStages>;
-  Barrier* barriers = reinterpret_cast<Barrier*>(shared + Stages::kBytes + 2 * Meeting::kBytes);
+                             const TensorMap* powers, char* shared) {
+  using Stages = Ring<kStatsFwdStages<KEEP>>;
   const int half = thread_index() / kWarpgroup;
-  const Meeting meeting(shared + Stages::kBytes, half);
-  over_tiles<Half>(Stages(shared, barriers, p.sizes), x, y, p.sizes, AllBlocks{p.sizes},
-                   [&](float (&dots)[128], Tile tile) {
-                     StatsFwdTile<CLASSES, MASKS, TOTALS>(p, tile, meeting).run(dots);
-                   });
+  const Outgoing outgoing(shared + Stages::kBytes + half * Outgoing::kBytes, powers);
+  char* meetings = shared + Stages::kBytes + KEEP * 2 * Outgoing::kBytes;
+  const Meeting meeting(meetings, half);
+  Barrier* barriers = reinterpret_cast<Barrier*>(meetings + 2 * Meeting::kBytes);
+  over_tiles<Half>(
+      Stages(shared, barriers, p.sizes), x, y, p.sizes, AllBlocks{p.sizes},
+      [&](float (&dots)[128], Tile tile) {
+        StatsFwdTile<CLASSES, MASKS, TOTALS, KEEP>(p, tile, meeting, outgoing).run(dots);
+      });
+  if (KEEP) copy_out_wait();  // before the block's memory goes
 }
 
 }  // namespace m3bind::cuda

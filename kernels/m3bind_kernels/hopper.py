@@ -12,6 +12,7 @@ from torch import Tensor
 from m3bind_kernels.configs import Config
 
 if TYPE_CHECKING:
+    from m3bind_kernels.kept import Kept
     from m3bind_kernels.launch import Inputs
 
 # What a warpgroup leaves behind. Triton's kernels that go over the same tiles run with it, too.
@@ -30,11 +31,14 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def stats_fwd(part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor) -> None:
+def stats_fwd(
+    part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, kept: Kept | None
+) -> None:
     """`stats_fwd_kernel` with `TILE`; `far` must be zeros."""
+    powers, shifts = (None, None) if kept is None else (kept.powers, kept.shifts)
     torch.ops.m3bind_hopper.stats_fwd(
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(TILE), part.margin, part.totals,
-        row_parts, col_parts, far,
+        row_parts, col_parts, far, powers, shifts,
     )  # fmt: skip
 
 

@@ -133,9 +133,17 @@ def launch(
     kernel: Any, config: Config, num_rows: int, num_cols: int, *args: Any, **constants: Any
 ) -> None:
     """Starts a persistent kernel over the tiles of num_rows x num_cols."""
+    start_tiles(kernel, config, num_rows, num_cols, True, *args, **constants)
+
+
+def start_tiles(
+    kernel: Any, config: Config, num_rows: int, num_cols: int, persistent: bool, *args: Any,
+    **constants: Any,
+) -> None:  # fmt: skip
+    """The same, or with a program for every tile."""
     tiles = triton.cdiv(num_rows, config.block_m) * triton.cdiv(num_cols, config.block_n)
-    programs = min(tiles, multiprocessors(args[0].device) * config.programs)
-    start(kernel, config, programs, *args, **constants)
+    at_once = multiprocessors(args[0].device) * config.programs
+    start(kernel, config, min(tiles, at_once) if persistent else tiles, *args, **constants)
 
 
 def start(kernel: Any, config: Config, programs: int, *args: Any, **constants: Any) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from m3bind_kernels import hopper
 from m3bind_kernels.configs import Config
 from m3bind_kernels.derivatives import derivatives, one_exponential
-from m3bind_kernels.launch import Inputs, block_ranges, launch
-from m3bind_kernels.stats_side import MOST_FEATURES, exchanged, stats_side_kernel
+from m3bind_kernels.kept import NOTHING, Kept, is_kept, kept_bwd_kernel
+from m3bind_kernels.launch import Inputs, block_ranges, start_tiles
+from m3bind_kernels.stats_side import by_sides, exchanged, stats_side_kernel
 from m3bind_kernels.tiles import dot_products, is_special, pieces_of, tile_at
 from m3bind_kernels.tuning import choose
 from m3bind_kernels.upstream import Upstream, partner_derivatives
@@ -32,6 +33,7 @@ def _stats_bwd_kernel(
     out,  # [N, M] derivatives by the dot products
     scale_parts,  # [tiles] float32: sums of derivative * dot
     row_lost, col_lost,  # [column tiles, N], [row tiles, M] float32 or None: lost in rounding
+    powers, shifts, kept_rows, powers_stride, shifts_stride,  # see `Kept`, or nothing
     num_rows, num_cols, num_features, row_stride, col_stride, out_stride, margin,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
@@ -57,7 +59,15 @@ def _stats_bwd_kernel(
     base2 = tl.load(factor)
     # Otherwise flattening the loops makes a second epilogue, for tiles without any feature.
     tl.assume(num_features > 0)
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_m, tl.num_programs(0), flatten=True):
+    first = tl.program_id(0)
+    if powers is not None:  # a program for every tile then
+        row_tile, col_tile = tile_at(first, tiles_n, tiles_m, 8)
+        if is_kept(
+            powers, shifts, row_shift_ranges, col_shift_ranges, row_tile, col_tile, kept_rows,
+            num_cols, shifts_stride, BLOCK_M, BLOCK_N,
+        ):  # fmt: skip
+            first = tiles_n * tiles_m
+    for tile in tl.range(first, tiles_n * tiles_m, tl.num_programs(0), flatten=True):
         row_tile, col_tile = tile_at(tile, tiles_n, tiles_m, 8)
         dots = dot_products(
             x_tiles, y_tiles, row_tile * BLOCK_M, col_tile * BLOCK_N, num_rows, num_cols,
@@ -109,24 +119,31 @@ def _stats_bwd_kernel(
 
 def stats_bwd_kernel(
     inputs: Inputs, band: slice, upstream: Upstream, ranges: list[Tensor], apart: bool,
-    out: Tensor, scale_parts: Tensor, row_lost: Tensor, col_lost: Tensor, config: Config,
+    out: Tensor, scale_parts: Tensor, row_lost: Tensor, col_lost: Tensor, kept: Kept | None,
+    config: Config,
 ) -> None:  # fmt: skip
     """Fills `out` [rows of the band, M] with derivatives by the dot products, the parts of the
     scale's gradient, one a tile, and what rounding takes from the sums of rows and columns in each
     tile. `ranges`: of the shifts of the band's rows and of the columns."""
     part = inputs.rows(band)
     row_vectors = upstream.rows[:, band]
-    if config == hopper.TILE:
+    if config == hopper.TILE and kept is None:
         hopper.stats_bwd(
             part, ranges, row_vectors, upstream.cols, apart, out, scale_parts, row_lost, col_lost
         )
         return
     constants = part.constants(config)
     lost = (None, None) if out.dtype == torch.float32 else (row_lost, col_lost)
-    launch(
-        _stats_bwd_kernel, config, *part.shape,
+    if kept is not None:
+        kept_bwd_kernel(
+            kept, part.factor, ranges, row_vectors, upstream.cols, out, scale_parts, lost, config
+        )
+    # Of tiles that are kept a program has nothing to do.
+    start_tiles(
+        _stats_bwd_kernel, config, *part.shape, kept is None,
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(config), *ranges,
-        row_vectors, upstream.cols, out, scale_parts, *lost, *part.shape, part.x.shape[1],
+        row_vectors, upstream.cols, out, scale_parts, *lost,
+        *(NOTHING if kept is None else kept.arguments()), *part.shape, part.x.shape[1],
         row_vectors.stride(0), upstream.cols.stride(0), out.stride(0), part.margin,
         HAS_CLASSES=part.row_class is not None, TOTALS=part.totals, APART=apart,
         STORE_BY_DESCRIPTOR=constants["DESCRIPTORS"] and out.dtype != torch.float32, **constants,
@@ -145,7 +162,7 @@ def similarity_stats_bwd(
     totals: bool,
     row_lse: Tensor,  # [N] float64
     col_lse: Tensor,  # [M] float64
-    kept: Tensor,  # [0, M]
+    kept: Tensor,  # memory of `Kept`
     grad_rows: Tensor,  # [3, N]
     grad_cols: Tensor,  # [3, M]
     need_x: bool,
@@ -160,18 +177,22 @@ def similarity_stats_bwd(
     if 0 in inputs.shape:
         return grads.x, grads.y.to(y.dtype), grads.y.new_zeros(())
     upstream = Upstream.of(row_lse, col_lse, grad_rows, grad_cols, inputs.nats())
-    fill = _fill_by_sides if x.shape[1] <= MOST_FEATURES else _fill_by_waves
     with torch.cuda.device_of(x):
-        grad_scale = fill(grads, upstream)
+        if by_sides(inputs):
+            grad_scale = _fill_by_sides(grads, upstream)
+        else:
+            grad_scale = _fill_by_waves(grads, upstream, Kept.of(inputs, kept))
     return grads.x, grads.y.to(y.dtype), grad_scale
 
 
-def _fill_by_waves(grads: Gradients, upstream: Upstream) -> Tensor:
+def _fill_by_waves(grads: Gradients, upstream: Upstream, kept: Kept | None) -> Tensor:
     """Fills the gradients of the features; returns that of the scale."""
     inputs = grads.inputs
     back = inputs.scale / upstream.factor
 
-    def derive(band: slice, out: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    def derive(
+        band: slice, out: Tensor, config: Config, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The derivatives by some rows' dot products. Returns the scale's gradient from them, and
         what rounding took from the sums of rows and columns."""
         row_ranges = block_ranges(upstream.rows[0, band], config.block_m)
@@ -182,7 +203,7 @@ def _fill_by_waves(grads: Gradients, upstream: Upstream) -> Tensor:
         col_lost = scale_parts.new_empty(0 if grads.precise else tiles_n, out.shape[1])
         stats_bwd_kernel(
             inputs, band, upstream, ranges, grads.apart, out, scale_parts, row_lost, col_lost,
-            config,
+            None if kept is None else kept.rows(band), config,
         )  # fmt: skip
         return scale_parts.sum(dtype=torch.float64), row_lost.sum(0), col_lost.sum(0)
 
@@ -193,7 +214,7 @@ def _fill_by_waves(grads: Gradients, upstream: Upstream) -> Tensor:
     config = hopper.TILE if rounded else choose("stats_bwd", inputs, first_wave)
     by_scale, cols_lost = [], []
     for band, out in grads.waves(config):
-        by_dot, row_lost, col_lost = derive(band, out, config)
+        by_dot, row_lost, col_lost = derive(band, out, config, kept)
         by_scale.append(by_dot)
         cols_lost.append(col_lost)
         lone = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m3bind_kernels import hopper
 from m3bind_kernels.configs import Config
+from m3bind_kernels.kept import NOTHING, Kept, above_one, keep_shifts, memory_for
 from m3bind_kernels.launch import Inputs, launch
 from m3bind_kernels.merge import bands, empty_state, merge_kernel, new_parts
 from m3bind_kernels.stats_far import stats_far_kernel
@@ -34,6 +35,7 @@ def _stats_fwd_kernel(
     row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,  # [tiles, 2]
     row_parts, col_parts,  # [PLANES, tiles_m, N], [PLANES, tiles_n, M] float32
     far,  # [tiles] int32: where the sums are not good
+    powers, shifts, kept_rows, powers_stride, shifts_stride,  # see `Kept`, or nothing
     num_rows, num_cols, num_features, row_plane, col_plane, margin,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
@@ -74,6 +76,16 @@ def _stats_fwd_kernel(
         else:
             highest = tl.max(tl.max(dots, 1), 0) * base2
         shift = finite_shift(highest + tl.maximum(-margin * base2, 0.0))
+        if powers is not None:
+            # The scale's gradient is made of logits again, which small factors would not allow.
+            keep = ((row_tile + 1) * BLOCK_M <= kept_rows) & (tl.abs(base2) >= 1.0)
+            keep = keep & (special == 0)
+            above = above_one(powers)
+            own_shift = tl.where(keep, shift - tl.log2(above), float("inf"))
+            keep_shifts(
+                shifts, own_shift, row_tile, col_tile, kept_rows, num_cols, shifts_stride,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         pieces = pieces_of(dots, BLOCK_M, BLOCK_N, PIECE)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         row_positives = tl.zeros([BLOCK_M], tl.float32)
@@ -107,6 +119,10 @@ def _stats_fwd_kernel(
                 power = tl.exp2(part * base2 - shift)
                 row_sum += tl.sum(power, 1)
                 col_sum = tl.sum(power, 0)
+                if powers is not None and keep:
+                    at = powers + rows.to(tl.int64)[:, None] * powers_stride + cols[None, :]
+                    kept = (power * above).to(powers.dtype.element_ty)
+                    tl.store(at, kept, eviction_policy="evict_first")
             least = tl.minimum(least, tl.where(cols < num_cols, col_sum, 1.0))
             tl.store(col_at, tl.zeros([PIECE], tl.float32) + shift, mask=cols < num_cols)
             tl.store(col_at + col_plane, col_sum, mask=cols < num_cols)
@@ -131,17 +147,19 @@ def _stats_fwd_kernel(
 
 
 def stats_fwd_kernel(
-    part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, config: Config
-) -> None:
+    part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, kept: Kept | None,
+    config: Config,
+) -> None:  # fmt: skip
     """Fills the partial statistics [planes, tiles, N or M] of a band of rows. The sums of powers
-    are not good in tiles that `far` [tiles], zeros before, then names."""
+    are not good in tiles that `far` [tiles], zeros before, then names. Fills what is kept, too."""
     if config == hopper.TILE:
-        hopper.stats_fwd(part, row_parts, col_parts, far)
+        hopper.stats_fwd(part, row_parts, col_parts, far, kept)
         return
     launch(
         _stats_fwd_kernel, config, *part.shape,
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(config),
-        row_parts, col_parts, far, *part.shape, part.x.shape[1],
+        row_parts, col_parts, far, *(NOTHING if kept is None else kept.arguments()),
+        *part.shape, part.x.shape[1],
         row_parts.stride(0), col_parts.stride(0), part.margin,
         HAS_CLASSES=part.row_class is not None, TOTALS=part.totals, **part.constants(config),
     )  # fmt: skip
@@ -159,41 +177,44 @@ def similarity_stats_fwd(
     totals: bool,
     kept_rows: int,
     native: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # [3, N], [3, M] float64, [0, M]
+) -> tuple[Tensor, Tensor, Tensor]:  # [3, N], [3, M] float64, memory of `Kept`
     """Of every row and column: log-sum-exp of its logits, sum of the positives', sum of all.
 
-    What enters which is told by `m3bind.ops.stats`. No dot products are kept yet.
+    What enters which is told by `m3bind.ops.stats`.
     """
-    assert kept_rows == 0
     inputs = Inputs.of(
         x, y, logit_scale, row_class, col_class, row_mask, col_mask, margin, totals, native
     )
     num_rows, num_cols = inputs.shape
     num_sums = int(row_class is not None) + int(totals)
+    memory = memory_for(inputs, kept_rows)
     states = [empty_state(inputs.x, num_sums, count) for count in inputs.shape]
     if num_rows > 0 and num_cols > 0:
         with torch.cuda.device_of(inputs.x):
-            _fill(inputs, num_sums, *states)
+            _fill(inputs, num_sums, Kept.of(inputs, memory), *states)
     rows, cols = (_statistics(state, inputs) for state in states)
-    return rows, cols, x.new_empty((0, num_cols), dtype=torch.float32)
+    return rows, cols, memory
 
 
-def _fill(inputs: Inputs, num_sums: int, row_state: Tensor, col_state: Tensor) -> None:
+def _fill(
+    inputs: Inputs, num_sums: int, kept: Kept | None, row_state: Tensor, col_state: Tensor
+) -> None:
     """Adds the partial statistics of all tiles, band by band of rows."""
 
-    def partial(part: Inputs, config: Config) -> tuple[Tensor, Tensor]:
+    def partial(part: Inputs, config: Config, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
         num_rows, num_cols = part.shape
         row_parts = new_parts(part.x, 2 + num_sums, num_cols, config.block_n, num_rows)
         col_parts = new_parts(part.x, 2 + num_sums, num_rows, config.block_m, num_cols)
         tiles = row_parts.shape[1] * col_parts.shape[1]
         far = part.x.new_zeros(tiles, dtype=torch.int32)
-        stats_fwd_kernel(part, row_parts, col_parts, far, config)
+        stats_fwd_kernel(part, row_parts, col_parts, far, kept, config)
         stats_far_kernel(part, row_parts, col_parts, far, config)
         return row_parts, col_parts
 
     config = hopper.TILE if inputs.native else choose("stats_fwd", inputs, partial)
     for band in bands(inputs, config, 2 + num_sums):
-        row_parts, col_parts = partial(inputs.rows(band), config)
+        of_band = None if kept is None else kept.rows(band)
+        row_parts, col_parts = partial(inputs.rows(band), config, of_band)
         merge_kernel(row_parts, row_state[:, band])
         merge_kernel(col_parts, col_state)
 

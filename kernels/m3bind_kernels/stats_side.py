@@ -90,6 +90,11 @@ def _stats_side_kernel(
         )
 
 
+def by_sides(inputs: Inputs) -> bool:
+    """Whether gradients are formed here."""
+    return inputs.x.shape[1] <= MOST_FEATURES
+
+
 def exchanged(inputs: Inputs) -> Inputs:
     """The same with y as rows and x as columns."""
     return replace(

@@ -27,6 +27,11 @@ WAVE_ROWS = 1024
 PRECISE_PAIRS = 1 << 20
 
 
+def is_precise(inputs: Inputs) -> bool:
+    """Whether derivatives stay float32."""
+    return inputs.x.dtype == torch.float32 or math.prod(inputs.shape) <= PRECISE_PAIRS
+
+
 class Gradients:
     """Gradients of x and y: no rows where they are not needed."""
 
@@ -35,7 +40,7 @@ class Gradients:
         self.inputs = inputs
         self.x = x.new_zeros((x.shape[0] if need_x else 0, x.shape[1]), dtype=x_dtype)
         self.y = y.new_zeros((y.shape[0] if need_y else 0, y.shape[1]), dtype=torch.float32)
-        self.precise = x.dtype == torch.float32 or math.prod(inputs.shape) <= PRECISE_PAIRS
+        self.precise = is_precise(inputs)
         self.row_partner = self.col_partner = None
         if self.precise:
             self.other_x, self.other_y = x.float(), y.float()
@@ -60,7 +65,7 @@ class Gradients:
         dtype = self.other_x.dtype
         fitting = WAVE_BYTES // (stride * dtype.itemsize)
         block = rows_of_block(config)
-        step = max(fitting, WAVE_ROWS) // block * block
+        step = max(fitting, WAVE_ROWS, block) // block * block
         buffer = self.inputs.x.new_empty((min(step, num_rows), stride), dtype=dtype)
         return [
             (slice(i, end), buffer[: end - i, :num_cols])

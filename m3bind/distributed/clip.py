@@ -9,7 +9,6 @@ from m3bind.distributed import groups
 from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
 from m3bind.distributed.ranks import Prepared, meet
 from m3bind.ops import arguments
-from m3bind.ops.clip import MEMORY_BUDGET
 from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids, Terms, composed
 from m3bind.ops.stats import rows_to_keep
 
@@ -32,7 +31,7 @@ def clip_loss(
     margin: float = 0.0,
     directions: str = "both",
     reduction: str = "mean",
-    memory_budget: float = MEMORY_BUDGET,
+    memory_budget: float | None = None,
     backend: str | None = None,
     group: groups.Group = None,
     scheme: str = "auto",
@@ -91,7 +90,7 @@ def _over_ranks(
     reduce_scale: bool,
     *,
     logit_bias: Tensor | float | None,
-    memory_budget: float,
+    memory_budget: float | None,
     backend: str | None,
     **given: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -100,7 +99,8 @@ def _over_ranks(
         arguments.choice(OP, "reduction", given["reduction"], REDUCTIONS)
         arguments.choice(OP, "directions", given["directions"], DIRECTIONS)
         scale = groups.scalar(OP, "logit_scale", logit_scale, own_x)
-        arguments.number(OP, "memory_budget", memory_budget, 0.0)
+        if memory_budget is not None:
+            arguments.number(OP, "memory_budget", memory_budget, 0.0)
         arguments.number(OP, "label_smoothing", given["label_smoothing"], 0.0, 1.0)
         arguments.number(OP, "z_loss", given["z_loss"], 0.0)
         arguments.number(OP, "margin", given["margin"])
@@ -130,6 +130,6 @@ def _over_ranks(
         if sizes == "static":
             terms.check_columns(OP, ranks.cols.total)
         kept_rows = 0
-        if memory_budget and ranks.grad_wanted:
+        if memory_budget != 0 and ranks.grad_wanted:
             kept_rows = rows_to_keep(prepared.x, ranks.cols.total, memory_budget, prepared.backend)
         return composed(prepared.x, prepared.y, scale, terms, ranks, kept_rows, prepared.backend)

@@ -10,8 +10,6 @@ from m3bind.ops.info_nce_rows import info_nce_rows
 from m3bind.ops.ranks import ONE_RANK
 from m3bind.ops.stats import rows_to_keep
 
-MEMORY_BUDGET = 64.0  # MiB
-
 
 def clip_loss(
     x: Tensor,  # [N, D]
@@ -29,7 +27,7 @@ def clip_loss(
     margin: float = 0.0,
     directions: str = "both",
     reduction: str = "mean",
-    memory_budget: float = MEMORY_BUDGET,
+    memory_budget: float | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Symmetric InfoNCE without the N x M matrix of logits in memory.
@@ -63,10 +61,13 @@ def clip_loss(
             positive. Nothing to average has the mean NaN and the sum 0, as in torch.
         memory_budget: MiB in which the forward pass may leave dot products of x and y for the
             backward pass, which forms the others again; N * M * 4 bytes hold all of them, and save
-            one of four matrix products: the default holds those of batches up to 4096, and a
+            one of four matrix products. Default: 64, which holds those of batches up to 4096, and a
             quarter of 8192's. A single direction has three anyway, where it is plain and
-            the backend "cpp". Results differ by no more than the order of sums. Not with
-            `backend="triton"`, which keeps nothing, and "reference", which keeps everything.
+            the backend "cpp". Results differ by no more than the order of sums.
+            Backends "triton" and "cuda" (default: 0) keep exp(logit) of tiles without positives
+            and masked pairs, N * M * 2 bytes for 16-bit features, where D is above 256: each
+            is rounded to 11 binary digits, as the derivatives themselves are. "reference" keeps
+            everything.
         backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
 
     Returns:
@@ -87,7 +88,8 @@ def clip_loss(
     label_smoothing = arguments.number(op, "label_smoothing", label_smoothing, 0.0, 1.0)
     z_loss = arguments.number(op, "z_loss", z_loss, 0.0)
     margin = arguments.number(op, "margin", margin)
-    memory_budget = arguments.number(op, "memory_budget", memory_budget, 0.0)
+    if memory_budget is not None:
+        memory_budget = arguments.number(op, "memory_budget", memory_budget, 0.0)
     extras = (logit_bias, labels, positive_ids, mask_ids, negatives, soft_targets)
     plain = all(extra is None for extra in extras) and not label_smoothing and not z_loss
     plain = plain and reduction != "none"
@@ -117,7 +119,7 @@ def clip_loss(
                 x, y, scale, margin=margin, mean=reduction == "mean", backend=chosen
             )
         kept_rows = 0
-        if memory_budget and arguments.gradient_wanted(x, y, scale):
+        if memory_budget != 0 and arguments.gradient_wanted(x, y, scale):
             kept_rows = rows_to_keep(x, y.shape[0], memory_budget, chosen)
         if plain and directions == "both":
             return info_nce(

@@ -20,7 +20,7 @@ def define(
 
     `primitive` is its row in the table of backends. The backend travels in the schema, so that the
     backward pass, which runs on other threads, uses the one that the forward pass used. `composite`
-    takes all arguments, and runs in backends that have no `<name>` of their own.
+    takes all arguments, as `fake` does, and runs in backends that have no `<name>` of their own.
     """
     arguments, arrow, results = signature.partition(") ->")
     qualified = f"m3bind::{name}"
@@ -34,7 +34,7 @@ def define(
         return getattr(implementation, name)(*inputs)
 
     torch.library.impl(qualified, "CompositeExplicitAutograd")(run)
-    torch.library.register_fake(qualified)(lambda *args: fake(*args[:-1]))
+    torch.library.register_fake(qualified)(fake)
 
 
 def differentiate(

@@ -153,7 +153,7 @@ def _fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor,
 def _bwd_fake(
     x: Tensor, y: Tensor, logit_scale: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_x, need_y = rest[-2:]
+    *_, need_x, need_y, _ = rest
     return (
         x.new_empty((x.shape[0] if need_x else 0, x.shape[1])),
         y.new_empty((y.shape[0] if need_y else 0, y.shape[1])),

@@ -30,7 +30,7 @@ def info_nce_rows(
 
 
 def _fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_x, need_y = rest[-2:]
+    *_, need_x, need_y, _ = rest
     acc = accumulation_dtype(x.dtype)
     return (
         x.new_empty((), dtype=acc),

@@ -1,5 +1,7 @@
 """similarity_rank: at which place each query finds what it should, without the matrix of scores."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def similarity_rank(
     return ranks.reshape(labels.shape)
 
 
-def _fake(queries: Tensor, gallery: Tensor, labels: Tensor, *ids: Tensor | None) -> Tensor:
+def _fake(queries: Tensor, gallery: Tensor, labels: Tensor, *rest: Any) -> Tensor:
     return labels.new_empty(labels.shape)
 
 

@@ -123,13 +123,13 @@ def _gradients(
 
 
 def _bwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_x, need_y = rest[-2:]
+    *_, need_x, need_y, _ = rest
     return _gradients(x, y, need_x, need_y, x.dtype)
 
 
 def _total_fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     total = x.new_empty((), dtype=accumulation_dtype(x.dtype))
-    need_x, need_y = rest[-2:]
+    *_, need_x, need_y, _ = rest
     return total, *_gradients(x, y, need_x, need_y, accumulation_dtype(x.dtype))
 
 

@@ -11,8 +11,9 @@ only positive of a row stays out of its log-sum-exp, since `softplus(lse_of_nega
 is exact where `lse_of_all - positive` cancels. Pairs with equal mask that are not positive are
 masked: they enter nothing. `Pairs` makes the classes and masks out of what users pass.
 
-The dot products of the first `kept_rows` rows stay in memory for the backward pass, which forms
-the others again: dot products, not exponentials, so that both passes see the same bits.
+What the backward pass needs of the first `kept_rows` rows stays in memory, and it forms the others
+again: dot products, so that both passes see the same bits; or, in backends for GPUs, where time is
+that of memory, powers of 2 as wide as the features.
 """
 
 from typing import Any
@@ -25,6 +26,8 @@ from m3bind.dtypes import accumulation_dtype, statistics_dtype
 from m3bind.ops.define import define, differentiate
 from m3bind.ops.pairs import Pairs
 
+MEMORY_BUDGET = 64.0  # MiB, of dot products
+BLOCK = 64  # rows and columns of what is kept
 _INPUTS = (
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor? row_class, Tensor? col_class,"
     " Tensor? row_mask, Tensor? col_mask, float margin, bool totals"
@@ -49,27 +52,38 @@ def similarity_stats(
     return rows, cols
 
 
-def rows_to_keep(x: Tensor, num_cols: int, memory_budget: float, backend: str) -> int:
-    """How many rows' dot products `memory_budget` MiB hold: all, or whole blocks of 64."""
-    if not backends.keeps("similarity_stats", backend):
-        return 0
+def rows_to_keep(x: Tensor, num_cols: int, memory_budget: float | None, backend: str) -> int:
+    """How many rows `memory_budget` MiB hold: all, or whole blocks of 64."""
+    powers = backends.keeps_powers("similarity_stats", backend)
+    if memory_budget is None:
+        memory_budget = 0.0 if powers else MEMORY_BUDGET
     num_rows = x.shape[0]
-    row_bytes = accumulation_dtype(x.dtype).itemsize * max(1, num_cols)
+    blocks, width = kept_shape(x, BLOCK, num_cols, backend)
+    row_bytes = accumulation_dtype(x.dtype).itemsize * max(1, width) * blocks / BLOCK
     fitting = memory_budget * 2**20 / row_bytes
-    return num_rows if fitting >= num_rows else int(fitting) // 64 * 64
+    return num_rows if fitting >= num_rows else int(fitting) // BLOCK * BLOCK
+
+
+def kept_shape(x: Tensor, kept_rows: int, num_cols: int, backend: str) -> tuple[int, int]:
+    """Of the tensor that keeps them, in the dtype of sums. Powers: see m3bind_kernels.kept."""
+    if not backends.keeps_powers("similarity_stats", backend):
+        return kept_rows, num_cols
+    across = (num_cols + BLOCK - 1) // BLOCK
+    return kept_rows + (kept_rows + BLOCK - 1) // BLOCK, across * BLOCK * x.itemsize // 4
 
 
 def fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     stats, acc = statistics_dtype(x.device), accumulation_dtype(x.dtype)
+    *_, kept_rows, backend = rest
     return (
         x.new_empty(3, x.shape[0], dtype=stats),
         y.new_empty(3, y.shape[0], dtype=stats),
-        x.new_empty(rest[-1], y.shape[0], dtype=acc),
+        x.new_empty(kept_shape(x, kept_rows, y.shape[0], backend), dtype=acc),
     )
 
 
 def bwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_x, need_y = rest[-2:]
+    *_, need_x, need_y, _ = rest
     return (
         x.new_empty((x.shape[0] if need_x else 0, x.shape[1])),
         y.new_empty((y.shape[0] if need_y else 0, y.shape[1])),

@@ -69,7 +69,7 @@ def similarity_topk(
         )
 
 
-def _fwd_fake(queries: Tensor, gallery: Tensor, k: int, *ids: Any) -> tuple[Tensor, Tensor]:
+def _fwd_fake(queries: Tensor, gallery: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return (
         queries.new_empty(shape, dtype=accumulation_dtype(queries.dtype)),

@@ -44,7 +44,8 @@ class StatsFwd(Struct):
     _fields_ = [
         ("sizes", Sizes), ("numbers", Numbers), ("factor", POINTER), ("margin", ctypes.c_float),
         ("row_parts", POINTER), ("col_parts", POINTER), ("row_plane", ctypes.c_int64),
-        ("col_plane", ctypes.c_int64), ("far", POINTER),
+        ("col_plane", ctypes.c_int64), ("far", POINTER), ("kept_rows", ctypes.c_int),
+        ("shifts", POINTER), ("shifts_stride", ctypes.c_int64),
     ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from emulator import (
 )
 
 from m3bind import chunked, reference
-from m3bind_kernels import hopper, native, stats_bwd, waves
+from m3bind_kernels import hopper, native, stats_side, waves
 
 NAMES = [name for name, _ in Numbers._fields_]
 SEEDS = itertools.count()
@@ -35,7 +35,8 @@ def calls():
     given = "Tensor x, Tensor y, Tensor factor, " + ", ".join(f"Tensor? {n}" for n in NAMES)
     given += ", float margin, bool totals"
     schemas.define(
-        f"stats_fwd({given}, Tensor(a!) row_parts, Tensor(b!) col_parts, Tensor(c!) far) -> ()"
+        f"stats_fwd({given}, Tensor(a!) row_parts, Tensor(b!) col_parts, Tensor(c!) far, "
+        "Tensor(d!)? powers, Tensor(e!)? shifts) -> ()"
     )
     schemas.define(
         f"stats_bwd({given}, bool apart, Tensor row_shift_ranges, Tensor col_shift_ranges, "
@@ -72,12 +73,16 @@ def calls():
         return fields, present, rest[10:]
 
     def forward(x, y, factor, *rest):
-        fields, present, (row_parts, col_parts, far) = common(x, y, factor, *rest)
+        fields, present, more = common(x, y, factor, *rest)
+        row_parts, col_parts, far, powers, shifts = more
+        keep = powers is not None
         p = StatsFwd(
             **fields, row_parts=row_parts, col_parts=col_parts, row_plane=row_parts.stride(0),
-            col_plane=col_parts.stride(0), far=far,
+            col_plane=col_parts.stride(0), far=far, kept_rows=len(powers) if keep else 0,
+            shifts=shifts, shifts_stride=shifts.stride(0) if keep else 0,
         )  # fmt: skip
-        start("stats_fwd", x, y, present, p)
+        out = powers if keep else x
+        start("stats_fwd", x, y, (*present, keep), p, pointer(out), out.stride(0))
 
     def backward(x, y, factor, *rest):
         fields, present, more = common(x, y, factor, *rest)
@@ -158,7 +163,7 @@ def test_statistics_and_gradients(calls, monkeypatch, classes, masks, totals, dt
     monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
     monkeypatch.setattr(waves, "WAVE_BYTES", 1 << 18)
     monkeypatch.setattr(waves, "WAVE_ROWS", 128)  # several waves
-    monkeypatch.setattr(stats_bwd, "MOST_FEATURES", 0)
+    monkeypatch.setattr(stats_side, "MOST_FEATURES", 0)
     rows, cols = 300, 520
     inputs = drawn(rows, cols, 72, dtype, classes=classes, masks=masks, seed=7)
     wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
@@ -186,6 +191,39 @@ def test_statistics_and_gradients(calls, monkeypatch, classes, masks, totals, dt
     for got, ours in zip(grads[:2], exact[:2], strict=True):
         assert error(got, ours) < rounding
     assert error(grads[2], exact[2]) < 3e-4
+
+
+@pytest.mark.parametrize("kept_rows", (128, 300))
+def test_powers_are_kept(calls, monkeypatch, kept_rows):
+    """Part of a wave, and all rows; the last tiles of rows and columns are not whole."""
+    monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
+    monkeypatch.setattr(waves, "WAVE_BYTES", 1 << 18)
+    monkeypatch.setattr(waves, "WAVE_ROWS", 256)
+    monkeypatch.setattr(stats_side, "MOST_FEATURES", 0)
+    x, y, scale, *_ = drawn(300, 800, 72, torch.bfloat16, classes=False, masks=False, seed=8)
+    diagonal = [torch.arange(n, dtype=torch.int32) * 4 + 3 for n in (300, 800)]
+    inputs = (x, y, scale, *diagonal, None, None)
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
+    draw = torch.Generator().manual_seed(3)
+    upstream = [torch.randn(3, n, generator=draw, dtype=torch.float64) / n for n in (300, 800)]
+    rows, cols, memory = native.similarity_stats_fwd(*inputs, 0.0, False, kept_rows)
+    exact = chunked.similarity_stats_fwd(*wide, 0.0, False, 0)
+    torch.testing.assert_close(rows[:2], exact[0][:2], rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(cols[:2], exact[1][:2], rtol=2e-6, atol=2e-5)
+
+    def gradients(kept):
+        return native.similarity_stats_bwd(
+            *inputs, 0.0, False, exact[0][0], exact[1][0], kept, *(u.float() for u in upstream),
+            True, True,
+        )  # fmt: skip
+
+    want = chunked.similarity_stats_bwd(
+        *wide, 0.0, False, exact[0][0], exact[1][0], exact[2], *upstream, True, True
+    )
+    for got, ours in zip(gradients(memory), want, strict=True):
+        assert error(got, ours) < 2**-8
+    memory[:kept_rows] = torch.nan  # the powers are what is used
+    assert all(t.isnan().any() for t in gradients(memory))
 
 
 def test_what_does_not_fit_is_triton_s(calls):

@@ -16,6 +16,7 @@ from m3bind_kernels import (
     distill_far,
     distill_fwd,
     distill_merge,
+    kept,
     merge,
     rank,
     siglip,
@@ -38,6 +39,7 @@ KERNELS = {
     "stats_far": stats_far._stats_far_kernel,
     "stats_bwd": stats_bwd._stats_bwd_kernel,
     "stats_side": stats_side._stats_side_kernel,
+    "kept_bwd": kept._kept_bwd_kernel,
     "merge": merge._merge_kernel,
     "rank_own": rank._rank_own_kernel,
     "rank": rank._rank_kernel,
@@ -53,7 +55,8 @@ KERNELS = {
 POINTERS = dict.fromkeys(
     ("factor", "row_parts", "col_parts", "row_vectors", "col_vectors", "scale_parts", "parts",
      "row_shift_ranges", "col_shift_ranges", "row_lost", "col_lost", "lost", "logits", "losses",
-     "weights", "boost", "lone", "sums", "ratio", "factors", "total", "limits", "gradient"),
+     "weights", "boost", "lone", "sums", "ratio", "factors", "total", "limits", "gradient",
+     "shifts"),
     "*fp32",
 ) | dict.fromkeys(
     ("values", "far", "wanted", "labels", "own", "better", "counts"), "*i32",
@@ -81,7 +84,7 @@ class Compiled:
 
 def stats_constants(
     name: str, capability: int, config: Config, *, dtype: str, out: str, classes: bool,
-    masks: bool, totals: bool, even: bool = True,
+    masks: bool, totals: bool, even: bool = True, kept: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """The constants of the launchers, for features of a multiple of block_k (or an odd number)."""
     describe = dtype != "fp32" and even and capability >= 90
@@ -92,6 +95,8 @@ def stats_constants(
     }  # fmt: skip
     if name != "stats_far":
         constants["TOTALS"] = totals
+    if name != "stats_far" and not kept:
+        constants |= {"powers": None, "shifts": None}
     if name == "stats_bwd":
         constants["STORE_BY_DESCRIPTOR"] = describe and out != "fp32"
         constants["APART"] = classes and dtype == out == "fp16"
@@ -114,6 +119,8 @@ def signature(
             kinds[name] = "constexpr"
         elif name in ("x", "y", "teacher_x", "teacher_y"):
             kinds[name] = f"*{dtype}"
+        elif name == "powers":
+            kinds[name] = "*fp32" if dtype == "fp32" else "*fp16"
         elif name in ("out", "other"):
             kinds[name] = f"*{out}"
         elif "class" in name or "mask" in name:
@@ -133,7 +140,7 @@ def compile_for(
     kinds = signature(kernel, dtype, out, constants)
     # Whole allocations, a padded stride, and as many features as models have: Triton is told that
     # these are multiples of 16.
-    multiples = ["out_stride"]
+    multiples = ["out_stride", "powers_stride"]
     if constants.get("EVEN_K"):
         multiples += ["num_features", "teacher_features"]
     aligned = [

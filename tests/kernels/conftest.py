@@ -38,6 +38,7 @@ if INTERPRETED:
     collect_ignore = [
         "test_triton_choice.py",
         "test_triton_compile.py",
+        "test_triton_compile_kept.py",
         "test_triton_compile_pairs.py",
         "test_triton_compile_search.py",
         "test_triton_interpreter.py",
@@ -45,6 +46,7 @@ if INTERPRETED:
 elif not torch.cuda.is_available():
     collect_ignore = [
         "test_triton_distill.py",
+        "test_triton_kept.py",
         "test_triton_search.py",
         "test_triton_siglip.py",
         "test_triton_stats.py",

@@ -36,7 +36,9 @@ def configurations(kernel: str, half: bool, capability: int) -> list[Config]:
     return [far_config(config) for config in found] if kernel == "stats_far" else found
 
 
-def check(kernel, capability, config, given, dtype, out, tmp_path, *, even=True, **fixed):
+def check(
+    kernel, capability, config, given, dtype, out, tmp_path, *, even=True, kept=False, **fixed
+):
     classes, masks, totals = given
     half = dtype != "fp32"
     result = compile_kernel(
@@ -44,7 +46,7 @@ def check(kernel, capability, config, given, dtype, out, tmp_path, *, even=True,
         num_stages=config.num_stages,
         **stats_constants(
             kernel, capability, config, dtype=dtype, out=out, classes=classes, masks=masks,
-            totals=totals, even=even,
+            totals=totals, even=even, kept=kept,
         ), **fixed,
     )  # fmt: skip
     result.check(capability, half)

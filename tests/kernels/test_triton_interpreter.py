@@ -10,7 +10,7 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-FILES = tuple(f"test_triton_{name}.py" for name in ("stats", "siglip", "distill", "search"))
+FILES = tuple(f"test_triton_{name}.py" for name in ("stats", "kept", "siglip", "distill", "search"))
 
 
 def run_interpreted(marked: str, file: str) -> str:

@@ -15,7 +15,7 @@ from test_clip_features import features, widened
 from test_clip_loss import HARD, rows_with_logits
 
 from m3bind.ops import clip_loss, similarity_lse
-from m3bind_kernels import launch, merge, stats_bwd, waves
+from m3bind_kernels import launch, merge, stats_side, waves
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -121,7 +121,7 @@ def test_shape_against_float64(n, d, scale, noise, dtype):
 def many_waves(monkeypatch):
     """As for very large matrices of many features: rounded derivatives, several bands of rows,
     several waves."""
-    monkeypatch.setattr(stats_bwd, "MOST_FEATURES", 0)
+    monkeypatch.setattr(stats_side, "MOST_FEATURES", 0)
     monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
     monkeypatch.setattr(waves, "WAVE_BYTES", 0)
     monkeypatch.setattr(waves, "WAVE_ROWS", 64)
@@ -161,7 +161,7 @@ def test_rounded_derivatives_of_features_that_share_a_direction(
     many_waves, monkeypatch, cone, dtype, way
 ):
     """Derivatives cancel what features have in common; what rounding loses of them would not."""
-    monkeypatch.setattr(stats_bwd, "MOST_FEATURES", 64 if way == "sides" else 0)
+    monkeypatch.setattr(stats_side, "MOST_FEATURES", 64 if way == "sides" else 0)
     x, y = in_a_cone(130, 64, cone, dtype)
     several = (torch.arange(130) // 2,) * 2
     for options in (

@@ -31,21 +31,24 @@ void launch(int blocks, uint64_t seed, int shared_bytes, const F& kernel) {
 
 }  // namespace
 
-// flags: classes, masks, totals
+// flags: classes, masks, totals, keep
 extern "C" void emulate_stats_fwd(bool bf16, const bool* flags, const void* x, const void* y,
-                                  const StatsFwd* p, int blocks, uint64_t seed) {
+                                  void* powers, int powers_stride, const StatsFwd* p, int blocks,
+                                  uint64_t seed) {
   const Sizes& s = p->sizes;
   const TensorMap x_map = map_of(x, s.rows, s.features, s.features, kBlockRows);
   const TensorMap y_map = map_of(y, s.cols, s.features, s.features, kTileCols);
-  const auto run = [&]<bool C, bool M, bool T>(std::integer_sequence<bool, C, M, T>) {
-    launch(blocks, seed, kStatsFwdShared, [&](char* shared) {
-      if (bf16)
-        stats_fwd<__nv_bfloat16, C, M, T>(*p, &x_map, &y_map, shared);
-      else
-        stats_fwd<__half, C, M, T>(*p, &x_map, &y_map, shared);
-    });
+  const TensorMap powers_map = map_of(powers, p->kept_rows, s.cols, powers_stride, kTileRows);
+  const auto run = [&]<bool C, bool M, bool T, bool K>(std::integer_sequence<bool, C, M, T, K>) {
+    if constexpr (!(T && K))
+      launch(blocks, seed, kStatsFwdShared<K>, [&](char* shared) {
+        if (bf16)
+          stats_fwd<__nv_bfloat16, C, M, T, K>(*p, &x_map, &y_map, &powers_map, shared);
+        else
+          stats_fwd<__half, C, M, T, K>(*p, &x_map, &y_map, &powers_map, shared);
+      });
   };
-  with_flags(run, flags[0], flags[1], flags[2]);
+  with_flags(run, flags[0], flags[1], flags[2], flags[3]);
 }
 
 // flags: classes, masks, totals, apart

@@ -1,0 +1,292 @@
+"""Powers kept from the forward to the backward pass of similarity_stats in Triton.
+
+On the CPU under the interpreter (see test_triton_interpreter.py), on a GPU where there is one.
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from clip_oracle import errors, float32_logits_loss, in_a_cone, run, truth, unit_pairs
+from feature_oracle import cases, feature_loss
+from test_clip_features import features, widened
+from test_clip_loss import rows_with_logits
+from test_memory_budget import kept_of
+from test_triton_stats import (
+    DEVICE,
+    DTYPES,
+    LOGITS,
+    TOLERANCE,
+    check_rule,
+    many_waves,
+    moved,
+    poisoned_memory,
+    run_triton,
+)
+
+from m3bind import backends
+from m3bind.ops import clip_loss, stats
+from m3bind_kernels import configs, kept, stats_bwd, stats_fwd, waves
+from m3bind_kernels.launch import Inputs
+
+__all__ = ["many_waves", "poisoned_memory"]  # fixtures
+ALL = 1000.0  # MiB
+LARGER = 1 if DEVICE == "cpu" else 4  # tiles on a GPU, which are kept where they are whole
+N = 230 * LARGER
+# The scale's gradient sees every power's rounding to 11 digits, where few pairs do not average it.
+ROUNDED = TOLERANCE | {"scale": 2**-12}
+pytestmark = pytest.mark.usefixtures("many_waves")
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return TOLERANCE if dtype == torch.float32 else ROUNDED
+
+
+def of_loss(x, y, scale, **options) -> kept.Kept:
+    """What the forward pass keeps of a loss."""
+    x, y = (t.to(DEVICE).requires_grad_() for t in (x, y))
+    memory = kept_of(clip_loss(x, y, scale, backend="triton", memory_budget=ALL, **options))
+    found = kept.Kept.of(inputs_of(x, y), memory)
+    assert found is not None
+    return found
+
+
+def inputs_of(x, y) -> Inputs:
+    return Inputs.of(x, y, torch.ones((), device=x.device), None, None, None, None, 0.0, False)
+
+
+def tiles_kept(found: kept.Kept) -> torch.Tensor:
+    return found.shifts.isfinite().cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", (30.0, -30.0))
+def test_against_float64(dtype, scale):
+    samples = []
+    for seed in range(2):
+        x, y = unit_pairs(N, 72, seed=seed, noise=2.0, dtype=dtype)
+        plain = run(float32_logits_loss, x, y, scale)
+        ours = run_triton(x, y, scale, memory_budget=ALL)
+        samples.append((ours, plain, truth(x, y, scale)))
+    check_rule(samples, tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_powers_and_shifts(dtype):
+    """Tiles of 64 x 64 here: those of the diagonal, and those beyond the matrix, are not kept."""
+    x, y = unit_pairs(N, 72, seed=0, noise=2.0, dtype=dtype)
+    found = of_loss(x, y, 30.0)
+    whole = torch.ones(4, 4, dtype=torch.bool)
+    whole[3] = whole[:, 3] = False
+    whole.fill_diagonal_(False)
+    if DEVICE == "cpu":
+        assert torch.equal(tiles_kept(found), whole)
+    half = dtype != torch.float32
+    assert found.powers.dtype == (torch.float16 if half else torch.float32)
+    logits = 30.0 / math.log(2) * x.double() @ y.double().T
+    for row, col in tiles_kept(found).nonzero().tolist():
+        at = slice(64 * row, 64 * row + 64), slice(64 * col, 64 * col + 64)
+        shift = found.shifts[row, col].double().cpu()
+        want = torch.exp2(logits[at] - shift)
+        assert want.max() < (2**15 if half else 1)
+        got = found.powers[at].double().cpu()
+        torch.testing.assert_close(got, want, rtol=2**-11 if half else 2e-5, atol=2**-24)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_what_is_kept_is_used(dtype):
+    x, y = (t.to(DEVICE).requires_grad_() for t in unit_pairs(N, 72, seed=0, dtype=dtype))
+    loss = clip_loss(x, y, 20.0, backend="triton", memory_budget=ALL)
+    first, second = (torch.autograd.grad(loss, (x, y), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    found = kept.Kept.of(inputs_of(x, y), kept_of(loss).data)
+    found.powers.fill_(torch.nan)
+    for spoiled in torch.autograd.grad(loss, (x, y)):
+        # Only the last tiles are without anything that was kept.
+        assert spoiled[: 192 * LARGER].isnan().all()
+        assert not spoiled[-8:].isnan().any()
+
+
+@pytest.mark.parametrize("rows", (0, 64, 128, 192))
+def test_budget(rows):
+    """Whole blocks of rows, powers and shifts within the budget; the others are formed again."""
+    x, y = unit_pairs(N, 72, seed=0, noise=2.0, dtype=torch.bfloat16)
+    mib = (rows * 256 * LARGER * 2 * 65 / 64 + 1) / 2**20
+    leaf = x.to(DEVICE).requires_grad_()
+    memory = kept_of(clip_loss(leaf, y.to(DEVICE), 30.0, backend="triton", memory_budget=mib))
+    assert memory.nbytes <= mib * 2**20
+    found = kept.Kept.of(inputs_of(leaf, y.to(DEVICE)), memory)
+    assert (0 if found is None else found.powers.shape[0]) == rows
+    plain, want = run(float32_logits_loss, x, y, 30.0), truth(x, y, 30.0)
+    check_rule([(run_triton(x, y, 30.0, memory_budget=mib), plain, want)], ROUNDED)
+
+
+def test_the_default_keeps_nothing():
+    x, y = (t.to(DEVICE).requires_grad_() for t in unit_pairs(N, 72, seed=0))
+    assert kept_of(clip_loss(x, y, 30.0, backend="triton")).numel() == 0
+
+
+# What the others add to the loss is outside of the kernels.
+FEATURES = ("labels", "positive_ids", "mask_ids", "positive_ids and mask_ids", "margin",
+            "smoothing", "columns")  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features(feature):
+    """Positives, masked pairs and what needs all logits, beside tiles that are kept."""
+    sizes = 100 * LARGER, 130 * LARGER, 40, 0
+    x, y = features(*sizes, torch.bfloat16)
+    arguments = cases(*sizes)[feature]
+    exact = partial(feature_loss, **widened(arguments, torch.bfloat16))
+    want = run(exact, x.double(), y.double(), 20.0)
+    if want["loss"].isnan():
+        return
+    plain = run(partial(clip_loss, **arguments, backend="reference"), x, y, 20.0)
+    ours = run_triton(x, y, 20.0, memory_budget=ALL, **arguments)
+    check_rule([(ours, plain, want)], ROUNDED | {"loss": 1e-6})
+
+
+def test_neighbouring_ids_keep_most_tiles():
+    """Of sorted ids only the tiles along the diagonal hold positives or masked pairs."""
+    ids = torch.arange(320 * LARGER) // 4
+    x, y = unit_pairs(len(ids), 72, seed=0, dtype=torch.bfloat16)
+    options = {"positive_ids": (ids, ids), "mask_ids": (ids // 2,) * 2}
+    found = of_loss(x, y, 20.0, **{name: moved(value) for name, value in options.items()})
+    if DEVICE == "cpu":
+        assert tiles_kept(found).sum() == 5 * 5 - 5
+    exact = partial(feature_loss, **options)
+    want = run(exact, x.double(), y.double(), 20.0)
+    plain = run(partial(clip_loss, **options, backend="reference"), x, y, 20.0)
+    check_rule([(run_triton(x, y, 20.0, memory_budget=ALL, **options), plain, want)], ROUNDED)
+
+
+@pytest.mark.parametrize("name", [name for name in LOGITS if len(LOGITS[name]) > 64])
+def test_hard_logits(name):
+    x, y = rows_with_logits(LOGITS[name])
+    want, got = truth(x, y, 1.0), run_triton(x, y, 1.0, memory_budget=ALL)
+    for key, value in want.items():
+        size = max(1.0, value.abs().max().item(), LOGITS[name].abs().max().item())
+        assert (got[key].double() - value).abs().max() <= 1e-6 * size, key
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_far_below_their_tile_are_formed_again(dtype):
+    """Their powers would be lost: what float16 holds ends 2^-40 below a tile's largest."""
+    x, y = unit_pairs(200 * LARGER, 72, seed=0, noise=2.0, dtype=dtype)
+    scale = 15.0
+    x[::7] *= 6
+    y[3::11] *= 4  # logits up to 15 * 24
+    found = of_loss(x, y, scale)
+    assert tiles_kept(found).any()
+    without, within = (run_triton(x, y, scale, memory_budget=mib) for mib in (0, ALL))
+    check_rule([(within, without, truth(x, y, scale))], tolerance(dtype))
+
+
+@pytest.mark.parametrize("levels", (6.0, 14.0, 20.0, 60.0))
+def test_levels_of_rows(levels):
+    """Rows whose softmaxes lie ever farther apart, and with them a tile's largest power from what
+    the rows need: kept or formed again, no row loses its gradient."""
+    draw = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(192 * LARGER, 192 * LARGER, generator=draw)
+    order = torch.randperm(len(logits), generator=draw)
+    logits += torch.linspace(0, -levels, len(logits))[order][:, None]
+    x, y = rows_with_logits(logits)
+    x, y = x.half(), y.half()
+    want = truth(x, y, 1.0)
+    got = run_triton(x, y, 1.0, memory_budget=ALL)
+    rows = (got["x"].double() - want["x"]).norm(dim=1) / want["x"].norm(dim=1)
+    assert rows.max() < 2**-8
+
+
+@pytest.mark.parametrize(
+    ("cone", "dtype"), [(100.0, torch.bfloat16), (10.0, torch.float16)], ids=str
+)
+def test_features_that_share_a_direction(cone, dtype):
+    x, y = in_a_cone(150 * LARGER, 64, cone, dtype)
+    for options in ({}, {"directions": "columns"}):
+        reference = partial(clip_loss, **options, backend="reference")
+        want = run(reference, x.double(), y.double(), 14.0)
+        plain = run(reference, x, y, 14.0)
+        got = run_triton(x, y, 14.0, memory_budget=ALL, **options)
+        for name in ("x", "y"):
+            ours, formula = errors(got, want)[name], errors(plain, want)[name]
+            assert ours <= 1.5 * formula + TOLERANCE[name], (options, name, ours, formula)
+
+
+@pytest.mark.parametrize("scale", (0.0, 0.5, -0.5))
+def test_small_scales_keep_nothing(scale):
+    """The scale's gradient is made of logarithms of powers, which then say little of a logit."""
+    x, y = unit_pairs(150, 72, seed=0, noise=2.0)
+    assert not tiles_kept(of_loss(x, y, scale)).any()
+    without, within = (run_triton(x, y, scale, memory_budget=mib) for mib in (0, ALL))
+    assert all(torch.equal(within[name], value) for name, value in without.items())
+
+
+def test_nan_comes_out():
+    for row in (0, 149):
+        x, y = unit_pairs(150 * LARGER, 72, seed=0, dtype=torch.bfloat16)
+        x[row] = torch.nan
+        got = run_triton(x, y, 20.0, memory_budget=ALL)
+        assert all(value.isnan().any() for value in got.values())
+        assert got["y"].isnan().all() and got["x"][row].isnan().all()
+
+
+def test_passes_may_use_other_tiles(monkeypatch):
+    """What one pass keeps in tiles of one size, the other takes in tiles of another."""
+    monkeypatch.setattr(waves, "WAVE_ROWS", 256)
+    x, y = unit_pairs(400, 72, seed=0, noise=2.0, dtype=torch.bfloat16)
+    plain, want = run(float32_logits_loss, x, y, 30.0), truth(x, y, 30.0)
+    found = {}
+    for forward, backward in (((128, 128), (64, 64)), ((64, 64), (128, 256))):
+        for module, shape in ((stats_fwd, forward), (stats_bwd, backward)):
+            config = replace(configs._INTERPRETER, block_m=shape[0], block_n=shape[1])
+            monkeypatch.setattr(module, "choose", lambda *_, config=config: config)
+        got = run_triton(x, y, 30.0, memory_budget=ALL)
+        check_rule([(got, plain, want)], ROUNDED)
+        found[forward] = tiles_kept(of_loss(x, y, 30.0)).sum().item()
+    assert found[128, 128] == 6 * 6 - 3 * 4 and found[64, 64] == 6 * 6 - 6
+
+
+def test_where_nothing_is_saved_nothing_is_used(monkeypatch):
+    """Few features, few pairs, or sums of all logits."""
+    x, y = unit_pairs(150, 72, seed=0, noise=2.0, dtype=torch.bfloat16)
+    smoothed = {"label_smoothing": 0.1}
+    for patch, options in (
+        ((kept.by_sides.__globals__, "MOST_FEATURES", 72), {}),
+        ((waves.__dict__, "PRECISE_PAIRS", 150 * 150), {}),
+        (None, smoothed),
+    ):
+        with monkeypatch.context() as patched:
+            if patch is not None:
+                patched.setitem(*patch)
+            without, within = (
+                run_triton(x, y, 20.0, memory_budget=mib, **options) for mib in (0, ALL)
+            )
+        assert all(torch.equal(within[name], value) for name, value in without.items())
+
+
+def test_opcheck_and_shape():
+    x, y = (t.to(DEVICE).requires_grad_() for t in unit_pairs(150, 72, seed=0))
+    ids = torch.arange(150, dtype=torch.int32, device=DEVICE) * 4 + 3
+    scale = torch.tensor(9.0, device=DEVICE, requires_grad=True)
+    forward = torch.ops.m3bind.similarity_stats_fwd.default
+    for rows in (64, 150):
+        arguments = (x, y, scale, ids, ids, None, None, 0.0, False, rows, "triton")
+        # Of what is not kept the memory is as it was, and equals nothing.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(forward, arguments, test_utils=checks)
+        memory = forward(*arguments)[2]
+        assert memory.shape == stats.kept_shape(x, rows, 150, "triton")
+    assert backends.keeps_powers("similarity_stats", "cuda")
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    x, y = (t.to(DEVICE) for t in unit_pairs(150, 72, seed=0))
+    loss = partial(clip_loss, memory_budget=0.06, backend="triton")
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    eager, found = (run(call, x, y, 20.0) for call in (loss, compiled))
+    for name, value in eager.items():
+        torch.testing.assert_close(found[name], value)
