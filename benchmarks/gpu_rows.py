@@ -11,72 +11,39 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from clip_contestants import autocast
-from floor import gemm_floor
+from gpu_contestants import (
+    FLOOR,
+    OURS,
+    backend_of,
+    call_of,
+    contestant,
+    is_ours,
+    names_of,
+    own_names,
+)
 from jobs import JOBS, PLANS, Job, Plan
 from record import PASSES, check_row
 from turns import (
     DEVICE,
-    DTYPES,
     Contestant,
     NotRun,
     Taken,
     give_memory_back,
     in_turns,
-    passes,
     timed,
 )
 
 from m3bind import backends
 
-OURS = ("cpp", "chunked") if DEVICE == "cpu" else ("cuda", "triton", "chunked")
-FLOOR = "bare GEMMs"
 WARM_ROWS = 2112  # enough pairs for the tuner to measure
 UNCOMPARED = ("open_clip compiled",)  # another size would be compiled anew
-
-
-def our_call(job: Job, op: str, backend: str, dtype: str) -> Callable[..., Any]:
-    reason = backends.why_not(op, backend, DEVICE, DTYPES[dtype])
-    if reason is not None:
-        raise NotRun(reason)
-    return partial(job.call, backend=backend)
-
-
-def peer_call(job: Job, name: str, dtype: str) -> Callable[..., Any]:
-    make, _ = job.peers[name]
-    return autocast(make(), DTYPES[dtype]) if job.autocast and dtype != "fp32" else make()
-
-
-def call_of(job: Job, op: str, name: str, dtype: str) -> Callable[..., Any]:
-    return our_call(job, op, name, dtype) if name in OURS else peer_call(job, name, dtype)
-
-
-def setting_of(job: Job, name: str, dtype: str) -> str:
-    if name in OURS:
-        return f"{dtype} features, fp32 logits"
-    how = job.peers[name][1]
-    return f"{how}, autocast {dtype}" if job.autocast and dtype != "fp32" else f"{how}, {dtype}"
-
-
-def contestant(job: Job, op: str, name: str, inputs: Any, n: int, d: int, dtype: str) -> Contestant:
-    if name == FLOOR:
-        assert job.floor is not None
-        return gemm_floor(n, dtype, d=d, **job.floor)
-    leaves, others = inputs
-    call = call_of(job, op, name, dtype)
-    if leaves:
-        made = passes(call, leaves, *others)
-    else:
-        made = Contestant(run=partial(call, *others), setting="")
-    made.setting = setting_of(job, name, dtype)
-    return made
 
 
 def flat(found: Any) -> list[torch.Tensor]:
@@ -120,7 +87,7 @@ def errors_of(job: Job, op: str, d: int, dtype: str, name: str, plan: Plan) -> d
             for key, mine in (("error", got), ("reference_error", plain)):
                 value = difference(mine[at][:last], want[at][:last])
                 one[key][pass_] = max(one[key].get(pass_, 0.0), value)
-        if name in OURS and seed == 0:
+        if is_ours(name) and seed == 0:
             one["deterministic"] = repeats(call, inputs)
     return one
 
@@ -154,8 +121,10 @@ class Worker:
         return 2.0 * n * m * d
 
     def write(self, name: str, n: int, m: int, d: int, dtype: str, taken: Taken, errors: dict):
-        ours = name in OURS
-        primitive = backends.BUILT_ON[self.op]
+        sources = None
+        if is_ours(name):
+            primitive = backends.BUILT_ON[self.op]
+            sources = backends.installed_sources(primitive, backend_of(name))
         known = [p for p in PASSES if p in self.job.units]
         for at, pass_ in enumerate(known):
             if name == FLOOR and pass_ != "both" and "both" in known:
@@ -165,8 +134,7 @@ class Worker:
             row: dict[str, Any] = {
                 "op": self.op, "backend": name, "n": n, "m": m, "d": d, "dtype": dtype,
                 "pass": pass_, "setting": taken.setting, "rounds": len(times),
-                "problem": taken.problem,
-                "sources": backends.installed_sources(primitive, name) if ours else None,
+                "problem": taken.problem, "sources": sources,
                 "ms_median": None, "ms_min": None, "tflops": None, "share_of_gemm": None,
                 "peak_mib": None, "extra_mib": None,
                 "error": errors.get("error", {}).get(pass_),
@@ -246,15 +214,9 @@ class Worker:
             found[name] = self.known_errors[key]
         return found
 
-    def names(self) -> Iterator[str]:
-        yield from OURS
-        yield from self.job.peers
-        if self.job.floor is not None:
-            yield FLOOR
-
     def run(self) -> None:
         for dtype, n, d in self.plan.cases:
-            self.case(dtype, n, d, [name for name in self.names() if name not in self.absent])
+            self.case(dtype, n, d, [name for name in names_of(self.job) if name not in self.absent])
 
     def large(self) -> None:
         """Each alone: what is measured is kept if the next one takes too long. In deterministic
@@ -276,7 +238,7 @@ class Worker:
     def warm(self) -> None:
         for dtype in dict.fromkeys(dtype for dtype, *_ in self.plan.cases):
             rows = WARM_ROWS if DEVICE != "cpu" else self.plan.error_rows
-            for name in OURS:
+            for name in own_names(self.job):
                 try:
                     inputs = self.job.inputs(rows, rows, self.plan.cases[0][2], dtype, 0)
                     contestant(self.job, self.op, name, inputs, rows, 0, dtype).run()

@@ -1,6 +1,7 @@
 """What `make gpu` measures of each operator: its inputs, its peers at their best settings, the work
 that nobody can do without, and the sizes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,7 @@ class Job:
     peers: dict[str, tuple[Callable[[], Loss], str]] = field(default_factory=dict)
     floor: dict[str, int] | None = None
     gallery: bool = False  # columns are the plan's gallery, not as many as rows
+    kept: dict[str, Any] = field(default_factory=dict)  # arguments: memory that saves a product
     autocast: bool = True  # peers train under it in 16 bit
     # The error may be 1.5 x that of PyTorch's formula with fp32 logits, and this.
     tolerance: float = 1e-6
@@ -118,6 +120,7 @@ JOBS = {
         inputs=lambda *size: pairs(*size, SCALE),
         units={"forward": 1, "backward": 3, "both": 4},
         floor={"logits": 2},
+        kept={"memory_budget": math.inf},
         peers=eager_and_compiled(PEERS["open_clip"][0])
         | {name: PEERS[name] for name in ("checkpointed panels", "inf-cl", "cut-cross-entropy")},
     ),

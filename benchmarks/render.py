@@ -64,7 +64,7 @@ def is_current(row: dict[str, Any]) -> bool:
     if row.get("sources") is None:
         return True
     primitive = backends.BUILT_ON[row["op"]]
-    return row["sources"] == current_sources(primitive, row["backend"])
+    return row["sources"] == current_sources(primitive, row["backend"].partition(",")[0])
 
 
 def recorded() -> list[Record]:

@@ -74,6 +74,8 @@ def test_what_did_not_run_has_no_figure(load, kept):
         (lambda r: r["rows"][0].update(error=0.0062), "error 0.0062 beside 0.004 at D=512"),
         (lambda r: r["rows"][0].update(error=float("nan")), "error nan beside 0.004"),
         (lambda r: r["rows"][0].update(error=None), "no error was measured"),
+        (lambda r: r["rows"].append(r["rows"][0] | {"backend": "triton, kept", "error": 0.0062}),
+         "error 0.0062 beside 0.004 at D=512"),
         (lambda r: r["rows"][0].update(deterministic=False), "two runs differ"),
         (lambda r: r["rows"].append(row() | {"ms_min": None, "ms_median": None,
                                              "problem": "failed: no memory"}), "failed: no memory"),
@@ -98,6 +100,15 @@ def test_other_dtypes_and_operators_are_judged_apart(load, kept):
     found = verify.verified(kept)
     assert list(found) == ["similarity_stats"]
     assert list(found["similarity_stats"]["triton"]) == ["bf16"]
+
+
+def test_memory_is_no_speed_of_the_backend(load, kept):
+    """What is faster with more memory does not choose the backend without it."""
+    verify = load("verify")
+    before = verify.verified(kept)
+    faster = kept["rows"][0] | {"backend": "triton, kept", "tflops": 900.0, "ms_min": 4.0}
+    kept["rows"].append(faster)
+    assert verify.verified(kept) == before
 
 
 def test_speeds_are_compared_at_common_sizes(load, kept):
