@@ -1,6 +1,8 @@
 // The operator of similarity_topk for CUDA: see kernels/m3bind_kernels/hopper.py.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+
 #include "flags.h"
 #include "launch.h"
 #include "topk.h"
@@ -33,8 +35,8 @@ void topk_op(const Tensor& x, const Tensor& y, const OptionalTensor& row_mask,
                static_cast<int>(many),
                capacity};
   const TensorMap x_map = describe(x, kBlockRows), y_map = describe(y, kTileCols);
-  blocks_for(x, y);  // raises where the sizes are too large
-  const int blocks = parts * static_cast<int>((x.size(0) + kBlockRows - 1) / kBlockRows);
+  const int items = parts * static_cast<int>((x.size(0) + kBlockRows - 1) / kBlockRows);
+  const int blocks = std::min(items, blocks_for(x, y));
   with_flags(
       [&]<bool BF16, bool M>(std::integer_sequence<bool, BF16, M>) {
         using Half = std::conditional_t<BF16, __nv_bfloat16, __half>;

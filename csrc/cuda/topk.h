@@ -16,7 +16,7 @@ struct Topk {
   Numbers numbers;  // masks alone
   int64_t* keys;    // [rows, num_parts, capacity]: greater where the score is, or where it is equal
                     // and the column lower
-  int num_parts, tiles_a_part;  // of the gallery, each for a block of its own
+  int num_parts, tiles_a_part;  // of the gallery
   int k, many, capacity;        // more keys than `many` are too many
 };
 
@@ -193,40 +193,43 @@ constexpr int kTopkShared = Ring<kTopkStages>::kBytes + 2 * Meeting::kBytes +
                             kTopkWarps * kMostCapacity * sizeof(int64_t) +
                             2 * kTopkStages * sizeof(Barrier) + 1024;  // to align it
 
-// One block of 128 rows with one part of the gallery. `shared` is aligned to 1024 bytes.
+// Every item of work is a block of 128 rows with one part of the gallery. `shared` is aligned to
+// 1024 bytes.
 template <class Half, bool MASKS>
 M3BIND_DEVICE void topk(const Topk& p, const TensorMap* x, const TensorMap* y, char* shared) {
   using Stages = Ring<kTopkStages>;
   char* meetings = shared + Stages::kBytes;
   int64_t* buffers = reinterpret_cast<int64_t*>(meetings + 2 * Meeting::kBytes);
   Barrier* barriers = reinterpret_cast<Barrier*>(buffers + kTopkWarps * kMostCapacity);
-  // Blocks that run at the same time read the same part of the gallery.
-  const int blocks = ceil_div(p.sizes.rows, kBlockRows);
-  const int block = block_index() % blocks, part = block_index() / blocks;
-  const int tiles = ceil_div(p.sizes.cols, kTileCols), first = part * p.tiles_a_part;
-  const int last = first + p.tiles_a_part < tiles ? first + p.tiles_a_part : tiles;
-
-  const int half = thread_index() / kWarpgroup;
-  const int first_row = block * kBlockRows + half * kTileRows, rows = p.sizes.rows - first_row;
-  const Meeting meeting(meetings, half);
-  const bool works = half < 2 && rows > 0;
-  const Candidates candidates(p, first_row, part,
-                              buffers + (thread_index() / 32 % kTopkWarps) * kMostCapacity,
-                              reinterpret_cast<int*>(meeting.cols), meeting.cols + kTileRows);
-  if (works) candidates.begin();
+  const Meeting meeting(meetings, thread_index() / kWarpgroup);
+  const auto end_of = [&](int part) {
+    const int tiles = ceil_div(p.sizes.cols, kTileCols), end = (part + 1) * p.tiles_a_part;
+    return end < tiles ? end : tiles;
+  };
   over_tiles<Half, 40, 232>(
       Stages(shared, barriers, p.sizes), x, y, p.sizes,
       [&](const auto& f) {
-        for (int col = first; col < last; ++col) f([&] { return Tile{block, col}; });
+        // Items that are worked on at the same time read the same part of the gallery.
+        const int blocks = ceil_div(p.sizes.rows, kBlockRows);
+        for (int item = block_index(); item < blocks * p.num_parts; item += block_count()) {
+          const int block = item % blocks, part = item / blocks;
+          for (int col = part * p.tiles_a_part; col < end_of(part); ++col)
+            f([&] { return Tile{block, col}; });
+        }
       },
       [&](float (&dots)[128], Tile tile) {
+        const int part = tile.col / p.tiles_a_part, first_row = tile.row * kTileRows;
+        const Candidates candidates(p, first_row, part,
+                                    buffers + (thread_index() / 32 % kTopkWarps) * kMostCapacity,
+                                    reinterpret_cast<int*>(meeting.cols), meeting.cols + kTileRows);
+        if (tile.col == part * p.tiles_a_part) candidates.begin();
         if (is_special<false, MASKS>(p.numbers, p.sizes, tile))
           collect(tile, dots, candidates,
                   PairRules<false, MASKS>(p.numbers, p.sizes, tile, Lane(), meeting));
         else
           collect(tile, dots, candidates, NoRules());
+        if (tile.col + 1 == end_of(part)) candidates.fill(p.sizes.rows - first_row);
       });
-  if (works) candidates.fill(rows);
 }
 
 }  // namespace m3bind::cuda

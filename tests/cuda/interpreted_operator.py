@@ -108,7 +108,7 @@ def calls():
         start("siglip", x, y, chosen, p, pointer(there), there.stride(0))
 
     def topk(x, y, row_mask, col_mask, row_ranges, col_ranges, keys, tiles_a_part, k, many):
-        rows, parts, space = keys.shape
+        _, parts, space = keys.shape
         p = Topk(
             sizes=Sizes(rows=x.shape[0], cols=y.shape[0], features=x.shape[1]),
             numbers=Numbers(
@@ -118,7 +118,7 @@ def calls():
             capacity=space,
         )  # fmt: skip
         assert keys.is_contiguous() and space <= hopper.MOST_CANDIDATES
-        start("topk", x, y, [row_mask is not None], p, blocks=rows // hopper.BLOCK_ROWS * parts)
+        start("topk", x, y, [row_mask is not None], p)
 
     schemas.impl("topk", topk, "CPU")
     schemas.impl("siglip", siglip, "CPU")
