@@ -13,7 +13,7 @@ from test_siglip_loss import HARD, PAIRS, SUM_TOLERANCE, M, N, pairs_of
 from test_triton_stats import DEVICE, DTYPES, moved, poisoned_memory  # noqa: F401
 
 from m3bind.ops import siglip_loss
-from m3bind_kernels import launch, siglip_passes, waves
+from m3bind_kernels import configs, launch, siglip_passes, waves
 
 # (N, further columns, D, scale, bias, noise of y). The interpreter's tiles are 64 x 64, in pieces
 # of 32 columns.
@@ -24,6 +24,7 @@ SHAPES = (
     (65, 0, 33, 10.0, -10.0, 2.0),  # one row and one column beyond a tile; SigLIP's initial values
     (101, 30, 70, 100.0, -10.0, 3.0),  # nothing is a multiple of anything
 )
+ROWS_OF_TILE = configs.for_device("siglip", True, torch.device(DEVICE))[0].block_m
 # Beside 1.5 x plain PyTorch's own error, worst of 5 seeds, as in test_siglip_loss.py.
 TOLERANCE = {"loss": 4e-7, "x": 6e-7, "y": 6e-7}
 
@@ -148,16 +149,17 @@ def test_trivially_separable_keeps_loss_and_gradient(many_waves, dtype, reductio
 
 def test_a_wave_of_ordinary_derivatives_after_tiny_ones(many_waves):
     """The boost of the first wave must leave the gradient of y, and not reach the second."""
-    x = torch.eye(140)
-    x[70:] *= 0.5  # logits of 0 at the positives of these rows, and of -50 elsewhere
+    n = 140 * ROWS_OF_TILE // 64
+    x = torch.eye(n)
+    x[n // 2 :] *= 0.5  # logits of 0 at the positives of these rows, and of -50 elsewhere
     x = x.bfloat16()
-    y = torch.eye(140).bfloat16()
-    for rows in (torch.arange(140), torch.arange(139, -1, -1)):
+    y = torch.eye(n).bfloat16()
+    for rows in (torch.arange(n), torch.arange(n).flip(0)):
         given = (x[rows], y[rows], 100.0, -50.0)
         want, got = truth(*given), run_triton(*given)
         assert max(errors(got, want).values()) < 4e-3
         if rows[0] == 0:  # what the first wave adds, of 1e-20, is still there
-            own, wanted = ({"y": found["y"].diagonal()[:64]} for found in (got, want))
+            own, wanted = ({"y": found["y"].diagonal()[:ROWS_OF_TILE]} for found in (got, want))
             assert errors(own, wanted)["y"] < 4e-3
 
 
