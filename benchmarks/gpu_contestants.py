@@ -59,6 +59,7 @@ def call_of(job: Job, op: str, name: str, dtype: str) -> Callable[..., Any]:
 def _setting_of(job: Job, name: str, dtype: str) -> str:
     if is_ours(name):
         given = [f"{key}={value}" for key, value in job.kept.items() if name.endswith(KEPT)]
+        given += ["TFLOP/s of the products without it"] if given else []
         return ", ".join([f"{dtype} features", "fp32 logits", *given])
     how = job.peers[name][1]
     return f"{how}, autocast {dtype}" if job.autocast and dtype != "fp32" else f"{how}, {dtype}"

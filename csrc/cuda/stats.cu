@@ -30,7 +30,8 @@ void stats_fwd_op(const Tensor& x, const Tensor& y, const Tensor& factor,
                   const OptionalTensor& row_class_ranges, const OptionalTensor& col_class_ranges,
                   const OptionalTensor& row_mask_ranges, const OptionalTensor& col_mask_ranges,
                   double margin, bool totals, const Tensor& row_parts, const Tensor& col_parts,
-                  const Tensor& far, const OptionalTensor& powers, const OptionalTensor& shifts) {
+                  const Tensor& far, const OptionalTensor& powers, const OptionalTensor& shifts,
+                  const OptionalTensor& kept_row_sums, const OptionalTensor& kept_col_sums) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const StatsFwd p{sizes_of(x, y),
                    numbers_of(row_class, col_class, row_mask, col_mask, row_class_ranges,
@@ -44,7 +45,9 @@ void stats_fwd_op(const Tensor& x, const Tensor& y, const Tensor& factor,
                    data_of<int>(far),
                    powers.has_value() ? static_cast<int>(powers->size(0)) : 0,
                    data_of<float>(shifts),
-                   shifts.has_value() ? shifts->stride(0) : 0};
+                   data_of<float>(kept_row_sums),
+                   data_of<float>(kept_col_sums),
+                   kept_row_sums.has_value() ? kept_row_sums->stride(0) : 0};
   const TensorMap x_map = describe(x, kBlockRows), y_map = describe(y, kTileCols);
   const TensorMap powers_map = powers.has_value() ? describe(*powers, kTileRows) : x_map;
   with_flags(
@@ -111,7 +114,7 @@ void stats_bwd_op(const Tensor& x, const Tensor& y, const Tensor& factor,
 STABLE_TORCH_LIBRARY(m3bind_hopper, m) {
   m.def("stats_fwd(" M3BIND_INPUTS
         ", Tensor(a!) row_parts, Tensor(b!) col_parts, Tensor(c!) far, Tensor(d!)? powers,"
-        " Tensor(e!)? shifts) -> ()");
+        " Tensor(e!)? shifts, Tensor(f!)? kept_row_sums, Tensor(g!)? kept_col_sums) -> ()");
   m.def("stats_bwd(" M3BIND_INPUTS
         ", bool apart, Tensor row_shift_ranges, Tensor col_shift_ranges, Tensor row_vectors,"
         " Tensor col_vectors, Tensor(a!) out, Tensor(b!) scale_parts, Tensor(c!) row_lost,"

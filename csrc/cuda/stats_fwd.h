@@ -16,8 +16,8 @@ struct StatsFwd {
   int* far;                      // [tiles], 0: where the sums are not good
   // Of the first rows, what stays for the backward pass: see `Kept` in kept.py.
   int kept_rows;
-  float* shifts;  // [blocks of 64 rows, blocks of 64 columns]
-  int64_t shifts_stride;
+  float *shifts, *kept_row_sums, *kept_col_sums;  // by tile; [tiles of columns, kept rows], ...
+  int64_t kept_row_stride;
 };
 
 // KEEP: whether anything stays.
@@ -84,7 +84,6 @@ class StatsFwdTile {
   static constexpr float kSmallest = 5.4e-20f;
   // Powers up to 1 are multiplied by 2^15, so that float16 holds more of the small ones.
   static constexpr float kDigitsAbove = 15, kAbove = 32768;
-  static constexpr int kKeptBlock = 64;
 
   // An integer above the highest logit, so that differences of shifts are exact. A negative margin
   // raises the positives above what is there.
@@ -109,10 +108,8 @@ class StatsFwdTile {
   }
 
   M3BIND_DEVICE void keep_shift(float shift) {
-    const int at = Lane().thread, col = tile_.col * (kTileCols / kKeptBlock) + at;
-    const bool inside = tile_.row * kTileRows < p_.kept_rows && col * kKeptBlock < p_.sizes.cols;
-    if (at < kTileCols / kKeptBlock && inside)
-      p_.shifts[tile_.row * p_.shifts_stride + col] = shift;
+    if (Lane().thread == 0 && tile_.row * kTileRows < p_.kept_rows)
+      p_.shifts[int64_t{tile_.row} * ceil_div(p_.sizes.cols, kTileCols) + tile_.col] = shift;
   }
 
   // Sums over rows and columns of what `f(dot, rules of the pair)` gives.
@@ -145,6 +142,10 @@ class StatsFwdTile {
     if (keep) async_fence();
     column_totals(meeting_, [&](int col, float total) {
       if (put_col(plane, col, total)) good = good && total >= kSmallest;
+      if (keep) {
+        const int64_t first = int64_t{tile_.row} * p_.sizes.cols + tile_.col * kTileCols;
+        p_.kept_col_sums[first + col] = kAbove * total;
+      }
     });
     if (keep && Lane().thread == 0) outgoing_.send(p_.sizes, tile_);
     const Lane lane;
@@ -152,6 +153,10 @@ class StatsFwdTile {
     for (int r = 0; r < kOwnRows; ++r) {
       const float total = row_sum(row_sums[r]);
       if (put_row(plane, lane.row(r), total)) good = good && total >= kSmallest;
+      if (keep) {
+        const int64_t first = tile_.col * p_.kept_row_stride + tile_.row * kTileRows;
+        p_.kept_row_sums[first + lane.row(r)] = kAbove * total;
+      }
     }
     if (plane == kSum && !good) {
       const int tiles_n = ceil_div(p_.sizes.rows, kTileRows);

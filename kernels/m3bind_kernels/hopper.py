@@ -35,10 +35,12 @@ def stats_fwd(
     part: Inputs, row_parts: Tensor, col_parts: Tensor, far: Tensor, kept: Kept | None
 ) -> None:
     """`stats_fwd_kernel` with `TILE`; `far` must be zeros."""
-    powers, shifts = (None, None) if kept is None else (kept.powers, kept.shifts)
+    places: tuple[Tensor | None, ...] = (None,) * 4
+    if kept is not None:
+        places = kept.powers, kept.shifts, kept.row_sums, kept.col_sums
     torch.ops.m3bind_hopper.stats_fwd(
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(TILE), part.margin, part.totals,
-        row_parts, col_parts, far, powers, shifts,
+        row_parts, col_parts, far, *places,
     )  # fmt: skip
 
 

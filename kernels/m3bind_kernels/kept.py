@@ -1,12 +1,16 @@
 """Powers of two that the forward pass leaves for the backward pass, which then saves a product.
 
 A power is 2^(logit - shift) of a pair that has no rule of its own, rounded like the derivative that
-is made of it. It is good for rows and columns whose log-sum-exps are not far below its shift. Tiles
-where that does not hold, or that hold positives or masked pairs, are formed again.
+is made of it; what rounding takes from sums of rows and columns is known, since the sums are left,
+too. Tiles that hold positives or masked pairs, or that reach beyond the matrix, are not kept, and
+those whose powers are too small for some row or column are formed again.
+
+Both passes go over the same tiles, which are those of the features' number and dtype alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,15 +18,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3bind_kernels.configs import Config
+from m3bind_kernels import hopper
+from m3bind_kernels.configs import INTERPRETED, Config, fitting, for_device
 from m3bind_kernels.launch import Inputs
 from m3bind_kernels.stats_side import by_sides
 from m3bind_kernels.tiles import tile_at
 from m3bind_kernels.waves import is_precise
 
-BLOCK = 64  # rows and columns of one shift; all tiles are made of them
-_BLOCK = tl.constexpr(BLOCK)
-PIECE = 32  # columns at a time, so that two programs fit a multiprocessor's registers
+BLOCK = 64  # tiles are made of whole ones; memory is reckoned by them
+PAIRS = 2048  # at a time, so that two programs fit a multiprocessor's registers
+
+
+def memory_for(inputs: Inputs, rows: int) -> Tensor:
+    """For what is kept of so many rows, [words] float32; see `kept_shape` in m3bind.ops.stats."""
+    down, across = triton.cdiv(rows, BLOCK), triton.cdiv(inputs.y.shape[0], BLOCK)
+    row_words = BLOCK * inputs.x.itemsize // 4 + 1
+    words = across * (rows * row_words + down * (BLOCK + 1))
+    return inputs.x.new_empty(words, dtype=torch.float32)
+
+
+def rows_in(memory: Tensor, inputs: Inputs) -> int:
+    """The inverse."""
+    across = triton.cdiv(inputs.y.shape[0], BLOCK)
+    row_words = BLOCK * inputs.x.itemsize // 4 + 1
+    words = memory.numel() // across if across else 0
+    blocks, rest = divmod(words, BLOCK * row_words + BLOCK + 1)
+    return blocks * BLOCK + (rest - BLOCK - 1) // row_words if rest else blocks * BLOCK
+
+
+def kept_config(inputs: Inputs) -> Config:
+    if inputs.native:
+        return hopper.TILE
+    half = inputs.x.dtype != torch.float32
+    found = for_device("stats_fwd", half, inputs.x.device)
+    return fitting(found, inputs.x.shape[1])[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,43 +59,57 @@ class Kept:
     """Of the first rows of a matrix, or of a band of its rows."""
 
     powers: Tensor  # [rows, whole blocks of columns] float16 or float32
-    shifts: Tensor  # [blocks of rows, blocks of columns] float32; inf where nothing is kept
+    shifts: Tensor  # [tiles of rows, tiles of columns] float32; inf where nothing is kept
+    row_sums: Tensor  # [tiles of columns, rows] float32, of powers before they were rounded
+    col_sums: Tensor  # [tiles of rows, columns] float32
+    config: Config
+    reach: float  # how far log-sum-exps may lie below a shift
 
     @staticmethod
     def of(inputs: Inputs, memory: Tensor) -> Kept | None:
         """Made of that memory, where it is any and saves time: of few features a product takes
         less than the way to the memory and back, and few pairs do not average rounding out."""
         half = inputs.x.dtype != torch.float32
-        if inputs.totals or by_sides(inputs) or (half and is_precise(inputs)):
+        rows, (num_rows, num_cols) = rows_in(memory, inputs), inputs.shape
+        if rows == 0 or inputs.totals or by_sides(inputs) or (half and is_precise(inputs)):
             return None
-        rows = memory.shape[0] * BLOCK // (BLOCK + 1)
-        if rows == 0:
-            return None
-        across = triton.cdiv(inputs.y.shape[0], BLOCK)
-        powers = memory[:rows].view(torch.float16 if half else torch.float32)
-        return Kept(powers, memory[rows:, :across])
+        config = kept_config(inputs)
+        assert config.block_m % BLOCK == config.block_n % BLOCK == 0
+        down, across = triton.cdiv(rows, config.block_m), triton.cdiv(num_cols, config.block_n)
+        width = triton.cdiv(num_cols, BLOCK) * BLOCK
+        sizes = (rows * width * inputs.x.itemsize // 4, across * rows, down * num_cols)
+        powers, row_sums, col_sums, rest = memory.contiguous().split(
+            [*sizes, memory.numel() - sum(sizes)]
+        )
+        # A power of 2^-25 is lost, or 2^-126. Where a row's softmax is spread over all columns
+        # that is 2^-11 of it, and less everywhere else.
+        reach = 14.0 - math.ceil(math.log2(max(num_rows, num_cols))) if half else 64.0
+        return Kept(
+            powers=powers.view(torch.float16 if half else torch.float32).view(rows, width),
+            shifts=rest[: down * across].view(down, across),
+            row_sums=row_sums.view(across, rows), col_sums=col_sums.view(down, num_cols),
+            config=config, reach=reach,
+        )  # fmt: skip
 
     def rows(self, band: slice) -> Kept | None:
-        """Of a band that begins with a block; it may reach beyond what is kept."""
+        """Of a band that begins with a tile; it may reach beyond what is kept."""
         if band.start >= self.powers.shape[0]:
             return None
-        last = triton.cdiv(band.stop, BLOCK)
-        return Kept(self.powers[band], self.shifts[band.start // BLOCK : last])
+        block = self.config.block_m
+        tiles = slice(band.start // block, triton.cdiv(band.stop, block))
+        return Kept(
+            self.powers[band], self.shifts[tiles], self.row_sums[:, band], self.col_sums[tiles],
+            self.config, self.reach,
+        )  # fmt: skip
 
-    def arguments(self) -> tuple[Tensor, Tensor, int, int, int]:
+    def arguments(self) -> tuple[Tensor | int, ...]:
         return (
-            self.powers, self.shifts, self.powers.shape[0], self.powers.stride(0),
-            self.shifts.stride(0),
+            self.powers, self.shifts, self.row_sums, self.col_sums, self.powers.shape[0],
+            self.powers.stride(0), self.row_sums.stride(0),
         )  # fmt: skip
 
 
-NOTHING = (None, None, 0, 0, 0)  # as `Kept.arguments`
-
-
-def memory_for(inputs: Inputs, rows: int) -> Tensor:
-    """For what is kept of so many rows, [rows + blocks of rows, words] float32."""
-    words = triton.cdiv(inputs.y.shape[0], BLOCK) * BLOCK * inputs.x.itemsize // 4
-    return inputs.x.new_empty((rows + triton.cdiv(rows, BLOCK), words), dtype=torch.float32)
+NOTHING = (None, None, None, None, 0, 0, 0)  # as `Kept.arguments`
 
 
 @triton.jit
@@ -76,50 +119,14 @@ def above_one(powers):
 
 
 @triton.jit
-def _reach(powers):
-    """How far log-sum-exps may lie below a shift: what a power loses then, 2^-25 of float16's
-    or 2^-126, is less than its rounding."""
-    return 5.0 if powers.dtype.element_ty == tl.float16 else 64.0
-
-
-@triton.jit
-def keep_shifts(
-    shifts, shift, row_tile, col_tile, kept_rows, num_cols, shifts_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Stores the shift of a tile, inf where it is not kept."""
-    rows = row_tile * (BLOCK_M // _BLOCK) + tl.arange(0, BLOCK_M // _BLOCK)
-    cols = col_tile * (BLOCK_N // _BLOCK) + tl.arange(0, BLOCK_N // _BLOCK)
-    inside = (rows * _BLOCK < kept_rows)[:, None] & (cols * _BLOCK < num_cols)[None, :]
-    at = shifts + rows.to(tl.int64)[:, None] * shifts_stride + cols[None, :]
-    tl.store(at, tl.zeros([BLOCK_M // _BLOCK, BLOCK_N // _BLOCK], tl.float32) + shift, mask=inside)
-
-
-@triton.jit
-def highest_shift(
-    shifts, row_tile, col_tile, kept_rows, num_cols, shifts_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Of a tile's blocks; inf where some of it is not kept."""
-    rows = row_tile * (BLOCK_M // _BLOCK) + tl.arange(0, BLOCK_M // _BLOCK)
-    cols = col_tile * (BLOCK_N // _BLOCK) + tl.arange(0, BLOCK_N // _BLOCK)
-    inside = (rows * _BLOCK < kept_rows)[:, None] & (cols * _BLOCK < num_cols)[None, :]
-    at = shifts + rows.to(tl.int64)[:, None] * shifts_stride + cols[None, :]
-    return tl.max(tl.max(tl.load(at, mask=inside, other=float("inf")), 1), 0)
-
-
-@triton.jit
-def is_kept(
-    powers, shifts, row_shift_ranges, col_shift_ranges, row_tile, col_tile, kept_rows, num_cols,
-    shifts_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Whether the powers of a tile serve its rows and columns."""
-    highest = highest_shift(
-        shifts, row_tile, col_tile, kept_rows, num_cols, shifts_stride, BLOCK_M, BLOCK_N
-    )
-    row_low = tl.load(row_shift_ranges + 2 * row_tile)
-    col_low = tl.load(col_shift_ranges + 2 * col_tile)
-    return highest - tl.minimum(row_low, col_low) <= _reach(powers)
+def _log2(power, APPROXIMATE: tl.constexpr):
+    if APPROXIMATE:  # one instruction, good to 22 binary digits
+        found = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [power], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        found = tl.log2(power)
+    return found
 
 
 @triton.jit
@@ -127,70 +134,92 @@ def _kept_bwd_kernel(
     factor,  # [1] float32: logits in base 2 are factor * dot
     row_shift_ranges, col_shift_ranges,  # [tiles, 2] float32
     row_vectors, col_vectors,  # [4, N], [4, M] float32: see `Upstream`
-    powers, shifts, kept_rows, powers_stride, shifts_stride,
+    powers, shifts, row_sums, col_sums, kept_rows, powers_stride, sums_stride,
     out, scale_parts, row_lost, col_lost,  # as of stats_bwd's kernel
-    num_rows, num_cols, row_stride, col_stride, out_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECE: tl.constexpr,  # of a block's columns
+    left, left_count,  # [tiles], [1] int32: those that must be formed again, in any order
+    num_rows, num_cols, row_stride, col_stride, out_stride, reach,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,  # at a time
+    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(
-        tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_cols, BLOCK_N), 8
-    )
-    if is_kept(
-        powers, shifts, row_shift_ranges, col_shift_ranges, row_tile, col_tile, kept_rows,
-        num_cols, shifts_stride, BLOCK_M, BLOCK_N,
-    ):  # fmt: skip
+    tile, tiles_m = tl.program_id(0), tl.cdiv(num_cols, BLOCK_N)
+    row_tile, col_tile = tile_at(tile, tl.cdiv(num_rows, BLOCK_M), tiles_m, 8)
+    inside = row_tile * BLOCK_M < kept_rows
+    at = shifts + row_tile.to(tl.int64) * tiles_m + col_tile
+    shift = tl.load(at, mask=inside, other=float("inf"))
+    row_low = tl.load(row_shift_ranges + 2 * row_tile)
+    col_low = tl.load(col_shift_ranges + 2 * col_tile)
+    if shift - tl.minimum(row_low, col_low) <= reach:
         # Such a tile is whole: nothing has to be masked.
+        cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        by_col = tl.load(col_vectors + col_stride + cols)
+        by_col *= tl.exp2(shift - tl.load(col_vectors + cols))
+        col_sum = tl.load(col_sums + row_tile.to(tl.int64) * num_cols + cols)
+        all_rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        by_all_rows = tl.load(row_vectors + row_stride + all_rows)
+        by_all_rows *= tl.exp2(shift - tl.load(row_vectors + all_rows))
+        sums_at = row_sums + col_tile.to(tl.int64) * sums_stride
+        row_sum = tl.load(sums_at + all_rows)
         LEAST: tl.constexpr = 5.9e-8 if powers.dtype.element_ty == tl.float16 else 1.2e-38
-        base2 = tl.load(factor)
-        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        shift = highest_shift(
-            shifts, row_tile, col_tile, kept_rows, num_cols, shifts_stride, BLOCK_M, BLOCK_N
-        )
-        row_at = row_vectors + rows
-        by_row = tl.load(row_at + row_stride) * tl.exp2(shift - tl.load(row_at))
-        shift_at = shifts + (rows // _BLOCK).to(tl.int64) * shifts_stride
-        from_row = rows.to(tl.int64)[:, None]
-        by_scale = tl.zeros([BLOCK_M], tl.float32)
-        lost = tl.zeros([BLOCK_M], tl.float32)
-        first_at = powers + from_row * powers_stride
-        first_at += col_tile * BLOCK_N + tl.arange(0, PIECE)[None, :]
-        coming = tl.load(first_at, eviction_policy="evict_first")
-        for p in range(BLOCK_N // PIECE):
+        # Of all powers together: their level, and sums of derivatives of rows and of columns.
+        # Rounding takes nothing of those, and against the level it errs in both directions.
+        powers_sum = tl.maximum(tl.sum(row_sum, 0), LEAST)
+        level = tl.log2(tl.maximum(powers_sum / (BLOCK_M * BLOCK_N), LEAST))
+        of_rows = tl.sum(by_all_rows * row_sum, 0)
+        of_cols = tl.sum(by_col * col_sum, 0)
+        # What a row's sum loses of the columns' softmaxes is reckoned with a mean of them.
+        off_col = by_col + of_rows / powers_sum
+        mean_by_col = of_cols / powers_sum
+        by_scale = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        lost = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        first = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, ROWS)
+        powers_at = powers + first[:, None] * powers_stride + cols[None, :]
+        out_at = out + first[:, None] * out_stride + cols[None, :]
+        coming = tl.load(powers_at, eviction_policy="evict_first")
+        for p in range(BLOCK_M // ROWS):
             power = coming.to(tl.float32)
-            if p + 1 < BLOCK_N // PIECE:  # on its way while this piece is worked on
-                coming = tl.load(first_at + (p + 1) * PIECE, eviction_policy="evict_first")
-            first = col_tile * BLOCK_N + p * PIECE
-            cols = first + tl.arange(0, PIECE)
-            col_at = col_vectors + cols
-            by_col = tl.load(col_at + col_stride) * tl.exp2(shift - tl.load(col_at))
-            own_shift = tl.load(shift_at + first // _BLOCK)
-            # 0 has no logarithm, and what stands for it is multiplied by 0.
-            logits = tl.log2(tl.maximum(power, LEAST)) + own_shift[:, None]
-            power *= tl.exp2(own_shift - shift)[:, None]
+            powers_at += ROWS * powers_stride.to(tl.int64)
+            if p + 1 < BLOCK_M // ROWS:  # on its way while these rows are worked on
+                coming = tl.load(powers_at, eviction_policy="evict_first")
+            rows = row_tile * BLOCK_M + p * ROWS + tl.arange(0, ROWS)
+            by_row = tl.load(row_vectors + row_stride + rows)
+            by_row *= tl.exp2(shift - tl.load(row_vectors + rows))
             grad = power * (by_row[:, None] + by_col[None, :])
-            by_scale += tl.sum(grad * logits, 1)
+            # 0 has no logarithm, and what stands for it is multiplied by 0.
+            by_scale += grad * (_log2(tl.maximum(power, LEAST), APPROXIMATE) - level)
             rounded = grad.to(out.dtype.element_ty)
             if row_lost is not None:
-                left = grad - rounded.to(tl.float32)
-                lost += tl.sum(left, 1)
-                at = col_lost + row_tile.to(tl.int64) * num_cols + cols
-                tl.store(at, tl.sum(left, 0))
-            tl.store(out + from_row * out_stride + cols[None, :], rounded)
-        tl.store(scale_parts + tl.program_id(0), tl.sum(by_scale, 0) / base2)
+                rest = grad - rounded.to(tl.float32)
+                lost += rest - power * off_col[None, :]
+                off_row = by_row + mean_by_col
+                found = tl.sum(rest - power * off_row[:, None], 1)
+                found += tl.load(sums_at + rows) * off_row
+                tl.store(row_lost + col_tile.to(tl.int64) * num_rows + rows, found)
+            tl.store(out_at, rounded)
+            out_at += ROWS * out_stride.to(tl.int64)
+        total = tl.sum(tl.sum(by_scale, 1), 0) + (shift + level) * (of_rows + of_cols)
+        tl.store(scale_parts + tile, total / tl.load(factor))
         if row_lost is not None:
-            tl.store(row_lost + col_tile.to(tl.int64) * num_rows + rows, lost)
+            found = tl.sum(lost, 0) + col_sum * off_col
+            tl.store(col_lost + row_tile.to(tl.int64) * num_cols + cols, found)
+    else:
+        tl.store(left + tl.atomic_add(left_count, 1), tile)
 
 
 def kept_bwd_kernel(
     kept: Kept, factor: Tensor, ranges: list[Tensor], row_vectors: Tensor, col_vectors: Tensor,
-    out: Tensor, scale_parts: Tensor, lost: tuple[Tensor | None, Tensor | None], config: Config,
-) -> None:  # fmt: skip
-    """What `stats_bwd_kernel` fills, in the tiles that are kept."""
+    out: Tensor, scale_parts: Tensor, lost: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What `stats_bwd_kernel` fills, in the tiles that are kept; the list of the others [tiles],
+    and how many there are [1] int32."""
     num_rows, num_cols = out.shape
-    tiles = triton.cdiv(num_rows, config.block_m) * triton.cdiv(num_cols, config.block_n)
+    config, tiles = kept.config, scale_parts.shape[0]
+    left, left_count = (scale_parts.new_zeros(n, dtype=torch.int32) for n in (tiles, 1))
     _kept_bwd_kernel[(tiles,)](
         factor, *ranges, row_vectors, col_vectors, *kept.arguments(), out, scale_parts, *lost,
-        num_rows, num_cols, row_vectors.stride(0), col_vectors.stride(0), out.stride(0),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PIECE=PIECE,
-        num_warps=8,
+        left, left_count, num_rows, num_cols, row_vectors.stride(0), col_vectors.stride(0),
+        out.stride(0), kept.reach, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        ROWS=PAIRS // config.block_n,
+        APPROXIMATE=not INTERPRETED and torch.version.hip is None, num_warps=8,
     )  # fmt: skip
+    return left, left_count

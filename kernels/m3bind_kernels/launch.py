@@ -54,8 +54,10 @@ class Inputs:
             col_class=_whole(col_class), row_mask=_whole(row_mask), col_mask=_whole(col_mask),
             margin=margin, totals=totals, native=False,
         )  # fmt: skip
-        fits = native and hopper.runs_on(x.device) and descriptors_fit(found)
-        return replace(found, native=fits and x.shape[1] > 0)
+        if not (native and hopper.runs_on(x.device) and rows_fit(found) and x.shape[1] > 0):
+            return found
+        x, y = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (found.x, found.y))
+        return replace(found, x=x, y=y, native=True)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -117,12 +119,16 @@ def can_describe(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def rows_fit(inputs: Inputs) -> bool:
+    """Whether features are 16-bit, in rows of whole 16 bytes."""
+    return inputs.x.dtype != torch.float32 and inputs.x.shape[1] % 8 == 0
+
+
 def descriptors_fit(inputs: Inputs) -> bool:
-    """Whether the features can be read by descriptors: 16-bit, in rows of whole 16 bytes."""
+    """Whether the features can be read by descriptors."""
     x, y = inputs.x, inputs.y
-    fits = x.dtype != torch.float32 and x.shape[1] % 8 == 0
     aligned = x.data_ptr() % 16 == 0 and y.data_ptr() % 16 == 0
-    return fits and aligned and can_describe(x.device)
+    return rows_fit(inputs) and aligned and can_describe(x.device)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -133,17 +139,9 @@ def launch(
     kernel: Any, config: Config, num_rows: int, num_cols: int, *args: Any, **constants: Any
 ) -> None:
     """Starts a persistent kernel over the tiles of num_rows x num_cols."""
-    start_tiles(kernel, config, num_rows, num_cols, True, *args, **constants)
-
-
-def start_tiles(
-    kernel: Any, config: Config, num_rows: int, num_cols: int, persistent: bool, *args: Any,
-    **constants: Any,
-) -> None:  # fmt: skip
-    """The same, or with a program for every tile."""
     tiles = triton.cdiv(num_rows, config.block_m) * triton.cdiv(num_cols, config.block_n)
-    at_once = multiprocessors(args[0].device) * config.programs
-    start(kernel, config, min(tiles, at_once) if persistent else tiles, *args, **constants)
+    programs = min(tiles, multiprocessors(args[0].device) * config.programs)
+    start(kernel, config, programs, *args, **constants)
 
 
 def start(kernel: Any, config: Config, programs: int, *args: Any, **constants: Any) -> None:

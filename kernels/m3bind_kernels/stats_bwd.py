@@ -13,8 +13,9 @@ from torch import Tensor
 from m3bind_kernels import hopper
 from m3bind_kernels.configs import Config
 from m3bind_kernels.derivatives import derivatives, one_exponential
-from m3bind_kernels.kept import NOTHING, Kept, is_kept, kept_bwd_kernel
-from m3bind_kernels.launch import Inputs, block_ranges, start_tiles
+from m3bind_kernels.kept import Kept, kept_bwd_kernel
+from m3bind_kernels.launch import Inputs, block_ranges, launch
+from m3bind_kernels.stats_far import far_config
 from m3bind_kernels.stats_side import by_sides, exchanged, stats_side_kernel
 from m3bind_kernels.tiles import dot_products, is_special, pieces_of, tile_at
 from m3bind_kernels.tuning import choose
@@ -33,7 +34,7 @@ def _stats_bwd_kernel(
     out,  # [N, M] derivatives by the dot products
     scale_parts,  # [tiles] float32: sums of derivative * dot
     row_lost, col_lost,  # [column tiles, N], [row tiles, M] float32 or None: lost in rounding
-    powers, shifts, kept_rows, powers_stride, shifts_stride,  # see `Kept`, or nothing
+    listed, num_listed,  # [tiles], [1] int32: the tiles to go over; None: all
     num_rows, num_cols, num_features, row_stride, col_stride, out_stride, margin,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
@@ -59,15 +60,13 @@ def _stats_bwd_kernel(
     base2 = tl.load(factor)
     # Otherwise flattening the loops makes a second epilogue, for tiles without any feature.
     tl.assume(num_features > 0)
-    first = tl.program_id(0)
-    if powers is not None:  # a program for every tile then
-        row_tile, col_tile = tile_at(first, tiles_n, tiles_m, 8)
-        if is_kept(
-            powers, shifts, row_shift_ranges, col_shift_ranges, row_tile, col_tile, kept_rows,
-            num_cols, shifts_stride, BLOCK_M, BLOCK_N,
-        ):  # fmt: skip
-            first = tiles_n * tiles_m
-    for tile in tl.range(first, tiles_n * tiles_m, tl.num_programs(0), flatten=True):
+    total = tiles_n * tiles_m
+    if listed is not None:
+        total = tl.load(num_listed)
+    for number in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=True):
+        tile = number
+        if listed is not None:
+            tile = tl.load(listed + number)
         row_tile, col_tile = tile_at(tile, tiles_n, tiles_m, 8)
         dots = dot_products(
             x_tiles, y_tiles, row_tile * BLOCK_M, col_tile * BLOCK_N, num_rows, num_cols,
@@ -134,16 +133,17 @@ def stats_bwd_kernel(
         return
     constants = part.constants(config)
     lost = (None, None) if out.dtype == torch.float32 else (row_lost, col_lost)
+    listed: tuple[Tensor | None, Tensor | None] = (None, None)
     if kept is not None:
-        kept_bwd_kernel(
-            kept, part.factor, ranges, row_vectors, upstream.cols, out, scale_parts, lost, config
+        listed = kept_bwd_kernel(
+            kept, part.factor, ranges, row_vectors, upstream.cols, out, scale_parts, lost
         )
-    # Of tiles that are kept a program has nothing to do.
-    start_tiles(
-        _stats_bwd_kernel, config, *part.shape, kept is None,
+        config = far_config(config)
+    launch(
+        _stats_bwd_kernel, config, *part.shape,
         part.x, part.y, part.factor, *part.numbers(), *part.ranges(config), *ranges,
         row_vectors, upstream.cols, out, scale_parts, *lost,
-        *(NOTHING if kept is None else kept.arguments()), *part.shape, part.x.shape[1],
+        *listed, *part.shape, part.x.shape[1],
         row_vectors.stride(0), upstream.cols.stride(0), out.stride(0), part.margin,
         HAS_CLASSES=part.row_class is not None, TOTALS=part.totals, APART=apart,
         STORE_BY_DESCRIPTOR=constants["DESCRIPTORS"] and out.dtype != torch.float32, **constants,
@@ -211,7 +211,10 @@ def _fill_by_waves(grads: Gradients, upstream: Upstream, kept: Kept | None) -> T
         derive(*grads.waves(config)[0], config)
 
     rounded = inputs.native and not grads.precise
-    config = hopper.TILE if rounded else choose("stats_bwd", inputs, first_wave)
+    if kept is not None:
+        config = kept.config if rounded else far_config(kept.config)
+    else:
+        config = hopper.TILE if rounded else choose("stats_bwd", inputs, first_wave)
     by_scale, cols_lost = [], []
     for band, out in grads.waves(config):
         by_dot, row_lost, col_lost = derive(band, out, config, kept)

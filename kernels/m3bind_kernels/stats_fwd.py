@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m3bind_kernels import hopper
 from m3bind_kernels.configs import Config
-from m3bind_kernels.kept import NOTHING, Kept, above_one, keep_shifts, memory_for
+from m3bind_kernels.kept import NOTHING, Kept, above_one, memory_for
 from m3bind_kernels.launch import Inputs, launch
 from m3bind_kernels.merge import bands, empty_state, merge_kernel, new_parts
 from m3bind_kernels.stats_far import stats_far_kernel
@@ -35,7 +35,7 @@ def _stats_fwd_kernel(
     row_class_ranges, col_class_ranges, row_mask_ranges, col_mask_ranges,  # [tiles, 2]
     row_parts, col_parts,  # [PLANES, tiles_m, N], [PLANES, tiles_n, M] float32
     far,  # [tiles] int32: where the sums are not good
-    powers, shifts, kept_rows, powers_stride, shifts_stride,  # see `Kept`, or nothing
+    powers, shifts, kept_row_sums, kept_col_sums, kept_rows, powers_stride, sums_stride,  # `Kept`
     num_rows, num_cols, num_features, row_plane, col_plane, margin,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
@@ -81,11 +81,9 @@ def _stats_fwd_kernel(
             keep = ((row_tile + 1) * BLOCK_M <= kept_rows) & (tl.abs(base2) >= 1.0)
             keep = keep & (special == 0)
             above = above_one(powers)
-            own_shift = tl.where(keep, shift - tl.log2(above), float("inf"))
-            keep_shifts(
-                shifts, own_shift, row_tile, col_tile, kept_rows, num_cols, shifts_stride,
-                BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+            if row_tile * BLOCK_M < kept_rows:
+                at = shifts + row_tile.to(tl.int64) * tiles_m + col_tile
+                tl.store(at, tl.where(keep, shift - tl.log2(above), float("inf")))
         pieces = pieces_of(dots, BLOCK_M, BLOCK_N, PIECE)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         row_positives = tl.zeros([BLOCK_M], tl.float32)
@@ -123,6 +121,8 @@ def _stats_fwd_kernel(
                     at = powers + rows.to(tl.int64)[:, None] * powers_stride + cols[None, :]
                     kept = (power * above).to(powers.dtype.element_ty)
                     tl.store(at, kept, eviction_policy="evict_first")
+                    at = kept_col_sums + row_tile.to(tl.int64) * num_cols + cols
+                    tl.store(at, col_sum * above)
             least = tl.minimum(least, tl.where(cols < num_cols, col_sum, 1.0))
             tl.store(col_at, tl.zeros([PIECE], tl.float32) + shift, mask=cols < num_cols)
             tl.store(col_at + col_plane, col_sum, mask=cols < num_cols)
@@ -139,6 +139,9 @@ def _stats_fwd_kernel(
         row_shift = tl.zeros([BLOCK_M], tl.float32) + shift
         tl.store(row_at, row_shift, mask=rows < num_rows)
         tl.store(row_at + row_plane, row_sum, mask=rows < num_rows)
+        if powers is not None and keep:
+            at = kept_row_sums + col_tile.to(tl.int64) * sums_stride + rows
+            tl.store(at, row_sum * above)
         if HAS_CLASSES:
             tl.store(row_at + 2 * row_plane, row_positives, mask=rows < num_rows)
         if TOTALS:
@@ -211,7 +214,10 @@ def _fill(
         stats_far_kernel(part, row_parts, col_parts, far, config)
         return row_parts, col_parts
 
-    config = hopper.TILE if inputs.native else choose("stats_fwd", inputs, partial)
+    if kept is not None:
+        config = kept.config
+    else:
+        config = hopper.TILE if inputs.native else choose("stats_fwd", inputs, partial)
     for band in bands(inputs, config, 2 + num_sums):
         of_band = None if kept is None else kept.rows(band)
         row_parts, col_parts = partial(inputs.rows(band), config, of_band)

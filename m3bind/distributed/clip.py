@@ -10,7 +10,6 @@ from m3bind.distributed.calls import Call, checked_call, eager, given_names, one
 from m3bind.distributed.ranks import Prepared, meet
 from m3bind.ops import arguments
 from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids, Terms, composed
-from m3bind.ops.stats import rows_to_keep
 
 OP = "clip_loss"
 
@@ -129,7 +128,5 @@ def _over_ranks(
             terms.bias = ranks.scalar(terms.bias, reduce_scale)
         if sizes == "static":
             terms.check_columns(OP, ranks.cols.total)
-        kept_rows = 0
-        if memory_budget != 0 and ranks.grad_wanted:
-            kept_rows = rows_to_keep(prepared.x, ranks.cols.total, memory_budget, prepared.backend)
-        return composed(prepared.x, prepared.y, scale, terms, ranks, kept_rows, prepared.backend)
+        budget = memory_budget if ranks.grad_wanted else 0.0
+        return composed(prepared.x, prepared.y, scale, terms, ranks, budget, prepared.backend)

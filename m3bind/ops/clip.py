@@ -64,10 +64,12 @@ def clip_loss(
             one of four matrix products. Default: 64, which holds those of batches up to 4096, and a
             quarter of 8192's. A single direction has three anyway, where it is plain and
             the backend "cpp". Results differ by no more than the order of sums.
-            Backends "triton" and "cuda" (default: 0) keep exp(logit) of tiles without positives
-            and masked pairs, N * M * 2 bytes for 16-bit features, where D is above 256: each
-            is rounded to 11 binary digits, as the derivatives themselves are. "reference" keeps
-            everything.
+            Backends "triton" and "cuda" (default: 0) keep exp(logit), in 2.1 bytes a pair of
+            16-bit features and 4.1 of float32, of tiles without positives and masked pairs;
+            nothing where D <= 256, where N * M <= 2**20 in 16 bit, with label_smoothing, or where
+            the scale is below 0.7. Each is rounded as the derivatives themselves are, to 11
+            binary digits in 16 bit; of the gradients the scale's sees most of that, 1e-5 to 1e-4
+            of it. "reference" keeps everything.
         backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
 
     Returns:
@@ -118,14 +120,14 @@ def clip_loss(
             return info_nce_rows(
                 x, y, scale, margin=margin, mean=reduction == "mean", backend=chosen
             )
-        kept_rows = 0
-        if memory_budget != 0 and arguments.gradient_wanted(x, y, scale):
-            kept_rows = rows_to_keep(x, y.shape[0], memory_budget, chosen)
+        if not arguments.gradient_wanted(x, y, scale):
+            memory_budget = 0.0
         if plain and directions == "both":
+            kept_rows = rows_to_keep(x, y.shape[0], memory_budget, False, chosen)
             return info_nce(
                 x, y, scale, margin=margin, mean=reduction == "mean", kept_rows=kept_rows,
                 backend=chosen,
             )  # fmt: skip
         if terms is None:
             terms = Terms(margin=margin, directions=directions, reduction=reduction)
-        return composed(x, y, scale, terms, ONE_RANK, kept_rows, chosen)
+        return composed(x, y, scale, terms, ONE_RANK, memory_budget, chosen)

@@ -11,6 +11,7 @@ from m3bind.dtypes import accumulation_dtype
 from m3bind.ops import arguments, pairs, soft
 from m3bind.ops.direction import Side, direction_loss
 from m3bind.ops.ranks import Ranks
+from m3bind.ops.stats import rows_to_keep
 
 REDUCTIONS = ("mean", "sum", "none")
 DIRECTIONS = ("both", "rows", "columns")
@@ -127,7 +128,7 @@ def composed(
     scale: Tensor,  # []
     terms: Terms,
     ranks: Ranks,
-    kept_rows: int,
+    memory_budget: float | None,
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loss out of the statistics of rows and columns, with every feature."""
@@ -137,6 +138,7 @@ def composed(
         x, y = x.to(acc), y.to(acc)
     which = terms.pairs(x, y, ranks)
     totals = terms.label_smoothing > 0
+    kept_rows = rows_to_keep(x, ranks.totals(x, y)[1], memory_budget, totals, backend)
     rows, cols = ranks.similarity_stats(
         x, y, scale, which, margin=terms.margin, totals=totals, kept_rows=kept_rows,
         backend=backend,

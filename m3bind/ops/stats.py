@@ -12,10 +12,11 @@ is exact where `lse_of_all - positive` cancels. Pairs with equal mask that are n
 masked: they enter nothing. `Pairs` makes the classes and masks out of what users pass.
 
 What the backward pass needs of the first `kept_rows` rows stays in memory, and it forms the others
-again: dot products, so that both passes see the same bits; or, in backends for GPUs, where time is
-that of memory, powers of 2 as wide as the features.
+again: dot products, so that both passes see the same bits; or, in backends for GPUs, where memory
+is slow beside products, powers of 2 as wide as the features.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from m3bind.ops.pairs import Pairs
 
 MEMORY_BUDGET = 64.0  # MiB, of dot products
 BLOCK = 64  # rows and columns of what is kept
+# Up to so many the kernels for GPUs do without, see Kept.of in m3bind_kernels.
+FEW_FEATURES, FEW_PAIRS = 256, 1 << 20
 _INPUTS = (
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor? row_class, Tensor? col_class,"
     " Tensor? row_mask, Tensor? col_mask, float margin, bool totals"
@@ -52,24 +55,30 @@ def similarity_stats(
     return rows, cols
 
 
-def rows_to_keep(x: Tensor, num_cols: int, memory_budget: float | None, backend: str) -> int:
+def rows_to_keep(
+    x: Tensor, num_cols: int, memory_budget: float | None, totals: bool, backend: str
+) -> int:
     """How many rows `memory_budget` MiB hold: all, or whole blocks of 64."""
-    powers = backends.keeps_powers("similarity_stats", backend)
+    powers, num_rows = backends.keeps_powers("similarity_stats", backend), x.shape[0]
     if memory_budget is None:
         memory_budget = 0.0 if powers else MEMORY_BUDGET
-    num_rows = x.shape[0]
-    blocks, width = kept_shape(x, BLOCK, num_cols, backend)
-    row_bytes = accumulation_dtype(x.dtype).itemsize * max(1, width) * blocks / BLOCK
-    fitting = memory_budget * 2**20 / row_bytes
+    few = x.shape[1] <= FEW_FEATURES or (x.itemsize == 2 and num_rows * num_cols <= FEW_PAIRS)
+    if powers and (totals or few):
+        return 0
+    words = math.prod(kept_shape(x, BLOCK, num_cols, backend))  # of a block of rows
+    block_bytes = accumulation_dtype(x.dtype).itemsize * max(1, words)
+    fitting = memory_budget * 2**20 / block_bytes * BLOCK
     return num_rows if fitting >= num_rows else int(fitting) // BLOCK * BLOCK
 
 
-def kept_shape(x: Tensor, kept_rows: int, num_cols: int, backend: str) -> tuple[int, int]:
-    """Of the tensor that keeps them, in the dtype of sums. Powers: see m3bind_kernels.kept."""
+def kept_shape(x: Tensor, kept_rows: int, num_cols: int, backend: str) -> tuple[int, ...]:
+    """Of the tensor that keeps them, in the dtype of sums. For powers it is memory that
+    m3bind_kernels.kept divides: powers, sums of rows and of columns, shifts."""
     if not backends.keeps_powers("similarity_stats", backend):
         return kept_rows, num_cols
-    across = (num_cols + BLOCK - 1) // BLOCK
-    return kept_rows + (kept_rows + BLOCK - 1) // BLOCK, across * BLOCK * x.itemsize // 4
+    down, across = ((size + BLOCK - 1) // BLOCK for size in (kept_rows, num_cols))
+    row_words = BLOCK * x.itemsize // 4 + 1
+    return (across * (kept_rows * row_words + down * (BLOCK + 1)),)
 
 
 def fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,7 +45,8 @@ class StatsFwd(Struct):
         ("sizes", Sizes), ("numbers", Numbers), ("factor", POINTER), ("margin", ctypes.c_float),
         ("row_parts", POINTER), ("col_parts", POINTER), ("row_plane", ctypes.c_int64),
         ("col_plane", ctypes.c_int64), ("far", POINTER), ("kept_rows", ctypes.c_int),
-        ("shifts", POINTER), ("shifts_stride", ctypes.c_int64),
+        ("shifts", POINTER), ("kept_row_sums", POINTER), ("kept_col_sums", POINTER),
+        ("kept_row_stride", ctypes.c_int64),
     ]  # fmt: skip
 
 

@@ -36,7 +36,8 @@ def calls():
     given += ", float margin, bool totals"
     schemas.define(
         f"stats_fwd({given}, Tensor(a!) row_parts, Tensor(b!) col_parts, Tensor(c!) far, "
-        "Tensor(d!)? powers, Tensor(e!)? shifts) -> ()"
+        "Tensor(d!)? powers, Tensor(e!)? shifts, Tensor(f!)? kept_row_sums, "
+        "Tensor(g!)? kept_col_sums) -> ()"
     )
     schemas.define(
         f"stats_bwd({given}, bool apart, Tensor row_shift_ranges, Tensor col_shift_ranges, "
@@ -74,12 +75,13 @@ def calls():
 
     def forward(x, y, factor, *rest):
         fields, present, more = common(x, y, factor, *rest)
-        row_parts, col_parts, far, powers, shifts = more
+        row_parts, col_parts, far, powers, shifts, row_sums, col_sums = more
         keep = powers is not None
         p = StatsFwd(
             **fields, row_parts=row_parts, col_parts=col_parts, row_plane=row_parts.stride(0),
             col_plane=col_parts.stride(0), far=far, kept_rows=len(powers) if keep else 0,
-            shifts=shifts, shifts_stride=shifts.stride(0) if keep else 0,
+            shifts=shifts, kept_row_sums=row_sums, kept_col_sums=col_sums,
+            kept_row_stride=row_sums.stride(0) if keep else 0,
         )  # fmt: skip
         out = powers if keep else x
         start("stats_fwd", x, y, (*present, keep), p, pointer(out), out.stride(0))
@@ -222,7 +224,7 @@ def test_powers_are_kept(calls, monkeypatch, kept_rows):
     )
     for got, ours in zip(gradients(memory), want, strict=True):
         assert error(got, ours) < 2**-8
-    memory[:kept_rows] = torch.nan  # the powers are what is used
+    memory[: kept_rows * 416] = torch.nan  # the powers, 832 to a row, are what is used
     assert all(t.isnan().any() for t in gradients(memory))
 
 

@@ -56,12 +56,22 @@ POINTERS = dict.fromkeys(
     ("factor", "row_parts", "col_parts", "row_vectors", "col_vectors", "scale_parts", "parts",
      "row_shift_ranges", "col_shift_ranges", "row_lost", "col_lost", "lost", "logits", "losses",
      "weights", "boost", "lone", "sums", "ratio", "factors", "total", "limits", "gradient",
-     "shifts"),
+     "shifts", "row_sums", "col_sums", "kept_row_sums", "kept_col_sums"),
     "*fp32",
 ) | dict.fromkeys(
-    ("values", "far", "wanted", "labels", "own", "better", "counts"), "*i32",
+    ("values", "far", "wanted", "labels", "own", "better", "counts", "listed", "num_listed", "left",
+     "left_count"), "*i32",
 ) | {"state": "*fp64", "keys": "*i64"}  # fmt: skip
-SCALARS = {"margin": "fp32", "row_plane": "i64", "col_plane": "i64", "plane": "i64"}
+SCALARS = {
+    "margin": "fp32",
+    "reach": "fp32",
+    "row_plane": "i64",
+    "col_plane": "i64",
+    "plane": "i64",
+}
+
+# What a forward pass that keeps nothing is not given.
+KEEPING = ("powers", "shifts", "kept_row_sums", "kept_col_sums")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +105,9 @@ def stats_constants(
     }  # fmt: skip
     if name != "stats_far":
         constants["TOTALS"] = totals
-    if name != "stats_far" and not kept:
-        constants |= {"powers": None, "shifts": None}
+    if not kept:
+        absent = {"stats_fwd": KEEPING, "stats_bwd": ("listed", "num_listed")}
+        constants |= dict.fromkeys(absent.get(name, ()))
     if name == "stats_bwd":
         constants["STORE_BY_DESCRIPTOR"] = describe and out != "fp32"
         constants["APART"] = classes and dtype == out == "fp16"

@@ -8,10 +8,18 @@ from test_triton_compile import CAPABILITIES, DIAGONAL, ODD, check, configuratio
 from triton.backends.compiler import GPUTarget
 
 from m3bind_kernels import hopper, kept
-from m3bind_kernels.configs import _ROCM, fitting
+from m3bind_kernels.configs import _ROCM, Config, fitting
+from m3bind_kernels.stats_far import far_config
 
 MASKED = (True, True, False)  # where totals are wanted nothing is kept
-TILES = ((64, 64), (64, 256), (128, 128), (128, 256))
+
+
+def configs_of(kernel: str, half: bool, capability: int) -> list[Config]:
+    """Both passes go over one and the same tile; that of CUDA C++ has its own forward pass."""
+    found = configurations("stats_fwd", half, capability)[:1]
+    if kernel == "stats_fwd":
+        return found
+    return [far_config(c) for c in (*found, *([hopper.TILE] if half and capability == 90 else ()))]
 
 
 def every_case():
@@ -21,10 +29,7 @@ def every_case():
                 continue
             out = "fp32" if dtype == "fp32" else "fp16"
             for kernel in ("stats_fwd", "stats_bwd"):
-                configs = configurations(kernel, dtype != "fp32", capability)
-                if kernel == "stats_bwd" and capability == 90:
-                    configs = [*configs, hopper.TILE]  # beside the forward pass of CUDA C++
-                for config in configs[:1] if dtype == "fp16" else configs:
+                for config in configs_of(kernel, dtype != "fp32", capability):
                     for given in (DIAGONAL, MASKED):
                         yield kernel, capability, config, given, dtype, out
 
@@ -43,7 +48,7 @@ def test_every_configuration(case, tmp_path):
 
 @pytest.mark.parametrize("kernel", ("stats_fwd", "stats_bwd"))
 def test_first_configuration(kernel, tmp_path):
-    config = hopper.TILE if kernel == "stats_bwd" else configurations(kernel, True, 90)[0]
+    config = configs_of(kernel, True, 90)[-1]
     result = check(kernel, 90, config, DIAGONAL, "bf16", "fp16", tmp_path, kept=True)
     # Powers leave in pieces of 16 bytes.
     assert kernel == "stats_bwd" or result.count(r"STG\.E\.EF\.128") > 0
@@ -54,17 +59,21 @@ def test_first_configuration(kernel, tmp_path):
 @pytest.mark.parametrize("dtype", ("bf16", "fp32"))
 def test_odd_number_of_features(kernel, dtype, tmp_path):
     capability, out = (90, "fp16") if dtype == "bf16" else (80, "fp32")
-    for config in fitting(configurations(kernel, dtype != "fp32", capability), ODD):
+    for config in fitting(configs_of(kernel, dtype != "fp32", capability)[:1], ODD):
         check(kernel, capability, config, MASKED, dtype, out, tmp_path, even=False, kept=True)
 
 
-def constants_of(tile, lost: bool) -> dict:
-    found = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "PIECE": kept.PIECE}
+def constants_of(tile: tuple[int, int], *, lost: bool = True, approximate: bool = True) -> dict:
+    found = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "ROWS": kept.PAIRS // tile[1]}
+    found["APPROXIMATE"] = approximate
     return found if lost else found | {"row_lost": None, "col_lost": None}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("tile", "dtype"), [(TILES[0], "fp32"), *((t, "fp16") for t in TILES[1:])])
+@pytest.mark.parametrize(
+    ("tile", "dtype"),
+    [((64, 64), "fp32"), ((64, 256), "fp16"), ((128, 128), "fp16"), ((128, 256), "fp16")],
+)
 def test_taking_them(capability, tile, dtype, tmp_path):
     result = compile_kernel(
         "kept_bwd", capability, tmp_path, dtype=dtype, out=dtype, num_warps=8,
@@ -73,12 +82,14 @@ def test_taking_them(capability, tile, dtype, tmp_path):
     assert result.stack == result.count("STL") == result.count("LDL") == 0
     assert result.registers <= 128  # two programs on a multiprocessor
     assert result.count(r"LDG\.E\.\S*128") > 0 and result.count(r"STG\.E\.128") > 0
+    # A pair's logarithm is one instruction.
+    assert result.count(r"MUFU\.LG2") >= kept.PAIRS // 256
 
 
 @pytest.mark.parametrize("kernel", ("stats_fwd", "stats_bwd", "kept_bwd"))
 def test_rocm(kernel):
     if kernel == "kept_bwd":
-        constants = constants_of((_ROCM.block_m, _ROCM.block_n), lost=True)
+        constants = constants_of((_ROCM.block_m, _ROCM.block_n), approximate=False)
     else:
         constants = stats_constants(
             kernel, 80, _ROCM, dtype="bf16", out="fp16", classes=True, masks=True, totals=False,
