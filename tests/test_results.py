@@ -109,8 +109,8 @@ def test_memory_is_no_speed_of_the_backend(load, kept):
     faster = kept["rows"][0] | {"backend": "triton, kept", "tflops": 900.0, "ms_min": 4.0}
     lacking = faster | {"ms_min": None, "ms_median": None, "tflops": None}
     lacking["problem"] = "failed: OutOfMemoryError: tried to allocate 16 GiB"
-    for row in (faster, lacking):
-        kept["rows"].append(row)
+    for more in (faster, lacking):
+        kept["rows"].append(more)
         assert verify.verified(kept) == before
 
 
