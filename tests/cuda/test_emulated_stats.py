@@ -69,9 +69,21 @@ def inputs(shape, dtype, given, *, scale=20.0, margin=0.0, seed=0, spread=0.0):
     )  # fmt: skip
 
 
-def forward(kernels, given, *, blocks=2, seed=0):
-    """Parts of rows and columns, and which tiles are far."""
+def keeping(kept_rows: int, cols: int) -> SimpleNamespace:
+    """Memory for what is kept, as `Kept` of m3bind_kernels divides it."""
+    down, across = shape_of_tiles(kept_rows, cols)
+    return SimpleNamespace(
+        powers=torch.full((kept_rows, -(-cols // 64) * 64), math.nan, dtype=torch.float16),
+        shifts=torch.full((down, across), math.nan),
+        row_sums=torch.full((across, kept_rows), math.nan),
+        col_sums=torch.full((down, cols), math.nan),
+    )
+
+
+def forward(kernels, given, *, blocks=2, seed=0, kept_rows=0):
+    """Parts of rows and columns, which tiles are far, and what is kept."""
     rows, cols = given.shape
+    kept = keeping(kept_rows, cols)
     tiles_n, tiles_m = shape_of_tiles(rows, cols)
     planes = 2 + given.given[0] + given.given[2]
     row_parts = torch.full((planes, tiles_m, rows), math.nan)
@@ -80,13 +92,15 @@ def forward(kernels, given, *, blocks=2, seed=0):
     p = StatsFwd(
         sizes=given.sizes, numbers=given.numbers, factor=given.factor, margin=given.margin,
         row_parts=row_parts, col_parts=col_parts, row_plane=row_parts.stride(0),
-        col_plane=col_parts.stride(0), far=far,
+        col_plane=col_parts.stride(0), far=far, kept_rows=kept_rows, shifts=kept.shifts,
+        kept_row_sums=kept.row_sums, kept_col_sums=kept.col_sums, kept_row_stride=kept_rows,
     )  # fmt: skip
     kernels.emulate_stats_fwd(
-        ctypes.c_bool(given.bf16), flags(*given.given), pointer(given.x), pointer(given.y),
-        ctypes.byref(p), blocks, ctypes.c_uint64(seed),
+        ctypes.c_bool(given.bf16), flags(*given.given, kept_rows > 0), pointer(given.x),
+        pointer(given.y), pointer(kept.powers), kept.powers.stride(0), ctypes.byref(p), blocks,
+        ctypes.c_uint64(seed),
     )  # fmt: skip
-    return row_parts, col_parts, far
+    return row_parts, col_parts, far, kept
 
 
 def order(rows: int, cols: int) -> list[tuple[int, int]]:
@@ -128,7 +142,7 @@ def check_forward(given, parts, axis, not_in) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward(kernels, shape, given, dtype):
     found = inputs(shape, dtype, given, margin=0.25, seed=sum(shape))
-    row_parts, col_parts, far = forward(kernels, found, blocks=2, seed=shape[0])
+    row_parts, col_parts, far, _ = forward(kernels, found, blocks=2, seed=shape[0])
     check_forward(found, row_parts, 1, found.not_in_row)
     check_forward(found, col_parts, 0, found.not_in_col)
     empty = [
@@ -141,9 +155,35 @@ def test_forward(kernels, shape, given, dtype):
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_threads_gives_the_same_bits(kernels, seed):
     found = inputs((300, 700, 200), torch.bfloat16, (True, True, True))
-    first = forward(kernels, found, blocks=1, seed=99)
-    again = forward(kernels, found, blocks=3, seed=seed)
+    first = forward(kernels, found, blocks=1, seed=99)[:3]
+    again = forward(kernels, found, blocks=3, seed=seed)[:3]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("kept_rows", (128, 200))
+def test_what_is_kept(kernels, kept_rows):
+    """Powers, sums and shifts of whole tiles without a masked pair."""
+    found = inputs((200, 1100, 136), torch.bfloat16, NONE, scale=30.0)
+    row_mask, col_mask = (torch.full((n,), -1, dtype=torch.int32) for n in found.shape)
+    row_mask[70] = col_mask[300] = 7  # a masked pair, in the second row and column of tiles
+    found.numbers = numbers(None, None, row_mask, col_mask)
+    found.given = (False, True, False)
+    *_, far, kept = forward(kernels, found, kept_rows=kept_rows)
+    assert not far.any()
+    whole = torch.zeros(shape_of_tiles(kept_rows, 1100), dtype=torch.bool)
+    whole[:3, :4] = True  # of rows 192 to 200 and columns 1024 to 1100 there is no whole tile
+    whole[1, 1] = False
+    if kept_rows == 128:
+        whole = whole[:2]
+    assert torch.equal(kept.shifts.isfinite(), whole)
+    for row, col in whole.nonzero().tolist():
+        want = torch.exp2(block(found.logits, (row, col)) / LN2 - kept.shifts[row, col].double())
+        got = block(kept.powers, (row, col)).double()
+        torch.testing.assert_close(got, want, rtol=2**-11 + 2e-5, atol=2**-24)
+        at_rows = slice(row * TILE_ROWS, (row + 1) * TILE_ROWS)
+        at_cols = slice(col * TILE_COLS, (col + 1) * TILE_COLS)
+        for sums, axis in ((kept.row_sums[col, at_rows], 1), (kept.col_sums[row, at_cols], 0)):
+            torch.testing.assert_close(sums.double(), want.sum(axis), rtol=2e-5, atol=0)
 
 
 def test_what_lies_far_apart_is_named(kernels):
