@@ -5,7 +5,7 @@ is made of it; what rounding takes from sums of rows and columns is known, since
 too. Tiles that hold positives or masked pairs, or that reach beyond the matrix, are not kept, and
 those whose powers are too small for some row or column are formed again.
 
-Both passes go over the same tiles, which are those of the features' number and dtype alone.
+Both passes go over the same tiles: backend, processor, dtype and number of features say which.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def clip_loss(
             16-bit features and 4.1 of float32, of tiles without positives and masked pairs;
             nothing where D <= 256, where N * M <= 2**20 in 16 bit, with label_smoothing, or where
             the scale is below 0.7. Each is rounded as the derivatives themselves are, to 11
-            binary digits in 16 bit; of the gradients the scale's sees most of that, 1e-5 to 1e-4
-            of it. "reference" keeps everything.
+            binary digits in 16 bit. Gradients of x and y do not show it; the scale's does, most
+            where features share a direction and it nearly cancels. "reference" keeps everything.
         backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
 
     Returns:
