@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gpu_run import BENCHMARKS, ROOT, Ended, Incomplete, Run, Step, grouped, told
+from gpu_run import ABOUT, BENCHMARKS, ROOT, Ended, Incomplete, Run, Step, grouped, told
 
 SECONDS = {"full": 465, "quick": 112}  # of eight and two minutes
 OPS = ("clip_loss", "siglip_loss", "similarity_distill", "similarity_topk",
@@ -30,8 +30,7 @@ SANITIZERS = {
     "memcheck": ("--tool", "memcheck", "--report-api-errors", "no"),
     "racecheck": ("--tool", "racecheck"),
 }
-KERNEL_TESTS = tuple(f"tests/kernels/test_triton_{name}.py"
-                     for name in ("stats", "kept", "siglip", "distill", "search"))  # fmt: skip
+KERNEL_TESTS = tuple(f"tests/kernels/{name}.py" for name in ABOUT)
 DEVICE_TESTS = "tests/ops/test_on_device.py"
 ERRORS_FOUND = 99
 MOST_PROCESSES = 12  # each has a context on the GPU

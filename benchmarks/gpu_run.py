@@ -24,6 +24,7 @@ RESULTS = BENCHMARKS / "results"
 ABOUT = {
     "test_triton_stats": ("similarity_stats",),
     "test_triton_kept": ("similarity_stats",),
+    "test_triton_kept_memory": ("similarity_stats",),
     "test_triton_siglip": ("siglip",),
     "test_triton_distill": ("similarity_distill",),
     "test_triton_search": ("similarity_topk", "similarity_rank"),

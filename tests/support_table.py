@@ -19,6 +19,7 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "
 INTERPRETED = (
     "test_triton_distill",
     "test_triton_kept",
+    "test_triton_kept_memory",
     "test_triton_search",
     "test_triton_siglip",
     "test_triton_stats",

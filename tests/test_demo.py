@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from m3bind.tracking import read_history
 from m3bind.train import has_checkpoint
 
 SETTINGS = (
@@ -38,7 +39,9 @@ def stop_while_pretraining(output: Path) -> subprocess.CompletedProcess:
         demo(output, "pretrain.steps=100000", "pretrain.log_every=1"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
-        wait_for(lambda: len(list(logs.glob("*/metrics.jsonl"))) >= 2, process)
+        wait_for(
+            lambda: len(list(filter(read_history, logs.glob("*/metrics.jsonl")))) >= 2, process
+        )
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
     return subprocess.CompletedProcess([], process.returncode, out, err)

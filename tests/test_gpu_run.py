@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import support_table
 from gpu_cases import BENCHMARKS, ROOT, row
 
 
@@ -25,6 +26,13 @@ def test_the_outcome_of_a_test_replaces_that_it_was_not_finished(load):
     )
     assert kernels["operator"] == "similarity_topk, similarity_rank"
     assert kernels["backend"] == "triton"
+
+
+def test_all_tests_of_kernels_are_known(load):
+    files = {path.stem for path in (ROOT / "tests" / "kernels").glob("test_triton_*.py")}
+    others = {name for name in files if name.startswith("test_triton_compile")}
+    kernels = files - others - {"test_triton_choice", "test_triton_interpreter"}
+    assert set(load("gpu_run").ABOUT) == set(support_table.INTERPRETED) == kernels
 
 
 # The run.

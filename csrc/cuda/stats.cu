@@ -47,7 +47,9 @@ void stats_fwd_op(const Tensor& x, const Tensor& y, const Tensor& factor,
                    data_of<float>(shifts),
                    data_of<float>(kept_row_sums),
                    data_of<float>(kept_col_sums),
-                   kept_row_sums.has_value() ? kept_row_sums->stride(0) : 0};
+                   kept_row_sums.has_value() ? kept_row_sums->stride(1) : 0,
+                   kept_row_sums.has_value() ? kept_row_sums->stride(0) : 0,
+                   kept_col_sums.has_value() ? kept_col_sums->stride(0) : 0};
   const TensorMap x_map = describe(x, kBlockRows), y_map = describe(y, kTileCols);
   const TensorMap powers_map = powers.has_value() ? describe(*powers, kTileRows) : x_map;
   with_flags(

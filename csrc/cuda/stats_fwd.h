@@ -16,8 +16,10 @@ struct StatsFwd {
   int* far;                      // [tiles], 0: where the sums are not good
   // Of the first rows, what stays for the backward pass: see `Kept` in kept.py.
   int kept_rows;
-  float *shifts, *kept_row_sums, *kept_col_sums;  // by tile; [tiles of columns, kept rows], ...
-  int64_t kept_row_stride;
+  float* shifts;                         // by tile
+  float *kept_row_sums, *kept_col_sums;  // [2, tiles of columns, kept rows], ...
+  int64_t kept_row_stride;               // elements from tile to tile
+  int64_t kept_row_plane, kept_col_plane;
 };
 
 // KEEP: whether anything stays.
@@ -69,13 +71,15 @@ class StatsFwdTile {
     fill(kShift, shift);
     const float factor = *p_.factor;
     sum(dots, rules, kSum, [&](float dot, const Pair& pair) {
-      const float power = pair.left_out ? 0.0f : power_of_two(fmaf(dot, factor, -shift));
-      return Both{pair.not_in_row ? 0.0f : power, pair.not_in_col ? 0.0f : power};
+      const float below = fmaf(dot, factor, -shift);
+      const float power = pair.left_out ? 0.0f : power_of_two(below);
+      return Both{pair.not_in_row ? 0.0f : power, pair.not_in_col ? 0.0f : power, power * below};
     });
   }
 
   struct Both {
     float in_row, in_col;
+    float kept = 0;  // for another sum of both, where powers are kept
   };
 
   static constexpr int kShift = 0, kSum = 1, kPositives = 2, kTotals = CLASSES ? 3 : 2;
@@ -101,8 +105,8 @@ class StatsFwdTile {
     return found == -INFINITY ? 0.0f : ceilf(found);
   }
 
-  // Whether the tile can be kept, but for special pairs. The scale's gradient is made of logits
-  // again, which small factors would not allow.
+  // Whether the tile can be kept, but for special pairs. The scale's gradient is made of logits,
+  // whose distances from the shift small factors would not tell.
   M3BIND_DEVICE bool stays() const {
     return (tile_.row + 1) * kTileRows <= p_.kept_rows && fabsf(*p_.factor) >= 1;
   }
@@ -115,37 +119,40 @@ class StatsFwdTile {
   // Sums over rows and columns of what `f(dot, rules of the pair)` gives.
   template <class Rules, class F>
   M3BIND_DEVICE void sum(float (&dots)[128], const Rules& rules, int plane, const F& f) {
-    float row_sums[kOwnRows] = {0, 0};
+    float row_sums[kOwnRows] = {0, 0}, kept_row_sums[kOwnRows] = {0, 0};
+    float kept_col_sums[kAllPieces];
     bool good = true;
     const bool keep = KEEP && !Rules::kAny && plane == kSum && stays();
     meeting_.sync();
     over_pieces<Rules::kAny ? 1 : kAllPieces>(dots, [&](int first, int place) {
       const Lane lane;
       const RowNumbers rows = rules.rows(lane);
-      float own[kPiece], in_row[kOwnRows][kPiece];
+      float own[kPiece], kept[kPiece], in_row[kOwnRows][kPiece];
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) {
         Pair pairs[kOwnRows] = {};
         rules.of_column(rows, lane.col(first + i), pairs);
-        own[i] = 0;
+        own[i] = kept[i] = 0;
 #pragma unroll
         for (int r = 0; r < kOwnRows; ++r) {
           const Both both = f(dots[at(r, place + i)], pairs[r]);
           row_sums[r] += both.in_row;
           own[i] += both.in_col;
           in_row[r][i] = both.in_row;
+          kept_row_sums[r] += both.kept;
+          kept[i] += both.kept;
         }
       }
       put_columns(meeting_, first, own);
-      if (keep) put_powers(first, in_row);
+      if (keep) {
+        put_powers(first, in_row);
+        kept_col_sums[place / kPiece] = over_warp(kept);
+      }
     });
     if (keep) async_fence();
     column_totals(meeting_, [&](int col, float total) {
       if (put_col(plane, col, total)) good = good && total >= kSmallest;
-      if (keep) {
-        const int64_t first = int64_t{tile_.row} * p_.sizes.cols + tile_.col * kTileCols;
-        p_.kept_col_sums[first + col] = kAbove * total;
-      }
+      if (keep) keep_col(0, col, total);
     });
     if (keep && Lane().thread == 0) outgoing_.send(p_.sizes, tile_);
     const Lane lane;
@@ -154,14 +161,30 @@ class StatsFwdTile {
       const float total = row_sum(row_sums[r]);
       if (put_row(plane, lane.row(r), total)) good = good && total >= kSmallest;
       if (keep) {
-        const int64_t first = tile_.col * p_.kept_row_stride + tile_.row * kTileRows;
-        p_.kept_row_sums[first + lane.row(r)] = kAbove * total;
+        keep_row(0, lane.row(r), total);
+        keep_row(1, lane.row(r), row_sum(kept_row_sums[r]));
       }
+    }
+    if (keep) {
+      meeting_.sync();
+#pragma unroll
+      for (int i = 0; i < kAllPieces; ++i) put_column(meeting_, i * kPiece, kept_col_sums[i]);
+      column_totals(meeting_, [&](int col, float total) { keep_col(1, col, total); });
     }
     if (plane == kSum && !good) {
       const int tiles_n = ceil_div(p_.sizes.rows, kTileRows);
       p_.far[index_of(tile_, tiles_n, ceil_div(p_.sizes.cols, kTileCols))] = 1;
     }
+  }
+
+  M3BIND_DEVICE void keep_row(int plane, int row, float total) {
+    const int64_t first = tile_.col * p_.kept_row_stride + tile_.row * kTileRows;
+    p_.kept_row_sums[plane * p_.kept_row_plane + first + row] = kAbove * total;
+  }
+
+  M3BIND_DEVICE void keep_col(int plane, int col, float total) {
+    const int64_t first = int64_t{tile_.row} * p_.sizes.cols + tile_.col * kTileCols;
+    p_.kept_col_sums[plane * p_.kept_col_plane + first + col] = kAbove * total;
   }
 
   M3BIND_DEVICE void put_powers(int first, const float (&powers)[kOwnRows][kPiece]) {

@@ -104,13 +104,23 @@ M3BIND_DEVICE void over_pieces(float (&dots)[128], const Piece& piece) {
 
 constexpr int kAllPieces = kOwnCols / kPiece;
 
-// A piece's sums over the rows of a warp, for `column_totals`.
-M3BIND_DEVICE void put_columns(const Meeting& meeting, int first, float (&sums)[kPiece]) {
+// Of a piece's sums over own rows those over a warp's, a column for each thread.
+M3BIND_DEVICE float over_warp(float (&sums)[kPiece]) {
   const Lane lane;
   halve<kPiece / 2>(sums, lane.group & 4, 16);
   halve<kPiece / 4>(sums, lane.group & 2, 8);
   halve<kPiece / 8>(sums, lane.group & 1, 4);
-  meeting.cols[lane.warp * kTileCols + lane.col(first + lane.group)] = sums[0];
+  return sums[0];
+}
+
+// What `over_warp` found of the piece that begins with an own column, for `column_totals`.
+M3BIND_DEVICE void put_column(const Meeting& meeting, int first, float found) {
+  const Lane lane;
+  meeting.cols[lane.warp * kTileCols + lane.col(first + lane.group)] = found;
+}
+
+M3BIND_DEVICE void put_columns(const Meeting& meeting, int first, float (&sums)[kPiece]) {
+  put_column(meeting, first, over_warp(sums));
 }
 
 // After all threads have put all columns: `store(column, sum over all rows)`, by one thread for

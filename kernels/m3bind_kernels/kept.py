@@ -1,9 +1,10 @@
 """Powers of two that the forward pass leaves for the backward pass, which then saves a product.
 
 A power is 2^(logit - shift) of a pair that has no rule of its own, rounded like the derivative that
-is made of it; what rounding takes from sums of rows and columns is known, since the sums are left,
-too. Tiles that hold positives or masked pairs, or that reach beyond the matrix, are not kept, and
-those whose powers are too small for some row or column are formed again.
+is made of it. What rounding takes from sums of rows and columns is known, since the sums are left,
+too; and so are sums of power * logit, of which the scale's gradient is made. Tiles that hold
+positives or masked pairs, or that reach beyond the matrix, are not kept, and those whose powers are
+too small for some row or column are formed again.
 
 Both passes go over the same tiles: backend, processor, dtype and number of features say which.
 """
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3bind_kernels import hopper
-from m3bind_kernels.configs import INTERPRETED, Config, fitting, for_device
+from m3bind_kernels.configs import Config, fitting, for_device
 from m3bind_kernels.launch import Inputs
 from m3bind_kernels.stats_side import by_sides
 from m3bind_kernels.tiles import tile_at
@@ -32,18 +33,18 @@ PAIRS = 2048  # at a time, so that two programs fit a multiprocessor's registers
 def memory_for(inputs: Inputs, rows: int) -> Tensor:
     """For what is kept of so many rows, [words] float32; see `kept_shape` in m3bind.ops.stats."""
     down, across = triton.cdiv(rows, BLOCK), triton.cdiv(inputs.y.shape[0], BLOCK)
-    row_words = BLOCK * inputs.x.itemsize // 4 + 1
-    words = across * (rows * row_words + down * (BLOCK + 1))
+    row_words = BLOCK * inputs.x.itemsize // 4 + 2
+    words = across * (rows * row_words + down * (2 * BLOCK + 1))
     return inputs.x.new_empty(words, dtype=torch.float32)
 
 
 def rows_in(memory: Tensor, inputs: Inputs) -> int:
     """The inverse."""
     across = triton.cdiv(inputs.y.shape[0], BLOCK)
-    row_words = BLOCK * inputs.x.itemsize // 4 + 1
+    row_words = BLOCK * inputs.x.itemsize // 4 + 2
     words = memory.numel() // across if across else 0
-    blocks, rest = divmod(words, BLOCK * row_words + BLOCK + 1)
-    return blocks * BLOCK + (rest - BLOCK - 1) // row_words if rest else blocks * BLOCK
+    blocks, rest = divmod(words, BLOCK * row_words + 2 * BLOCK + 1)
+    return blocks * BLOCK + (rest - 2 * BLOCK - 1) // row_words if rest else blocks * BLOCK
 
 
 def kept_config(inputs: Inputs) -> Config:
@@ -60,8 +61,9 @@ class Kept:
 
     powers: Tensor  # [rows, whole blocks of columns] float16 or float32
     shifts: Tensor  # [tiles of rows, tiles of columns] float32; inf where nothing is kept
-    row_sums: Tensor  # [tiles of columns, rows] float32, of powers before they were rounded
-    col_sums: Tensor  # [tiles of rows, columns] float32
+    # Of powers before they were rounded, and of power * (logit - highest), the tile's highest.
+    row_sums: Tensor  # [2, tiles of columns, rows] float32
+    col_sums: Tensor  # [2, tiles of rows, columns] float32
     config: Config
     reach: float  # how far log-sum-exps may lie below a shift
 
@@ -77,7 +79,7 @@ class Kept:
         assert config.block_m % BLOCK == config.block_n % BLOCK == 0
         down, across = triton.cdiv(rows, config.block_m), triton.cdiv(num_cols, config.block_n)
         width = triton.cdiv(num_cols, BLOCK) * BLOCK
-        sizes = (rows * width * inputs.x.itemsize // 4, across * rows, down * num_cols)
+        sizes = (rows * width * inputs.x.itemsize // 4, 2 * across * rows, 2 * down * num_cols)
         powers, row_sums, col_sums, rest = memory.contiguous().split(
             [*sizes, memory.numel() - sum(sizes)]
         )
@@ -87,7 +89,7 @@ class Kept:
         return Kept(
             powers=powers.view(torch.float16 if half else torch.float32).view(rows, width),
             shifts=rest[: down * across].view(down, across),
-            row_sums=row_sums.view(across, rows), col_sums=col_sums.view(down, num_cols),
+            row_sums=row_sums.view(2, across, rows), col_sums=col_sums.view(2, down, num_cols),
             config=config, reach=reach,
         )  # fmt: skip
 
@@ -98,18 +100,19 @@ class Kept:
         block = self.config.block_m
         tiles = slice(band.start // block, triton.cdiv(band.stop, block))
         return Kept(
-            self.powers[band], self.shifts[tiles], self.row_sums[:, band], self.col_sums[tiles],
-            self.config, self.reach,
+            self.powers[band], self.shifts[tiles], self.row_sums[..., band],
+            self.col_sums[:, tiles], self.config, self.reach,
         )  # fmt: skip
 
     def arguments(self) -> tuple[Tensor | int, ...]:
         return (
             self.powers, self.shifts, self.row_sums, self.col_sums, self.powers.shape[0],
-            self.powers.stride(0), self.row_sums.stride(0),
+            self.powers.stride(0), self.row_sums.stride(1), self.row_sums.stride(0),
+            self.col_sums.stride(0),
         )  # fmt: skip
 
 
-NOTHING = (None, None, None, None, 0, 0, 0)  # as `Kept.arguments`
+NOTHING = (None, None, None, None, 0, 0, 0, 0, 0)  # as `Kept.arguments`
 
 
 @triton.jit
@@ -119,28 +122,17 @@ def above_one(powers):
 
 
 @triton.jit
-def _log2(power, APPROXIMATE: tl.constexpr):
-    if APPROXIMATE:  # one instruction, good to 22 binary digits
-        found = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [power], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        found = tl.log2(power)
-    return found
-
-
-@triton.jit
 def _kept_bwd_kernel(
     factor,  # [1] float32: logits in base 2 are factor * dot
     row_shift_ranges, col_shift_ranges,  # [tiles, 2] float32
     row_vectors, col_vectors,  # [4, N], [4, M] float32: see `Upstream`
     powers, shifts, row_sums, col_sums, kept_rows, powers_stride, sums_stride,
+    row_sums_plane, col_sums_plane,
     out, scale_parts, row_lost, col_lost,  # as of stats_bwd's kernel
     left, left_count,  # [tiles], [1] int32: those that must be formed again, in any order
     num_rows, num_cols, row_stride, col_stride, out_stride, reach,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,  # at a time
-    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     tile, tiles_m = tl.program_id(0), tl.cdiv(num_cols, BLOCK_N)
     row_tile, col_tile = tile_at(tile, tl.cdiv(num_rows, BLOCK_M), tiles_m, 8)
@@ -154,23 +146,28 @@ def _kept_bwd_kernel(
         cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         by_col = tl.load(col_vectors + col_stride + cols)
         by_col *= tl.exp2(shift - tl.load(col_vectors + cols))
-        col_sum = tl.load(col_sums + row_tile.to(tl.int64) * num_cols + cols)
+        col_sums_at = col_sums + row_tile.to(tl.int64) * num_cols + cols
+        col_sum = tl.load(col_sums_at)
         all_rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         by_all_rows = tl.load(row_vectors + row_stride + all_rows)
         by_all_rows *= tl.exp2(shift - tl.load(row_vectors + all_rows))
         sums_at = row_sums + col_tile.to(tl.int64) * sums_stride
         row_sum = tl.load(sums_at + all_rows)
-        LEAST: tl.constexpr = 5.9e-8 if powers.dtype.element_ty == tl.float16 else 1.2e-38
-        # Of all powers together: their level, and sums of derivatives of rows and of columns.
-        # Rounding takes nothing of those, and against the level it errs in both directions.
-        powers_sum = tl.maximum(tl.sum(row_sum, 0), LEAST)
-        level = tl.log2(tl.maximum(powers_sum / (BLOCK_M * BLOCK_N), LEAST))
+        # A mean of the logits below the highest, so that little cancels, and sums of derivatives.
+        powers_sum = tl.maximum(tl.sum(row_sum, 0), 1.2e-38)
+        row_logits = tl.load(sums_at + row_sums_plane + all_rows)
+        col_logits = tl.load(col_sums_at + col_sums_plane)
+        level = tl.sum(row_logits, 0) / powers_sum
         of_rows = tl.sum(by_all_rows * row_sum, 0)
         of_cols = tl.sum(by_col * col_sum, 0)
+        by_logits = tl.sum(by_all_rows * (row_logits - level * row_sum), 0)
+        by_logits += tl.sum(by_col * (col_logits - level * col_sum), 0)
+        highest = shift + tl.log2(above_one(powers))
+        by_logits += (highest + level) * (of_rows + of_cols)
+        tl.store(scale_parts + tile, by_logits / tl.load(factor))
         # What a row's sum loses of the columns' softmaxes is reckoned with a mean of them.
         off_col = by_col + of_rows / powers_sum
         mean_by_col = of_cols / powers_sum
-        by_scale = tl.zeros([ROWS, BLOCK_N], tl.float32)
         lost = tl.zeros([ROWS, BLOCK_N], tl.float32)
         first = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, ROWS)
         powers_at = powers + first[:, None] * powers_stride + cols[None, :]
@@ -185,8 +182,6 @@ def _kept_bwd_kernel(
             by_row = tl.load(row_vectors + row_stride + rows)
             by_row *= tl.exp2(shift - tl.load(row_vectors + rows))
             grad = power * (by_row[:, None] + by_col[None, :])
-            # 0 has no logarithm, and what stands for it is multiplied by 0.
-            by_scale += grad * (_log2(tl.maximum(power, LEAST), APPROXIMATE) - level)
             rounded = grad.to(out.dtype.element_ty)
             if row_lost is not None:
                 rest = grad - rounded.to(tl.float32)
@@ -197,8 +192,6 @@ def _kept_bwd_kernel(
                 tl.store(row_lost + col_tile.to(tl.int64) * num_rows + rows, found)
             tl.store(out_at, rounded)
             out_at += ROWS * out_stride.to(tl.int64)
-        total = tl.sum(tl.sum(by_scale, 1), 0) + (shift + level) * (of_rows + of_cols)
-        tl.store(scale_parts + tile, total / tl.load(factor))
         if row_lost is not None:
             found = tl.sum(lost, 0) + col_sum * off_col
             tl.store(col_lost + row_tile.to(tl.int64) * num_cols + cols, found)
@@ -219,7 +212,6 @@ def kept_bwd_kernel(
         factor, *ranges, row_vectors, col_vectors, *kept.arguments(), out, scale_parts, *lost,
         left, left_count, num_rows, num_cols, row_vectors.stride(0), col_vectors.stride(0),
         out.stride(0), kept.reach, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        ROWS=PAIRS // config.block_n,
-        APPROXIMATE=not INTERPRETED and torch.version.hip is None, num_warps=8,
+        ROWS=PAIRS // config.block_n, num_warps=8,
     )  # fmt: skip
     return left, left_count

@@ -36,6 +36,7 @@ def _stats_fwd_kernel(
     row_parts, col_parts,  # [PLANES, tiles_m, N], [PLANES, tiles_n, M] float32
     far,  # [tiles] int32: where the sums are not good
     powers, shifts, kept_row_sums, kept_col_sums, kept_rows, powers_stride, sums_stride,  # `Kept`
+    row_sums_plane, col_sums_plane,
     num_rows, num_cols, num_features, row_plane, col_plane, margin,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PIECE: tl.constexpr, HAS_CLASSES: tl.constexpr, HAS_MASKS: tl.constexpr, TOTALS: tl.constexpr,
@@ -77,7 +78,8 @@ def _stats_fwd_kernel(
             highest = tl.max(tl.max(dots, 1), 0) * base2
         shift = finite_shift(highest + tl.maximum(-margin * base2, 0.0))
         if powers is not None:
-            # The scale's gradient is made of logits again, which small factors would not allow.
+            # The scale's gradient is made of logits, whose distances from the shift small factors
+            # would not tell.
             keep = ((row_tile + 1) * BLOCK_M <= kept_rows) & (tl.abs(base2) >= 1.0)
             keep = keep & (special == 0)
             above = above_one(powers)
@@ -88,6 +90,7 @@ def _stats_fwd_kernel(
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         row_positives = tl.zeros([BLOCK_M], tl.float32)
         row_total = tl.zeros([BLOCK_M], tl.float32)
+        row_logits = tl.zeros([BLOCK_M], tl.float32)
         least = tl.full([PIECE], 1.0, tl.float32)
         for p in tl.static_range(BLOCK_N // PIECE):
             part = pieces[p]
@@ -114,15 +117,18 @@ def _stats_fwd_kernel(
                 if TOTALS:
                     part = tl.where(left_out, 0.0, part)
             else:
-                power = tl.exp2(part * base2 - shift)
+                below = part * base2 - shift
+                power = tl.exp2(below)
                 row_sum += tl.sum(power, 1)
                 col_sum = tl.sum(power, 0)
                 if powers is not None and keep:
+                    row_logits += tl.sum(power * below, 1)
                     at = powers + rows.to(tl.int64)[:, None] * powers_stride + cols[None, :]
                     kept = (power * above).to(powers.dtype.element_ty)
                     tl.store(at, kept, eviction_policy="evict_first")
                     at = kept_col_sums + row_tile.to(tl.int64) * num_cols + cols
                     tl.store(at, col_sum * above)
+                    tl.store(at + col_sums_plane, tl.sum(power * below, 0) * above)
             least = tl.minimum(least, tl.where(cols < num_cols, col_sum, 1.0))
             tl.store(col_at, tl.zeros([PIECE], tl.float32) + shift, mask=cols < num_cols)
             tl.store(col_at + col_plane, col_sum, mask=cols < num_cols)
@@ -142,6 +148,7 @@ def _stats_fwd_kernel(
         if powers is not None and keep:
             at = kept_row_sums + col_tile.to(tl.int64) * sums_stride + rows
             tl.store(at, row_sum * above)
+            tl.store(at + row_sums_plane, row_logits * above)
         if HAS_CLASSES:
             tl.store(row_at + 2 * row_plane, row_positives, mask=rows < num_rows)
         if TOTALS:

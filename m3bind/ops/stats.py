@@ -73,12 +73,12 @@ def rows_to_keep(
 
 def kept_shape(x: Tensor, kept_rows: int, num_cols: int, backend: str) -> tuple[int, ...]:
     """Of the tensor that keeps them, in the dtype of sums. For powers it is memory that
-    m3bind_kernels.kept divides: powers, sums of rows and of columns, shifts."""
+    m3bind_kernels.kept divides: powers, two sums a row and column of each tile, shifts."""
     if not backends.keeps_powers("similarity_stats", backend):
         return kept_rows, num_cols
     down, across = ((size + BLOCK - 1) // BLOCK for size in (kept_rows, num_cols))
-    row_words = BLOCK * x.itemsize // 4 + 1
-    return (across * (kept_rows * row_words + down * (BLOCK + 1)),)
+    row_words = BLOCK * x.itemsize // 4 + 2
+    return (across * (kept_rows * row_words + down * (2 * BLOCK + 1)),)
 
 
 def fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,7 +46,8 @@ class StatsFwd(Struct):
         ("row_parts", POINTER), ("col_parts", POINTER), ("row_plane", ctypes.c_int64),
         ("col_plane", ctypes.c_int64), ("far", POINTER), ("kept_rows", ctypes.c_int),
         ("shifts", POINTER), ("kept_row_sums", POINTER), ("kept_col_sums", POINTER),
-        ("kept_row_stride", ctypes.c_int64),
+        ("kept_row_stride", ctypes.c_int64), ("kept_row_plane", ctypes.c_int64),
+        ("kept_col_plane", ctypes.c_int64),
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 
 import pytest
+import quick_interpreter  # noqa: F401
 import torch
 from emulator import (
     Numbers,
@@ -81,7 +82,9 @@ def calls():
             **fields, row_parts=row_parts, col_parts=col_parts, row_plane=row_parts.stride(0),
             col_plane=col_parts.stride(0), far=far, kept_rows=len(powers) if keep else 0,
             shifts=shifts, kept_row_sums=row_sums, kept_col_sums=col_sums,
-            kept_row_stride=row_sums.stride(0) if keep else 0,
+            kept_row_stride=row_sums.stride(1) if keep else 0,
+            kept_row_plane=row_sums.stride(0) if keep else 0,
+            kept_col_plane=col_sums.stride(0) if keep else 0,
         )  # fmt: skip
         out = powers if keep else x
         start("stats_fwd", x, y, (*present, keep), p, pointer(out), out.stride(0))

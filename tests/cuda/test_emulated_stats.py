@@ -75,8 +75,8 @@ def keeping(kept_rows: int, cols: int) -> SimpleNamespace:
     return SimpleNamespace(
         powers=torch.full((kept_rows, -(-cols // 64) * 64), math.nan, dtype=torch.float16),
         shifts=torch.full((down, across), math.nan),
-        row_sums=torch.full((across, kept_rows), math.nan),
-        col_sums=torch.full((down, cols), math.nan),
+        row_sums=torch.full((2, across, kept_rows), math.nan),
+        col_sums=torch.full((2, down, cols), math.nan),
     )
 
 
@@ -94,6 +94,7 @@ def forward(kernels, given, *, blocks=2, seed=0, kept_rows=0):
         row_parts=row_parts, col_parts=col_parts, row_plane=row_parts.stride(0),
         col_plane=col_parts.stride(0), far=far, kept_rows=kept_rows, shifts=kept.shifts,
         kept_row_sums=kept.row_sums, kept_col_sums=kept.col_sums, kept_row_stride=kept_rows,
+        kept_row_plane=kept.row_sums.stride(0), kept_col_plane=kept.col_sums.stride(0),
     )  # fmt: skip
     kernels.emulate_stats_fwd(
         ctypes.c_bool(given.bf16), flags(*given.given, kept_rows > 0), pointer(given.x),
@@ -177,13 +178,19 @@ def test_what_is_kept(kernels, kept_rows):
         whole = whole[:2]
     assert torch.equal(kept.shifts.isfinite(), whole)
     for row, col in whole.nonzero().tolist():
-        want = torch.exp2(block(found.logits, (row, col)) / LN2 - kept.shifts[row, col].double())
+        logits = block(found.logits, (row, col)) / LN2
+        want = torch.exp2(logits - kept.shifts[row, col].double())
         got = block(kept.powers, (row, col)).double()
         torch.testing.assert_close(got, want, rtol=2**-11 + 2e-5, atol=2**-24)
         at_rows = slice(row * TILE_ROWS, (row + 1) * TILE_ROWS)
         at_cols = slice(col * TILE_COLS, (col + 1) * TILE_COLS)
-        for sums, axis in ((kept.row_sums[col, at_rows], 1), (kept.col_sums[row, at_cols], 0)):
-            torch.testing.assert_close(sums.double(), want.sum(axis), rtol=2e-5, atol=0)
+        below = want * (logits - kept.shifts[row, col].double() - 15)
+        for sums, axis in (
+            (kept.row_sums[:, col, at_rows], 1),
+            (kept.col_sums[:, row, at_cols], 0),
+        ):
+            wanted = torch.stack([want.sum(axis), below.sum(axis)])
+            torch.testing.assert_close(sums.double(), wanted, rtol=2e-5, atol=0)
 
 
 def test_what_lies_far_apart_is_named(kernels):

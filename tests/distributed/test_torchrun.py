@@ -92,19 +92,20 @@ def kill_after(step: int, folder: Path, process: subprocess.Popen) -> float:
     return time.monotonic()
 
 
-def lost_and_restarted(settings: Path, whole: Path, cut: Path, ranks: int, *more: str) -> None:
-    """A run that loses a rank gives the losses and weights of one that does not, to the bit."""
-    finished(start(settings, ranks, *LONG, *more, f"output={whole}"))
+def lost_and_restarted(settings: Path, cut: Path, ranks: int, *more: str) -> None:
+    """A run that loses a rank; torchrun starts it again."""
     process = start(settings, ranks, *LONG, *more, f"output={cut}", restarts=1)
     kill_after(5, cut, process)
     output = finished(process)
     assert f"rank {ranks - 1} ended; torchrun goes on" in output
-    assert losses(cut) == losses(whole)
     # It went on: a start from nothing would have set the checkpoint aside.
     assert not (cut / "align" / "checkpoints.previous").exists()
-    for name in ("xray", "retina", "ecg"):
-        weights = [f / "align" / name / "model.safetensors" for f in (whole, cut)]
-        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def same_losses(folder: Path, alone: Run) -> None:
+    got, want = losses(folder), losses(alone.folder)
+    assert [step for step, _ in got] == [step for step, _ in want]
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in want], rel=2e-4)
 
 
 def test_a_lost_rank_ends_the_others_and_fewer_go_on(alone, settings, tmp_path):
@@ -119,25 +120,30 @@ def test_a_lost_rank_ends_the_others_and_fewer_go_on(alone, settings, tmp_path):
     said = finished(start(settings, 2, *LONG, *EXACT, f"output={cut}", "--resume"))
     assert said.count("best score") == 1
     # Four ranks with FSDP, then two with DDP: the losses are those of one process.
-    got, want = losses(cut), losses(alone.folder)
-    assert [step for step, _ in got] == list(range(1, 13))
-    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in want], rel=2e-4)
+    same_losses(cut, alone)
 
 
 def test_a_lost_rank_is_started_again(alone, settings, tmp_path):
-    whole, cut = (beside(alone, tmp_path / name) for name in ("whole", "cut"))
-    lost_and_restarted(settings, whole, cut, 2, *EXACT)
+    cut = beside(alone, tmp_path / "cut")
+    lost_and_restarted(settings, cut, 2, *EXACT)
+    same_losses(cut, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["fsdp", 2], ["ddp", 1]], ids=["fsdp", "ddp"])
 def test_a_lost_rank_of_four_is_started_again(settings, tmp_path, more):
-    """With streams of images and dropout."""
+    """With streams of images and dropout: the bits of a run that loses none."""
     parallel, accumulate = more
-    lost_and_restarted(
-        settings, tmp_path / "whole", tmp_path / "cut", 4,
+    given = [
         f"align.parallel={parallel}", f"align.accumulate={accumulate}", "align.batch_size=8",
-    )  # fmt: skip
+    ]  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finished(start(settings, 4, *LONG, *given, f"output={whole}"))
+    lost_and_restarted(settings, cut, 4, *given)
+    assert losses(cut) == losses(whole)
+    for name in ("xray", "retina", "ecg"):
+        weights = [f / "align" / name / "model.safetensors" for f in (whole, cut)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.mark.slow
@@ -194,9 +200,7 @@ def test_two_machines(alone, settings, tmp_path):
     said = "".join(map(finished, machines))
     assert "rank 3 ended; torchrun goes on" in said and said.count("best score") == 1
     assert not (whole / "align" / "checkpoints.previous").exists()
-    got, want = losses(whole), losses(alone.folder)
-    assert [step for step, _ in got] == [step for step, _ in want]
-    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in want], rel=2e-4)
+    same_losses(whole, alone)
 
 
 @pytest.mark.slow
