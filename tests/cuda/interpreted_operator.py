@@ -8,6 +8,7 @@ import itertools
 import pytest
 import quick_interpreter  # noqa: F401
 import torch
+from crossed import crossed
 from emulator import (
     Numbers,
     Siglip,
@@ -25,6 +26,7 @@ from m3bind_kernels import hopper, native, stats_side, waves
 
 NAMES = [name for name, _ in Numbers._fields_]
 SEEDS = itertools.count()
+HALVES = torch.bfloat16, torch.float16
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +162,12 @@ def error(got, want) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
-@pytest.mark.parametrize(
-    ("classes", "masks", "totals"), [(True, False, False), (True, True, True), (False, False, True)]
-)
-def test_statistics_and_gradients(calls, monkeypatch, classes, masks, totals, dtype):
+GIVEN = (True, False, False), (True, True, True), (False, False, True)
+
+
+@pytest.mark.parametrize(("given", "dtype"), crossed(GIVEN, HALVES), ids=str)
+def test_statistics_and_gradients(calls, monkeypatch, given, dtype):
+    classes, masks, totals = given
     monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
     monkeypatch.setattr(waves, "WAVE_BYTES", 1 << 18)
     monkeypatch.setattr(waves, "WAVE_ROWS", 128)  # several waves
@@ -225,10 +228,12 @@ def test_powers_are_kept(calls, monkeypatch, kept_rows):
     want = chunked.similarity_stats_bwd(
         *wide, 0.0, False, exact[0][0], exact[1][0], exact[2], *upstream, True, True
     )
-    for got, ours in zip(gradients(memory), want, strict=True):
-        assert error(got, ours) < 2**-8
+    found = gradients(memory)
+    for got, ours, limit in zip(found, want, (2**-8, 2**-8, 4e-6), strict=True):
+        assert error(got, ours) < limit
     memory[: kept_rows * 416] = torch.nan  # the powers, 832 to a row, are what is used
-    assert all(t.isnan().any() for t in gradients(memory))
+    *spoiled, of_scale = gradients(memory)
+    assert all(t.isnan().any() for t in spoiled) and torch.equal(of_scale, found[2])
 
 
 def test_what_does_not_fit_is_triton_s(calls):
@@ -262,11 +267,13 @@ def test_the_tiles_are_those_of_the_kernels():
     assert (hopper.TILE.block_m, hopper.TILE.block_n) == (TILE_ROWS, TILE_COLS)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
-@pytest.mark.parametrize("masks", (False, True))
-@pytest.mark.parametrize("separated", (False, True))
-def test_siglip(calls, monkeypatch, masks, separated, dtype):
+KINDS = (False, False), (True, True), (True, False), (False, True)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), crossed(KINDS, HALVES), ids=str)
+def test_siglip(calls, monkeypatch, kind, dtype):
     """``separated``: all derivatives but few are so small that a wave is formed again."""
+    masks, separated = kind
     monkeypatch.setattr(waves, "PRECISE_PAIRS", 0)
     monkeypatch.setattr(waves, "WAVE_BYTES", 1 << 18)
     monkeypatch.setattr(waves, "WAVE_ROWS", 128)
@@ -298,12 +305,10 @@ def test_siglip(calls, monkeypatch, masks, separated, dtype):
     assert calls["siglip"] >= before + 9
 
 
-@pytest.mark.parametrize("k", (1, 10, 300))
-@pytest.mark.parametrize(
-    ("masks", "dtype"), [(False, torch.bfloat16), (True, torch.float16)], ids=("bf16", "masks")
-)
-def test_topk(calls, masks, dtype, k):
+@pytest.mark.parametrize(("k", "masks"), crossed((1, 10, 300), (False, True)))
+def test_topk(calls, k, masks):
     """Whole numbers, so that scores are exact and many are equal; rising and falling ones; NaN."""
+    dtype = HALVES[masks]
     draw = torch.Generator().manual_seed(k)
     queries, gallery = (
         torch.randint(-3, 4, (n, 40), generator=draw).to(dtype) for n in (150, 1400)

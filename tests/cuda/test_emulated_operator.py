@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
+TESTS = HERE / "interpreted_operator.py"
 
 
-def test_operators_on_emulated_blocks():
+@pytest.mark.parametrize("marked", ("not slow", pytest.param("slow", marks=pytest.mark.slow)))
+def test_operators_on_emulated_blocks(marked):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", HERE / "interpreted_operator.py"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", marked, TESTS],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1], capture_output=True, text=True,
     )  # fmt: skip

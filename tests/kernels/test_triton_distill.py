@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip_oracle import errors
+from crossed import crossed, slow
 from distill_oracle import dense, features, near, run, truth
 from test_similarity_distill import HARD, KINDS, as_features
 from test_similarity_distill_features import masked_dense
@@ -60,13 +61,9 @@ def batches(n, m, d, e, dtype):
     return (features(n, m, d, e, seed=seed, dtype=dtype) for seed in range(5))
 
 
-# float16 differs from bfloat16 in the rounding of derivatives alone, which other tests see too.
-FEWER_DTYPES = (*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow))
-
-
-@pytest.mark.parametrize("dtype", FEWER_DTYPES, ids=str)
-@pytest.mark.parametrize(("number", "shape"), list(enumerate(SHAPES)), ids=str)
-def test_shape_against_float64(number, shape, dtype):
+@pytest.mark.parametrize(("numbered", "dtype"), crossed(list(enumerate(SHAPES)), DTYPES), ids=str)
+def test_shape_against_float64(numbered, dtype):
+    number, shape = numbered
     *sizes, scale, teacher_scale = shape
     kind = KINDS[(number + DTYPES.index(dtype)) % 2]
     check_rule(batches(*sizes, dtype), (scale, teacher_scale), kind=kind)
@@ -92,7 +89,7 @@ def many_waves(monkeypatch):
 
 @pytest.mark.parametrize(
     "scales",
-    [(1.0, 3000.0), *(pytest.param(s, marks=pytest.mark.slow) for s in ((30, 14.3), (100, 14.3)))],
+    [(1.0, 3000.0), slow((30, 14.3)), slow((100, 14.3))],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -103,7 +100,7 @@ def test_waves_against_float64(many_waves, dtype, scales):
 
 @pytest.mark.parametrize(
     "common",
-    (pytest.param(0.0, marks=pytest.mark.slow), 3.0),
+    (slow(0.0), 3.0),
     ids=("", "with a common direction"),
 )
 def test_bfloat16_rounds_the_result_alone(many_waves, common):
@@ -153,7 +150,7 @@ def test_a_student_close_to_its_teacher_keeps_its_gradient(many_waves, dtype):
         assert errors(got, want)[name] < 0.2, name
 
 
-@pytest.mark.parametrize("kind", (KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)))
+@pytest.mark.parametrize("kind", (KINDS[0], slow(KINDS[1])))
 @pytest.mark.parametrize("student", HARD)
 def test_hard_logits(student, kind):
     for teacher in HARD:

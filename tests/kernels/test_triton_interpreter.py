@@ -33,7 +33,7 @@ def test_kernels_under_the_interpreter(kernel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ("stats", "kept", "distill"))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_every_case_under_the_interpreter(kernel):
     run_interpreted("slow", kernel)
 

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from clip_oracle import errors, float32_logits_loss, in_a_cone, run, truth, unit_pairs
+from crossed import slow
 from feature_oracle import cases, feature_loss
 from kept_cases import ALL, FEATURES, LARGER, N, of_loss, tiles_kept, tiles_to_keep, worth_it
 from test_clip_features import features, widened
@@ -30,14 +31,10 @@ from m3bind_kernels import configs, kept, waves
 __all__ = ["many_waves", "poisoned_memory", "worth_it"]  # fixtures
 
 
-def slow(*values):
-    return [pytest.param(*v, marks=pytest.mark.slow) for v in values]
-
-
 @pytest.mark.parametrize(
     ("scale", "dtype"),
-    [*((30.0, dtype) for dtype in DTYPES), *slow((-30.0, DTYPES[0]), (-30.0, DTYPES[2])),
-     (-30.0, DTYPES[1])],
+    [*((30.0, dtype) for dtype in DTYPES), (-30.0, DTYPES[1]),
+     slow(-30.0, DTYPES[0]), slow(-30.0, DTYPES[2])],
     ids=str,
 )  # fmt: skip
 def test_against_float64(scale, dtype):
@@ -92,7 +89,7 @@ def test_hard_logits(name):
         assert (got[key].double() - value).abs().max() <= 1e-6 * size, key
 
 
-@pytest.mark.parametrize("dtype", (*DTYPES[:2], *slow((DTYPES[2],))), ids=str)
+@pytest.mark.parametrize("dtype", (*DTYPES[:2], slow(DTYPES[2])), ids=str)
 def test_rows_far_below_their_tile_are_formed_again(dtype):
     """Their powers would be lost: what float16 holds ends 2^-40 below a tile's largest."""
     x, y = unit_pairs(200 * LARGER, FEATURES, seed=0, noise=2.0, dtype=dtype)
@@ -107,8 +104,8 @@ def test_rows_far_below_their_tile_are_formed_again(dtype):
 
 @pytest.mark.parametrize(
     ("levels", "side"),
-    [(14.0, "columns"), (20.0, "rows"), (60.0, "columns"), *slow((6.0, "rows"), (6.0, "columns"),
-     (14.0, "rows"), (20.0, "columns"), (60.0, "rows"))],
+    [(14.0, "columns"), (20.0, "rows"), (60.0, "columns"), slow(6.0, "rows"), slow(6.0, "columns"),
+     slow(14.0, "rows"), slow(20.0, "columns"), slow(60.0, "rows")],
 )  # fmt: skip
 def test_levels(levels, side):
     """Rows or columns whose softmaxes lie ever farther apart, and with them a tile's largest power
@@ -174,7 +171,7 @@ def test_nan_comes_out():
         assert got["y"].isnan().all() and got["x"][row].isnan().all()
 
 
-@pytest.mark.parametrize(("block_m", "block_n"), [(64, 256), *slow((128, 128), (128, 256))])
+@pytest.mark.parametrize(("block_m", "block_n"), [(64, 256), slow(128, 128), slow(128, 256)])
 def test_tiles(monkeypatch, block_m, block_n):
     """Rows that are whole blocks of 64 but not whole tiles, and fewer kept than there are."""
     config = replace(configs._INTERPRETER, block_m=block_m, block_n=block_n)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from clip_oracle import errors, unit_pairs
+from crossed import crossed
 from siglip_oracle import float32_logits_loss, run, sizes, truth
 from test_siglip_loss import HARD, PAIRS, SUM_TOLERANCE, M, N, pairs_of
 from test_triton_stats import DEVICE, DTYPES, moved, poisoned_memory  # noqa: F401
@@ -67,9 +68,9 @@ def batches(n, more, d, noise, dtype, *, rows=False):
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "more", "d", "scale", "bias", "noise"), SHAPES)
-def test_shape_against_float64(n, more, d, scale, bias, noise, dtype):
+@pytest.mark.parametrize(("shape", "dtype"), crossed(SHAPES, DTYPES), ids=str)
+def test_shape_against_float64(shape, dtype):
+    n, more, d, scale, bias, noise = shape
     check_rule(batches(n, more, d, noise, dtype), scale, bias)
 
 
@@ -82,8 +83,7 @@ def many_waves(monkeypatch):
     monkeypatch.setattr(siglip_passes, "PART_BYTES", 0)
 
 
-@pytest.mark.parametrize("reduction", ("mean", "none"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "reduction"), crossed(DTYPES, ("mean", "none")), ids=str)
 def test_waves_against_float64(many_waves, dtype, reduction):
     rows = reduction == "none"
     given = batches(140, 20, 40, 2.0, dtype, rows=rows)
@@ -130,8 +130,7 @@ def test_hard_logits(name):
         assert (got[key].double() - want[key]).abs().max() <= 1e-6 * size.max() + 1e-37, key
 
 
-@pytest.mark.parametrize("reduction", ("mean", "none"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "reduction"), crossed(DTYPES, ("mean", "none")), ids=str)
 def test_trivially_separable_keeps_loss_and_gradient(many_waves, dtype, reduction):
     """All derivatives are far below what float16 holds."""
     x = torch.eye(140).to(dtype)

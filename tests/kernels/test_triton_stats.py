@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from clip_oracle import Results, errors, float32_logits_loss, in_a_cone, run, truth, unit_pairs
+from crossed import crossed, slow
 from feature_oracle import cases, feature_loss
 from test_clip_features import features, widened
 from test_clip_loss import HARD, rows_with_logits
@@ -111,10 +112,9 @@ def shape_samples(n, d, scale, noise, dtype):
         yield run_triton(x, y, scale), plain, truth(x, y, scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "d", "scale", "noise"), SHAPES)
-def test_shape_against_float64(n, d, scale, noise, dtype):
-    check_rule(list(shape_samples(n, d, scale, noise, dtype)))
+@pytest.mark.parametrize(("shape", "dtype"), crossed(SHAPES, DTYPES), ids=str)
+def test_shape_against_float64(shape, dtype):
+    check_rule(list(shape_samples(*shape, dtype)))
 
 
 @pytest.fixture
@@ -139,10 +139,7 @@ HALF_SIDES = [(d, dtype) for d in (16, 33, 130) for dtype in DTYPES[1:]]
 # Every second case holds each number of features, and both dtypes.
 @pytest.mark.parametrize(
     ("d", "dtype"),
-    [
-        c if i in (0, 3, 4) else pytest.param(*c, marks=pytest.mark.slow)
-        for i, c in enumerate(HALF_SIDES)
-    ],
+    [c if i in (0, 3, 4) else slow(*c) for i, c in enumerate(HALF_SIDES)],
     ids=str,
 )
 def test_sides_with_rounded_derivatives(monkeypatch, d, dtype):
