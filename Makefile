@@ -40,9 +40,10 @@ demo: setup
 	$(BIN)/m3bind demo --output $(OUT)
 
 # Two tests at a time, one thread each; the tests of threads set their own number. In the order of
-# the files: the longest, Triton's interpreter, would else come last, with nothing beside it.
+# the files: the longest, Triton's interpreter, would else come last, with nothing beside it. Two
+# hundred processes are started: where each compiled its modules anew, it would take a tenth longer.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 test-all: setup
 	$(BIN)/python -m pytest -q tests
