@@ -9,7 +9,7 @@ from train_stub import Stub, StubLoader, config, kept, quadratic
 
 from m3bind.errors import M3BindError
 from m3bind.train import fit, load_best, schedule
-from m3bind.train.checkpoints import read_checkpoint
+from m3bind.train.index import read_checkpoint
 
 
 def test_the_sum_of_the_losses_is_minimised_by_adamw(tmp_path) -> None:

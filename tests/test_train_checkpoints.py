@@ -10,7 +10,7 @@ from train_stub import Stub, StubLoader, config, kept, quadratic
 from m3bind.errors import M3BindError
 from m3bind.tracking import read_history
 from m3bind.train import checkpoints, fit, load_best
-from m3bind.train.checkpoints import read_checkpoint
+from m3bind.train.index import read_checkpoint
 
 
 class Cut(Exception):

@@ -18,7 +18,7 @@ from m3bind.data.shard_writer import ShardWriter
 from m3bind.errors import Interrupted
 from m3bind.tracking import read_history
 from m3bind.train import fit
-from m3bind.train.checkpoints import read_checkpoint
+from m3bind.train.index import read_checkpoint
 
 RUN = Path(train_run.__file__)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from m3bind.config import TrainConfig
 from m3bind.data.loader import Batch
-from m3bind.train.checkpoints import read_checkpoint
+from m3bind.train.index import read_checkpoint
 from m3bind.train.parts import Parts
 
 

@@ -4,12 +4,9 @@ Only `m3bind.data.loader` imports this module, when its first batch is asked for
 runs on a CPU (``device_id=None``) and on a GPU, where images are decoded by "mixed" operators
 and everything after the decoder or the reader stays on the device. The GPU side follows DALI's
 documentation and has not been run on a GPU yet.
-
-Augmentations never change what a physician would read differently: no mirror for radiographs,
-CT and fundi (laterality), none of time or polarity for ECGs. Only tissue has no up, left or right.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +14,14 @@ import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline
 
+from m3bind.data import augmentations
+from m3bind.data.augmentations import Node, between, device_of
 from m3bind.data.constants import EXTENSIONS, SIGNAL_HZ
 from m3bind.data.preprocess import Preprocess
 
 READER = "shards"
 _RESIZE_MODE = {"stretch": "stretch", "pad": "not_larger", "crop": "not_smaller"}
 _SHUFFLE_BUFFER = 4096  # samples; they are memory-mapped, so the buffer holds addresses
-
-Node = Any  # DALI's DataNode, which carries no useful static type
 
 
 def build_pipeline(
@@ -106,7 +103,7 @@ def _image2d(payload: Node, p: Preprocess, modality: str, augment: bool, gpu: bo
         images = _minmax(images)
     images = _resize(images, p, 0.0, 1.0)
     if augment:
-        images = _IMAGE_AUGMENT.get(modality, _augment_film)(images, p)
+        images = augmentations.image2d(images, p, modality)
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
@@ -140,75 +137,6 @@ def _resize(
     return fn.crop(images, out_of_bounds_policy="pad", fill_values=low, **crop)
 
 
-def _between(low: float, high: float, **kwargs: Any) -> Node:
-    return fn.random.uniform(range=[low, high], dtype=types.FLOAT, **kwargs)
-
-
-def _warp(images: Node, p: Preprocess, angle: Node, zoom: float, shift: float, fill: float) -> Node:
-    """Rotate by ``angle`` (degrees), zoom by 1 +- zoom and shift by a share of the size."""
-    height, width = p.size[-2:]
-    centre = [width / 2.0, height / 2.0]
-    scale = _between(1 - zoom, 1 + zoom)
-    matrix = fn.transforms.rotation(angle=angle, center=centre)
-    matrix = fn.transforms.scale(matrix, scale=fn.stack(scale, scale), center=centre)
-    if shift > 0:
-        offset = [_between(-shift * length, shift * length) for length in (width, height)]
-        matrix = fn.transforms.translation(matrix, offset=fn.stack(*offset))
-    return fn.warp_affine(
-        images, matrix=matrix, interp_type=types.INTERP_LINEAR, fill_value=fill, inverse_map=False
-    )
-
-
-def _augment_film(images: Node, p: Preprocess) -> Node:
-    """Small rotation, zoom, shift, exposure: a patient who stands a little differently."""
-    images = _warp(images, p, _between(-7.0, 7.0), zoom=0.08, shift=0.04, fill=0.0)
-    images = fn.brightness_contrast(
-        images, brightness=_between(0.9, 1.1), contrast=_between(0.85, 1.15), contrast_center=0.5
-    )
-    return math.clamp(images, 0.0, 1.0)
-
-
-def _augment_fundus(images: Node, p: Preprocess) -> Node:
-    """As a film, with the small differences of colour between cameras."""
-    images = _warp(images, p, _between(-10.0, 10.0), zoom=0.08, shift=0.03, fill=0.0)
-    return _colour(images, p, hue=4.0, saturation=0.15)
-
-
-def _augment_tissue(images: Node, p: Preprocess) -> Node:
-    """Quarter turns, mirrors, magnification, and the colour twist of another stain or scanner."""
-    images = fn.flip(
-        images,
-        horizontal=fn.random.coin_flip(probability=0.5),
-        vertical=fn.random.coin_flip(probability=0.5),
-    )
-    if p.size[0] == p.size[1]:
-        quarter = fn.random.uniform(values=[0.0, 90.0], dtype=types.FLOAT)
-        # The border that a zoom uncovers is filled with the slide's empty, bright background.
-        images = _warp(images, p, quarter, zoom=0.08, shift=0.0, fill=0.9)
-    return _colour(images, p, hue=8.0, saturation=0.2)
-
-
-def _colour(images: Node, p: Preprocess, hue: float, saturation: float) -> Node:
-    exposure = {"brightness": _between(0.9, 1.1), "contrast": _between(0.85, 1.15)}
-    if p.channels == 1:
-        images = fn.brightness_contrast(images, contrast_center=0.5, **exposure)
-    else:
-        images = fn.color_twist(
-            images,
-            hue=_between(-hue, hue),
-            saturation=_between(1 - saturation, 1 + saturation),
-            **exposure,
-        )
-    return math.clamp(images, 0.0, 1.0)
-
-
-_IMAGE_AUGMENT: dict[str, Callable[[Node, Preprocess], Node]] = {
-    "xray": _augment_film,
-    "retina": _augment_fundus,
-    "pathology": _augment_tissue,
-}
-
-
 def _volume(payload: Node, shape: Node, p: Preprocess, augment: bool, gpu: bool) -> Node:
     # DALI resizes volumes only with a channel axis: [D, H, W, 1].
     shape = fn.cat(fn.cast(shape, dtype=types.INT32), types.Constant([1], dtype=types.INT32))
@@ -217,10 +145,10 @@ def _volume(payload: Node, shape: Node, p: Preprocess, augment: bool, gpu: bool)
     bounds = [bound for window in p.hu_windows for bound in window]
     low, high = (float(np.clip(round(b), -32768, 32767)) for b in (min(bounds), max(bounds)))
     hu = math.clamp(voxels, np.int16(low), np.int16(high))
-    hu = _resize(hu, p, low, high, roi=_another_position() if augment else {})
+    hu = _resize(hu, p, low, high, roi=augmentations.another_position() if augment else {})
     hu = fn.reshape(hu, shape=[*p.size], layout="DHW")
-    if augment:  # another scanner's calibration
-        hu = hu + _between(-15.0, 15.0)
+    if augment:
+        hu = augmentations.calibration(hu)
     channels = [_minmax(hu)] if p.minmax else [_windowed(hu, *window) for window in p.hu_windows]
     means, stds = (v * (len(channels) // len(v)) for v in (p.mean, p.std))
     channels = [
@@ -234,12 +162,6 @@ def _windowed(hu: Node, low: float, high: float) -> Node:
     return math.clamp(hu, low, high) * (2.0 / (high - low)) - (high + low) / (high - low)
 
 
-def _another_position() -> dict[str, Node]:
-    """A patient who lies a little elsewhere, in a field of view a little smaller."""
-    start, end = ([_between(low, low + 0.04) for _ in range(3)] for low in (0.0, 0.96))
-    return {"roi_start": fn.stack(*start), "roi_end": fn.stack(*end), "roi_relative": True}
-
-
 def _signal(payload: Node, shape: Node, p: Preprocess, augment: bool, gpu: bool) -> Node:
     (samples,) = p.size
     shape = fn.cast(shape, dtype=types.INT32)
@@ -247,7 +169,7 @@ def _signal(payload: Node, shape: Node, p: Preprocess, augment: bool, gpu: bool)
     leads = fn.cast(leads, dtype=types.FLOAT) * 0.001
     if p.rate_hz < SIGNAL_HZ:
         # audio_resample does not filter when it reduces the rate: 180 Hz would become 70 Hz.
-        taps = types.Constant(low_pass(p.rate_hz)[None, :], device=_device(gpu))
+        taps = types.Constant(low_pass(p.rate_hz)[None, :], device=device_of(gpu))
         leads = fn.filter(leads, taps, border="reflect_101")
     # It works along the first axis, so time comes first until the end.
     signals = fn.transpose(leads, perm=[1, 0])
@@ -262,17 +184,17 @@ def _signal(payload: Node, shape: Node, p: Preprocess, augment: bool, gpu: bool)
         fn.reshape(signals, shape=[-1, p.channels, 1], layout="HWC"),
         crop_h=samples,
         crop_w=p.channels,
-        crop_pos_y=_between(0.0, 1.0) if augment else 0.5,
+        crop_pos_y=between(0.0, 1.0) if augment else 0.5,
         out_of_bounds_policy="pad",
         fill_values=0.0,
     )
     signals = fn.reshape(signals, shape=[samples, p.channels], layout="")
     if augment:
-        signals = _augment_signal(signals, p, gpu)
+        signals = augmentations.signal(signals, p, gpu)
     if any(p.mean) or set(p.std) != {1.0}:
         mean, std = (np.asarray(values, np.float32) for values in (p.mean, p.std))
-        scale = types.Constant(1 / std, device=_device(gpu))
-        signals = signals * scale - types.Constant(mean / std, device=_device(gpu))
+        scale = types.Constant(1 / std, device=device_of(gpu))
+        signals = signals * scale - types.Constant(mean / std, device=device_of(gpu))
     return fn.transpose(signals, perm=[1, 0])
 
 
@@ -288,28 +210,6 @@ def low_pass(rate_hz: int) -> np.ndarray:
     cutoff = 0.5 * rate_hz / SIGNAL_HZ  # cycles a sample
     taps = np.sinc(2 * cutoff * np.arange(-half, half + 1)) * np.kaiser(2 * half + 1, beta)
     return (taps / taps.sum()).astype(np.float32)
-
-
-def _augment_signal(signals: Node, p: Preprocess, gpu: bool) -> Node:
-    """Another amplifier's gain, muscle noise, breathing, and rarely an electrode that fell off."""
-    signals = signals * _between(0.9, 1.1)
-    # Up to 0.02 mV rms; uniform, because Gaussian numbers take three times as long.
-    noise = fn.random.uniform(signals, range=[-1.0, 1.0], dtype=types.FLOAT)
-    signals = signals + noise * _between(0.0, 0.035)
-    (samples,) = p.size
-    seconds = types.Constant(
-        np.arange(samples, dtype=np.float32)[:, None] / p.rate_hz, device=_device(gpu)
-    )
-    breathing = 6.2831853 * _between(0.1, 0.4)  # rad/s, as 6 to 24 breaths a minute
-    wander = math.sin(seconds * breathing + _between(0.0, 6.2831853)) * _between(0.0, 0.08)
-    signals = signals + wander
-    loose = fn.random.coin_flip(probability=0.05)
-    off = fn.random.coin_flip(probability=1 / 6, shape=[p.channels], device=_device(gpu))
-    return signals * fn.cast(1 - off * loose, dtype=types.FLOAT)
-
-
-def _device(gpu: bool) -> str:
-    return "gpu" if gpu else "cpu"
 
 
 def _minmax(values: Node) -> Node:

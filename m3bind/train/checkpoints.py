@@ -18,69 +18,13 @@ from m3bind.files import sync, write_json
 from m3bind.parallel import Engine, gathered_objects, is_first, rank, size
 from m3bind.parallel.world import by_first, launched
 from m3bind.train.generators import pack_random, unpack_random
+from m3bind.train.index import FORMAT, Progress, has_checkpoint, index_of, parts_of, read_checkpoint
 from m3bind.train.parts import Parts, pack, save_parts, unpack
 
-FORMAT = "m3bind-checkpoint-3"
 # These say how often something is done, how fast or on how many ranks, not what is computed.
 _MAY_CHANGE = (
     "log_every", "checkpoint_every", "num_threads", "prefetch", "parallel", "placement",
 )  # fmt: skip
-
-
-def has_checkpoint(out: Path, since: float = -math.inf) -> bool:
-    """Whether a training in ``out`` wrote a checkpoint, later than ``since`` (seconds of 1970)."""
-    index = _index(out)
-    return index.is_file() and index.stat().st_mtime > since
-
-
-def read_checkpoint(out: Path) -> dict[str, Any]:
-    """Plain values of the last checkpoint in ``out``: progress, settings, and under "last" and
-    "best" which folder beside it has how many tensors."""
-    index = _index(out)
-    try:
-        data = json.loads(index.read_text())
-    except FileNotFoundError:
-        raise M3BindError(f"no checkpoint at {index}") from None
-    except ValueError as error:
-        raise M3BindError(f"{index} is damaged ({error})") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise M3BindError(f"{index} is not of a checkpoint of this version ({FORMAT})")
-    missing = {"last", "best", "config", "layout", *vars(Progress())} - data.keys()
-    if missing:
-        raise M3BindError(f"{index} is damaged: it lacks {', '.join(sorted(missing))}")
-    return data
-
-
-def best_weights(out: Path) -> dict[str, Tensor]:
-    """The best weights of the training in ``out``, whole, whatever ranks wrote them."""
-    return _best(Path(out))[0]
-
-
-def load_best(task: Any, out: Path) -> int:
-    """Give ``task`` the best weights of the run in ``out``; returns their step."""
-    weights, step = _best(Path(out))
-    task.load_trainable_state(weights)
-    return step
-
-
-def _best(out: Path) -> tuple[dict[str, Tensor], int]:
-    data = read_checkpoint(out)
-    if not data["best"]:
-        raise M3BindError(f"{_index(out)} names no best weights yet: wait for a validation")
-    try:
-        return _parts(out, data["best"]).read("model/"), data["best_step"]
-    except M3BindError:
-        if read_checkpoint(out)["best"] == data["best"]:
-            raise
-        return _best(out)  # a training that goes on has found better ones meanwhile
-
-
-class Progress:
-    """How far a training is: all of it that is plain numbers."""
-
-    def __init__(self) -> None:
-        self.step, self.validated, self.seconds = 0, 0, 0.0
-        self.best_step, self.best_score = 0, -math.inf
 
 
 class Checkpoints:
@@ -106,7 +50,7 @@ class Checkpoints:
         self.loaders, self.rng = loaders, rng
         self.settings = json.loads(json.dumps(settings))  # as they come back
         self.task: Any = engine.task
-        self.index = _index(out)
+        self.index = index_of(out)
         self.folder = self.index.parent
         self.last: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
@@ -163,7 +107,7 @@ class Checkpoints:
 
     def load_best(self) -> None:
         """Give the task the best weights."""
-        self._load_model(_parts(self.out, self.best))
+        self._load_model(parts_of(self.out, self.best))
 
     def _tensors(self) -> dict[str, Tensor]:
         generators, random_data = pack_random(self.rng)
@@ -203,7 +147,7 @@ class Checkpoints:
         for name in vars(progress):
             setattr(progress, name, data[name])
         self.last, self.best = data["last"], data["best"]
-        parts = _parts(self.out, self.last)
+        parts = parts_of(self.out, self.last)
         self._load_model(parts)
         self._load_optimizer(parts)
         same = data["layout"] == self.layout
@@ -307,14 +251,6 @@ class Checkpoints:
         if previous.exists():
             shutil.rmtree(previous)
         self.folder.rename(previous)
-
-
-def _index(out: Path) -> Path:
-    return Path(out) / "checkpoints" / "index.json"
-
-
-def _parts(out: Path, which: Mapping[str, Any]) -> Parts:
-    return Parts(_index(out).parent / which["folder"], which["tensors"])
 
 
 def _of_rank(parts: Parts, source: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

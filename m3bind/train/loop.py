@@ -22,7 +22,8 @@ from m3bind.parallel import Engine, gathered_objects, is_first, size
 from m3bind.parallel.engine import scale_gradients
 from m3bind.parallel.world import lost_ranks_named, totals
 from m3bind.tracking import Tracker
-from m3bind.train.checkpoints import Checkpoints, Progress
+from m3bind.train.checkpoints import Checkpoints
+from m3bind.train.index import Progress
 from m3bind.train.interfaces import FitResult, Loader
 from m3bind.train.schedule import schedule
 from m3bind.train.signals import Stop, stop_signals

@@ -21,7 +21,8 @@ from m3bind.parallel import Engine, Placement, gathered_objects, meet_after, ran
 from m3bind.tasks.align import Align
 from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
-from m3bind.train.checkpoints import Checkpoints, Progress
+from m3bind.train.checkpoints import Checkpoints
+from m3bind.train.index import Progress
 from m3bind.train.parts import Parts, save_parts
 
 WIDTH = 8

@@ -19,7 +19,7 @@ from train_stub import kept
 
 from m3bind.config import load_config
 from m3bind.stages import Run
-from m3bind.train.checkpoints import read_checkpoint
+from m3bind.train.index import read_checkpoint
 
 # Without dropout, on kept features: then any number of ranks computes the same.
 EXACT = [
