@@ -71,15 +71,14 @@ class StatsFwdTile {
     fill(kShift, shift);
     const float factor = *p_.factor;
     sum(dots, rules, kSum, [&](float dot, const Pair& pair) {
-      const float below = fmaf(dot, factor, -shift);
-      const float power = pair.left_out ? 0.0f : power_of_two(below);
-      return Both{pair.not_in_row ? 0.0f : power, pair.not_in_col ? 0.0f : power, power * below};
+      const float power = pair.left_out ? 0.0f : power_of_two(fmaf(dot, factor, -shift));
+      return Both{pair.not_in_row ? 0.0f : power, pair.not_in_col ? 0.0f : power, power * dot};
     });
   }
 
   struct Both {
     float in_row, in_col;
-    float kept = 0;  // for another sum of both, where powers are kept
+    float kept = 0;  // of which sums stay, too, where powers do
   };
 
   static constexpr int kShift = 0, kSum = 1, kPositives = 2, kTotals = CLASSES ? 3 : 2;
@@ -105,11 +104,8 @@ class StatsFwdTile {
     return found == -INFINITY ? 0.0f : ceilf(found);
   }
 
-  // Whether the tile can be kept, but for special pairs. The scale's gradient is made of logits,
-  // whose distances from the shift small factors would not tell.
-  M3BIND_DEVICE bool stays() const {
-    return (tile_.row + 1) * kTileRows <= p_.kept_rows && fabsf(*p_.factor) >= 1;
-  }
+  // Whether the tile can be kept, but for special pairs.
+  M3BIND_DEVICE bool stays() const { return (tile_.row + 1) * kTileRows <= p_.kept_rows; }
 
   M3BIND_DEVICE void keep_shift(float shift) {
     if (Lane().thread == 0 && tile_.row * kTileRows < p_.kept_rows)

@@ -2,7 +2,7 @@
 
 A power is 2^(logit - shift) of a pair that has no rule of its own, rounded like the derivative that
 is made of it. What rounding takes from sums of rows and columns is known, since the sums are left,
-too; and so are sums of power * logit, of which the scale's gradient is made. Tiles that hold
+too; and so are sums of power * dot, of which the scale's gradient is made. Tiles that hold
 positives or masked pairs, or that reach beyond the matrix, are not kept, and those whose powers are
 too small for some row or column are formed again.
 
@@ -61,8 +61,7 @@ class Kept:
 
     powers: Tensor  # [rows, whole blocks of columns] float16 or float32
     shifts: Tensor  # [tiles of rows, tiles of columns] float32; inf where nothing is kept
-    # Of powers before they were rounded, and of power * (logit - highest), the tile's highest.
-    row_sums: Tensor  # [2, tiles of columns, rows] float32
+    row_sums: Tensor  # [2, tiles of columns, rows] float32: of powers before rounding, power * dot
     col_sums: Tensor  # [2, tiles of rows, columns] float32
     config: Config
     reach: float  # how far log-sum-exps may lie below a shift
@@ -123,7 +122,6 @@ def above_one(powers):
 
 @triton.jit
 def _kept_bwd_kernel(
-    factor,  # [1] float32: logits in base 2 are factor * dot
     row_shift_ranges, col_shift_ranges,  # [tiles, 2] float32
     row_vectors, col_vectors,  # [4, N], [4, M] float32: see `Upstream`
     powers, shifts, row_sums, col_sums, kept_rows, powers_stride, sums_stride,
@@ -153,18 +151,16 @@ def _kept_bwd_kernel(
         by_all_rows *= tl.exp2(shift - tl.load(row_vectors + all_rows))
         sums_at = row_sums + col_tile.to(tl.int64) * sums_stride
         row_sum = tl.load(sums_at + all_rows)
-        # A mean of the logits below the highest, so that little cancels, and sums of derivatives.
+        # A mean of the dot products, so that little cancels, and sums of derivatives.
         powers_sum = tl.maximum(tl.sum(row_sum, 0), 1.2e-38)
-        row_logits = tl.load(sums_at + row_sums_plane + all_rows)
-        col_logits = tl.load(col_sums_at + col_sums_plane)
-        level = tl.sum(row_logits, 0) / powers_sum
+        row_dots = tl.load(sums_at + row_sums_plane + all_rows)
+        col_dots = tl.load(col_sums_at + col_sums_plane)
+        level = tl.sum(row_dots, 0) / powers_sum
         of_rows = tl.sum(by_all_rows * row_sum, 0)
         of_cols = tl.sum(by_col * col_sum, 0)
-        by_logits = tl.sum(by_all_rows * (row_logits - level * row_sum), 0)
-        by_logits += tl.sum(by_col * (col_logits - level * col_sum), 0)
-        highest = shift + tl.log2(above_one(powers))
-        by_logits += (highest + level) * (of_rows + of_cols)
-        tl.store(scale_parts + tile, by_logits / tl.load(factor))
+        by_dots = tl.sum(by_all_rows * (row_dots - level * row_sum), 0)
+        by_dots += tl.sum(by_col * (col_dots - level * col_sum), 0)
+        tl.store(scale_parts + tile, by_dots + level * (of_rows + of_cols))
         # What a row's sum loses of the columns' softmaxes is reckoned with a mean of them.
         off_col = by_col + of_rows / powers_sum
         mean_by_col = of_cols / powers_sum
@@ -200,7 +196,7 @@ def _kept_bwd_kernel(
 
 
 def kept_bwd_kernel(
-    kept: Kept, factor: Tensor, ranges: list[Tensor], row_vectors: Tensor, col_vectors: Tensor,
+    kept: Kept, ranges: list[Tensor], row_vectors: Tensor, col_vectors: Tensor,
     out: Tensor, scale_parts: Tensor, lost: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `stats_bwd_kernel` fills, in the tiles that are kept; the list of the others [tiles],
@@ -209,7 +205,7 @@ def kept_bwd_kernel(
     config, tiles = kept.config, scale_parts.shape[0]
     left, left_count = (scale_parts.new_zeros(n, dtype=torch.int32) for n in (tiles, 1))
     _kept_bwd_kernel[(tiles,)](
-        factor, *ranges, row_vectors, col_vectors, *kept.arguments(), out, scale_parts, *lost,
+        *ranges, row_vectors, col_vectors, *kept.arguments(), out, scale_parts, *lost,
         left, left_count, num_rows, num_cols, row_vectors.stride(0), col_vectors.stride(0),
         out.stride(0), kept.reach, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ROWS=PAIRS // config.block_n, num_warps=8,

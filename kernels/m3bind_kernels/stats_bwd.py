@@ -135,9 +135,7 @@ def stats_bwd_kernel(
     lost = (None, None) if out.dtype == torch.float32 else (row_lost, col_lost)
     listed: tuple[Tensor | None, Tensor | None] = (None, None)
     if kept is not None:
-        listed = kept_bwd_kernel(
-            kept, part.factor, ranges, row_vectors, upstream.cols, out, scale_parts, lost
-        )
+        listed = kept_bwd_kernel(kept, ranges, row_vectors, upstream.cols, out, scale_parts, lost)
         config = far_config(config)
     launch(
         _stats_bwd_kernel, config, *part.shape,

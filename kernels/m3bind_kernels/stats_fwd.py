@@ -78,10 +78,7 @@ def _stats_fwd_kernel(
             highest = tl.max(tl.max(dots, 1), 0) * base2
         shift = finite_shift(highest + tl.maximum(-margin * base2, 0.0))
         if powers is not None:
-            # The scale's gradient is made of logits, whose distances from the shift small factors
-            # would not tell.
-            keep = ((row_tile + 1) * BLOCK_M <= kept_rows) & (tl.abs(base2) >= 1.0)
-            keep = keep & (special == 0)
+            keep = ((row_tile + 1) * BLOCK_M <= kept_rows) & (special == 0)
             above = above_one(powers)
             if row_tile * BLOCK_M < kept_rows:
                 at = shifts + row_tile.to(tl.int64) * tiles_m + col_tile
@@ -90,7 +87,7 @@ def _stats_fwd_kernel(
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         row_positives = tl.zeros([BLOCK_M], tl.float32)
         row_total = tl.zeros([BLOCK_M], tl.float32)
-        row_logits = tl.zeros([BLOCK_M], tl.float32)
+        row_dots = tl.zeros([BLOCK_M], tl.float32)
         least = tl.full([PIECE], 1.0, tl.float32)
         for p in tl.static_range(BLOCK_N // PIECE):
             part = pieces[p]
@@ -117,18 +114,17 @@ def _stats_fwd_kernel(
                 if TOTALS:
                     part = tl.where(left_out, 0.0, part)
             else:
-                below = part * base2 - shift
-                power = tl.exp2(below)
+                power = tl.exp2(part * base2 - shift)
                 row_sum += tl.sum(power, 1)
                 col_sum = tl.sum(power, 0)
                 if powers is not None and keep:
-                    row_logits += tl.sum(power * below, 1)
+                    row_dots += tl.sum(power * part, 1)
                     at = powers + rows.to(tl.int64)[:, None] * powers_stride + cols[None, :]
                     kept = (power * above).to(powers.dtype.element_ty)
                     tl.store(at, kept, eviction_policy="evict_first")
                     at = kept_col_sums + row_tile.to(tl.int64) * num_cols + cols
                     tl.store(at, col_sum * above)
-                    tl.store(at + col_sums_plane, tl.sum(power * below, 0) * above)
+                    tl.store(at + col_sums_plane, tl.sum(power * part, 0) * above)
             least = tl.minimum(least, tl.where(cols < num_cols, col_sum, 1.0))
             tl.store(col_at, tl.zeros([PIECE], tl.float32) + shift, mask=cols < num_cols)
             tl.store(col_at + col_plane, col_sum, mask=cols < num_cols)
@@ -148,7 +144,7 @@ def _stats_fwd_kernel(
         if powers is not None and keep:
             at = kept_row_sums + col_tile.to(tl.int64) * sums_stride + rows
             tl.store(at, row_sum * above)
-            tl.store(at + row_sums_plane, row_logits * above)
+            tl.store(at + row_sums_plane, row_dots * above)
         if HAS_CLASSES:
             tl.store(row_at + 2 * row_plane, row_positives, mask=rows < num_rows)
         if TOTALS:

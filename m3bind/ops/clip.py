@@ -66,10 +66,9 @@ def clip_loss(
             the backend "cpp". Results differ by no more than the order of sums.
             Backends "triton" and "cuda" (default: 0) keep exp(logit), in 2.3 bytes a pair of
             16-bit features and 4.3 of float32, of tiles without positives and masked pairs;
-            nothing where D <= 256, where N * M <= 2**20 in 16 bit, with label_smoothing, or where
-            the scale is below 0.7. Each is rounded as the derivatives themselves are, to 11
-            binary digits in 16 bit; sums that are left beside them keep that out of the
-            gradients. "reference" keeps everything.
+            nothing where D <= 256, where N * M <= 2**20 in 16 bit, or with label_smoothing. Each
+            is rounded as the derivatives themselves are, to 11 binary digits in 16 bit; sums that
+            are left beside them keep that out of the gradients. "reference" keeps everything.
         backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
 
     Returns:

@@ -147,7 +147,7 @@ def test_the_tiles_are_those_of_the_kernels():
     assert (hopper.TILE.block_m, hopper.TILE.block_n) == (TILE_ROWS, TILE_COLS)
 
 
-KINDS = (False, False), (True, True), (True, False), (False, True)
+KINDS = (False, False), (True, True), (False, True), (True, False)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), crossed(KINDS, HALVES), ids=str)

@@ -40,7 +40,9 @@ class Block {
       fibre->context.uc_link = &home_;
       makecontext(&fibre->context, reinterpret_cast<void (*)()>(&Block::start), 0);
     }
+    size_t behind = 0;  // a warp that waits while any other can go on
     while (alive_ > 0) {
+      if (random_() % 64 == 0) behind = random_() % (fibres_.size() / kWarp);
       runnable_.clear();
       for (size_t i = 0; i < fibres_.size(); ++i)
         if (!fibres_[i]->done && (!fibres_[i]->waits || fibres_[i]->waits()))
@@ -49,6 +51,7 @@ class Block {
       if (!copies_.empty() && (runnable_.empty() || random_() % 64 == 0)) copy_one();
       std::shuffle(runnable_.begin(), runnable_.end(), random_);
       for (size_t i : runnable_) {
+        if (i / kWarp == behind && runnable_.size() > kWarp) continue;
         if (fibres_[i]->waits && !fibres_[i]->waits()) continue;
         fibres_[i]->waits = nullptr;
         thread_ = static_cast<int>(i);
@@ -86,7 +89,7 @@ class Block {
 
   static constexpr int kNamed = 16;  // barriers; the following are those of warps
 
-  void meet_warp() { meet(kNamed + thread_ / 32, 32, true); }
+  void meet_warp() { meet(kNamed + thread_ / kWarp, kWarp, true); }
 
   uint64_t& mail(int thread) { return fibres_[thread]->mail; }
   std::vector<std::function<void()>>& group() { return fibres_[thread_]->group; }
@@ -112,6 +115,7 @@ class Block {
   int index = 0, count = 1;  // of the block
 
  private:
+  static constexpr int kWarp = 32;
   static constexpr size_t kGuard = 256;
 
   struct Fibre {
