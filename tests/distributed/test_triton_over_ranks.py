@@ -17,6 +17,7 @@ def with_kept_powers(*arguments: Any) -> dict[str, Any]:
     from m3bind.ops import stats
     from m3bind_kernels import stats_bwd, stats_side, waves
 
+    # For good: these processes are this test's own.
     stats.FEW_FEATURES = stats.FEW_PAIRS = 0
     stats_side.MOST_FEATURES = waves.PRECISE_PAIRS = 0
     calls = []

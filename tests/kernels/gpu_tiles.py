@@ -6,7 +6,7 @@ So the tests of kernels are run as on a GPU before they are run on one: sizes th
 
 import torch
 
-from m3bind_kernels import configs, tuning
+from m3bind_kernels import configs, kept, tuning
 
 HOPPER, SHARED_BYTES = 90, 227 << 10
 interpreters = configs.for_device
@@ -19,4 +19,4 @@ def for_device(kernel: str, half: bool, device: torch.device) -> list[configs.Co
     return configs.candidates(kernel, half, HOPPER, SHARED_BYTES)[:1]
 
 
-configs.for_device = tuning.for_device = for_device
+configs.for_device = tuning.for_device = kept.for_device = for_device

@@ -47,10 +47,8 @@ def tiles_kept(found: kept.Kept) -> torch.Tensor:
 
 
 def tiles_to_keep(n: int, dtype: torch.dtype) -> torch.Tensor:
-    """Blocks of 64 x 64 in whole tiles that do not meet the diagonal."""
+    """Whole tiles that do not meet the diagonal."""
     tile = tile_of(dtype)
-    first = torch.arange(0, n, 64)
-    row, col = first // tile.block_m * tile.block_m, first // tile.block_n * tile.block_n
-    row, col = row[:, None], col[None, :]
+    row, col = torch.arange(0, n, tile.block_m)[:, None], torch.arange(0, n, tile.block_n)[None]
     whole = (row + tile.block_m <= n) & (col + tile.block_n <= n)
     return whole & ((row >= col + tile.block_n) | (col >= row + tile.block_m))

@@ -37,7 +37,11 @@ def test_powers_and_shifts(dtype):
     assert found.powers.dtype == (torch.float16 if half else torch.float32)
     logits = 30.0 / math.log(2) * x.double() @ y.double().T
     for row, col in tiles_kept(found).nonzero().tolist():
-        at = slice(64 * row, 64 * row + 64), slice(64 * col, 64 * col + 64)
+        first = row * found.config.block_m, col * found.config.block_n
+        at = (
+            slice(first[0], first[0] + found.config.block_m),
+            slice(first[1], first[1] + found.config.block_n),
+        )
         shift = found.shifts[row, col].double().cpu()
         want = torch.exp2(logits[at] - shift)
         assert want.max() < (2**15 if half else 1)
