@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from m3bind.cli import main
 from m3bind.data.dataset import Dataset, ModalityInfo
 from m3bind.errors import M3BindError
 
@@ -24,6 +25,20 @@ def m3bind(*arguments: str, cwd: Path | None = None, **environment: str):
     )  # fmt: skip
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The same in this process, whose start takes longer than these commands."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["m3bind", *arguments])
+        monkeypatch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return subprocess.CompletedProcess(arguments, stop.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
 def test_help_names_every_command():
     shown = m3bind("--help")
     assert shown.returncode == 0
@@ -32,8 +47,8 @@ def test_help_names_every_command():
 
 
 @pytest.mark.parametrize("command", ["prepare", "align", "demo"])
-def test_each_command_has_help(command):
-    shown = m3bind(command, "--help")
+def test_each_command_has_help(here, command):
+    shown = here(command, "--help")
     assert shown.returncode == 0
     assert "Usage" in shown.stdout and "--help" in shown.stdout
 
@@ -53,17 +68,17 @@ def test_unknown_key_is_one_line_with_file_key_and_remedy(tmp_path):
     assert str(settings) in line and "align.agrement" in line and "'agreement'" in line
 
 
-def test_bad_override_is_one_line(tmp_path):
+def test_bad_override_is_one_line(here, tmp_path):
     settings = tmp_path / "mine.yaml"
     settings.write_text("seed: 1\n")
-    line = one_line(m3bind("align", "-c", str(settings), "align.steps=many"))
+    line = one_line(here("align", "-c", str(settings), "align.steps=many"))
     assert "align.steps" in line and "many" in line
 
 
-def test_missing_data_set_is_one_line(tmp_path):
+def test_missing_data_set_is_one_line(here, tmp_path):
     settings = tmp_path / "mine.yaml"
     settings.write_text(f"data: {tmp_path}/nowhere\n")
-    line = one_line(m3bind("align", "-c", str(settings)))
+    line = one_line(here("align", "-c", str(settings)))
     assert "nowhere" in line and "m3bind phantom" in line
 
 

@@ -41,8 +41,8 @@ class StatsFwdTile {
 
   M3BIND_DEVICE void run(float (&dots)[128]) {
     if (KEEP && Lane().thread == 0) outgoing_.wait();
-    const float shift = tile_shift(dots, *p_.factor);
     const bool special = is_special<CLASSES, MASKS>(p_.numbers, p_.sizes, tile_);
+    const float shift = tile_shift(dots, *p_.factor, special);
     if (KEEP) keep_shift(special || !stays() ? INFINITY : shift - kDigitsAbove);
     if (special)
       statistics(dots, shift,
@@ -89,8 +89,8 @@ class StatsFwdTile {
   static constexpr float kDigitsAbove = 15, kAbove = 32768;
 
   // An integer above the highest logit, so that differences of shifts are exact. A negative margin
-  // raises the positives above what is there.
-  M3BIND_DEVICE float tile_shift(const float (&dots)[128], float factor) {
+  // raises positives above what is there.
+  M3BIND_DEVICE float tile_shift(const float (&dots)[128], float factor, bool special) {
     float own = dots[0];
     if (factor < 0) {
 #pragma unroll
@@ -99,7 +99,7 @@ class StatsFwdTile {
 #pragma unroll
       for (int i = 1; i < 128; ++i) own = fmaxf(own, dots[i]);
     }
-    const float raised = fmaxf(-p_.margin * factor, 0.0f);
+    const float raised = special ? fmaxf(-p_.margin * factor, 0.0f) : 0.0f;
     const float found = over_warpgroup(own * factor, meeting_, higher) + raised;
     return found == -INFINITY ? 0.0f : ceilf(found);
   }

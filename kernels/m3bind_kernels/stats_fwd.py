@@ -71,12 +71,13 @@ def _stats_fwd_kernel(
             row_tile, col_tile, num_rows, num_cols, BLOCK_M, BLOCK_N, HAS_CLASSES, HAS_MASKS,
         )  # fmt: skip
         # One shift for the tile, of the dot products, since logits kept for later would fill the
-        # registers. A negative margin raises the positives above what is there.
+        # registers. A negative margin raises positives above what is there.
         if base2 < 0:
             highest = tl.min(tl.min(dots, 1), 0) * base2
         else:
             highest = tl.max(tl.max(dots, 1), 0) * base2
-        shift = finite_shift(highest + tl.maximum(-margin * base2, 0.0))
+        raised = tl.where(special, tl.maximum(-margin * base2, 0.0), 0.0)
+        shift = finite_shift(highest + raised)
         if powers is not None:
             keep = ((row_tile + 1) * BLOCK_M <= kept_rows) & (special == 0)
             above = above_one(powers)

@@ -19,7 +19,7 @@ def tile_of(dtype: torch.dtype) -> configs.Config:
 
 
 LARGER = tile_of(torch.float16).block_n // 64  # tiles are kept where they are whole
-N = 230 * LARGER
+N = 150 * LARGER
 
 
 @pytest.fixture(autouse=True)

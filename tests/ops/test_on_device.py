@@ -87,7 +87,7 @@ def test_error_against_float64(operator, backend, n, d, dtype):
         assert mine <= 1.5 * theirs + small, (name, mine, theirs)
 
 
-@every_dtype
+@(cases if DEVICE == "cpu" else every_dtype)  # test_operator_contract.py has the CPU's others
 def test_bit_equal_from_run_to_run(operator, backend, dtype):
     owed = OPERATORS[operator]
     leaves = owed.make(1100, 320, dtype=dtype)
