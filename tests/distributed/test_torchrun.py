@@ -124,6 +124,8 @@ def test_a_lost_rank_ends_the_others_and_fewer_go_on(alone, settings, tmp_path, 
     same_losses(cut, alone)
 
 
+# Its fast sibling: test_what_torchrun_starts_again_goes_on_with_this_run_and_no_other.
+@pytest.mark.slow
 def test_a_lost_rank_is_started_again(alone, settings, tmp_path):
     cut = beside(alone, tmp_path / "cut")
     lost_and_restarted(settings, cut, 2, *EXACT)

@@ -65,7 +65,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", (pytest.param("chunked", marks=pytest.mark.slow), FAST[1]))
 def test_memory_holds_no_matrix(backend):
     # The matrix of 14000 x 14000 is 748 MiB.
     done = subprocess.run(
