@@ -40,8 +40,8 @@ demo: setup
 	$(BIN)/m3bind demo --output $(OUT)
 
 # Two tests at a time, one thread each; the tests of threads set their own number. In the order of
-# the files: the longest, Triton's interpreter, would else come last, with nothing beside it. Two
-# hundred processes are started: where each compiled its modules anew, it would take a tenth longer.
+# the files: the longest, Triton's interpreter, would else come last, with nothing beside it. Many
+# processes are started, and bytecode that is kept is not compiled anew by each.
 test: setup
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 

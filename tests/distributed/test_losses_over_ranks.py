@@ -185,14 +185,18 @@ def test_backward_twice_doubles_the_gradients(pools, loss, scheme):
     check(case, spread(pools(2), case, scheme=scheme, backwards=2), times=2)
 
 
+FROZEN = (("x",), ("y",), ("x", "y"), ("scale",), ("x", "y", "scale"))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("frozen", (("x",), ("y",), ("x", "y"), ("scale",), ("x", "y", "scale")))
+@pytest.mark.parametrize(
+    ("loss", "frozen"),
+    # siglip_loss has a bias, too; of the others nothing would be left to differentiate.
+    [(loss, f) for loss in LOSSES for f in FROZEN if loss == "siglip_loss" or len(f) < 3],
+)
 def test_what_needs_no_gradient_costs_none(pools, loss, frozen, scheme):
     case = case_of(loss, [4, 5], [4, 5])
     case.frozen = frozen
-    if loss != "siglip_loss" and len(frozen) == 3:
-        pytest.skip("nothing is left to differentiate")
     check(case, spread(pools(2), case, scheme=scheme))
 
 

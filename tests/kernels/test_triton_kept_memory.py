@@ -90,7 +90,7 @@ def test_a_negative_margin_raises_positives_alone(monkeypatch):
 
     def spied(*given):
         left, count = kernel(*given)
-        formed_again[-1].append(int(count))
+        formed_again[-1].append((int(count), len(left)))
         return left, count
 
     monkeypatch.setattr(stats_bwd, "kept_bwd_kernel", spied)
@@ -99,6 +99,7 @@ def test_a_negative_margin_raises_positives_alone(monkeypatch):
         formed_again.append([])
         run_triton(x, y, 30.0, memory_budget=ALL, margin=margin)
     assert formed_again[0] == formed_again[1]
+    assert any(count < tiles for count, tiles in formed_again[0])
 
 
 def test_the_tile_is_not_the_tuner_s(monkeypatch):
