@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from m3bind.errors import M3BindError
+from m3bind.train import parts
 from m3bind.train.generators import pack_random, unpack_random
 from m3bind.train.parts import Parts, pack, save_parts, unpack
 
@@ -56,6 +58,21 @@ def test_what_went_wrong_is_told_as_it_was(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_parts(tmp_path / "y", {"a": torch.zeros(3)})
+
+
+def test_no_more_than_one_file_is_held_while_it_is_written(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(parts, "FILE_BYTES", 1 << 20)
+    quarters = [4, 2, 2, 1, 5, 0, 4, 4]  # of a MiB, and one number more
+    tensors = {f"t{i}": torch.randn(2**16 * n + 1) for i, n in enumerate(quarters)}
+    tracemalloc.start()
+    count = save_parts(tmp_path / "x", tensors)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    files = [file.stat().st_size for file in sorted((tmp_path / "x").iterdir())]
+    assert [round(size / 2**18) for size in files] == [4, 2, 3, 5, 0, 4, 4]
+    assert 5 / 4 < peak / 2**20 < 2 * 5 / 4  # of all 22 / 4; safetensors' own copy is not traced
+    found = Parts(tmp_path / "x", count).read("")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 class Malice:

@@ -107,7 +107,7 @@ class Checkpoints:
 
     def load_best(self) -> None:
         """Give the task the best weights."""
-        self._load_model(parts_of(self.out, self.best))
+        self._load_model(by_first(lambda: parts_of(self.out, self.best)))
 
     def _tensors(self) -> dict[str, Tensor]:
         generators, random_data = pack_random(self.rng)
@@ -147,7 +147,9 @@ class Checkpoints:
         for name in vars(progress):
             setattr(progress, name, data[name])
         self.last, self.best = data["last"], data["best"]
-        parts = parts_of(self.out, self.last)
+        parts = by_first(
+            lambda: parts_of(self.out, self.last)
+        )  # one reads the headers of all files
         self._load_model(parts)
         self._load_optimizer(parts)
         same = data["layout"] == self.layout

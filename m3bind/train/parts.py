@@ -6,6 +6,7 @@ and what one process wrote are plain safetensors.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -14,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
 from m3bind.errors import M3BindError
 from m3bind.files import sync, unwritable
+from m3bind.parallel import gathered_objects, rank
+
+FILE_BYTES = 256 << 20  # of a file, about: a rank holds one twice in memory while it writes it
 
 
 def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> int:
@@ -32,30 +35,33 @@ def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> int:
         storage = checkpoint.HuggingFaceStorageWriter(folder, save_distributed=True)
         checkpoint.save(tensors, storage_writer=storage)
 
-    Of a DTensor each rank writes its part; of what several ranks have under one name, which must be
-    the same on all of them, one does. Returns how many there are of all ranks. Raises M3BindError,
-    on all of them, where one cannot write.
+    in files of about FILE_BYTES, or of one tensor. Of a DTensor each rank writes its part; of what
+    several ranks have under one name, which must be the same on all of them, one does. Returns how
+    many there are of all ranks. Raises M3BindError, on all of them, where one cannot write.
     """
     from torch.distributed import checkpoint
 
-    storage = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    own = _apart(tensors)
+    storage = checkpoint.HuggingFaceStorageWriter(
+        str(folder), fqn_to_index_mapping=_files(own), save_distributed=True
+    )
     with _one_process_is_fine():
         try:
-            written: Any = checkpoint.save(_apart(tensors), storage_writer=storage)
+            written: Any = checkpoint.save(own, storage_writer=storage)
         except checkpoint.CheckpointException as error:
             raise _failure(folder, error) from error
-    own = dist.get_rank() if dist.is_initialized() else 0
-    for file in folder.glob(f"shard-{own + 1:05d}-*"):
+    for file in folder.glob(f"shard-{rank() + 1:05d}-*"):
         sync(file)  # torch 2.11 does so before it has written the last of it
     return len(written.state_dict_metadata)
 
 
 def _failure(folder: Path, error: Any) -> BaseException:
-    failed = {rank: failure for rank, (failure, _) in sorted(error.failures.items())}
+    failed = {number: failure for number, (failure, _) in sorted(error.failures.items())}
     if any(isinstance(one, KeyboardInterrupt) for one in failed.values()):
         return KeyboardInterrupt()
     said = "; ".join(
-        f"rank {rank}: {(str(one) or repr(one)).splitlines()[0]}" for rank, one in failed.items()
+        f"rank {number}: {(str(one) or repr(one)).splitlines()[0]}"
+        for number, one in failed.items()
     )
     if all(isinstance(one, OSError | SafetensorError) for one in failed.values()):
         return unwritable(folder, said)
@@ -144,6 +150,19 @@ def pack(data: bytes) -> Tensor:
 def unpack(tensor: Tensor) -> bytes:
     """The inverse of `pack`."""
     return tensor.numpy().tobytes()
+
+
+def _files(own: Mapping[str, Tensor]) -> dict[str, int]:
+    """In which of a rank's files each tensor goes, from 1: those who have it share its bytes."""
+    of_ranks = gathered_objects({name: t.numel() * t.element_size() for name, t in own.items()})
+    holders = Counter(name for sizes in of_ranks for name in sizes)
+    found, file, filled = {}, 1, 0.0
+    for name, size in {name: size for sizes in of_ranks for name, size in sizes.items()}.items():
+        share = size / holders[name]
+        if filled and filled + share > FILE_BYTES:
+            file, filled = file + 1, 0.0
+        found[name], filled = file, filled + share
+    return found
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

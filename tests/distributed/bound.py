@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from m3bind.parallel import Engine, Placement, gathered_objects, meet_after, ran
 from m3bind.tasks.align import Align
 from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
+from m3bind.train import parts
 from m3bind.train.checkpoints import Checkpoints
 from m3bind.train.index import Progress
 from m3bind.train.parts import Parts, save_parts
@@ -160,8 +162,9 @@ def put_together(own: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for part in gathered_objects(put) for name, tensor in part.items()}
 
 
-def write_parts(folder: Path, how: str, placing: str) -> int:
+def write_parts(folder: Path, how: str, placing: str, file_bytes: int = parts.FILE_BYTES) -> int:
     """The trained state of a task, and what is this rank's alone."""
+    parts.FILE_BYTES = file_bytes
     placement = Placement.of(list(ROWS), placing)
     engine = Engine(task_of("mse+kept", placement), how, placement.group)
     own = {f"model/{name}": tensor for name, tensor in engine.task.trainable_state().items()}
@@ -207,6 +210,16 @@ def save_statistics(out: Path, how: str, resumed: bool) -> dict[str, Tensor]:
             buffer.fill_(rank() + 1)
         kept.save(Progress())
     return {name: buffer.clone() for name, buffer in engine.task.named_buffers()}
+
+
+def headers_read(out: Path) -> int:
+    """How often this rank reads the headers of all files, going on from `save_statistics`."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader as Reader
+
+    read = mock.Mock(wraps=Reader.read_metadata)
+    with mock.patch.object(Reader, "read_metadata", lambda reader: read(reader)):
+        save_statistics(out, "ddp", True)
+    return read.call_count
 
 
 def read_parts(folder: Path, count: int, how: str, placing: str) -> dict[str, Tensor]:

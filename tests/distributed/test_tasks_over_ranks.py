@@ -63,8 +63,9 @@ def test_uneven_ranks_and_accumulation(pools, how):
 def test_parts_of_ranks_are_read_by_any_others(pools, tmp_path, placing, how, reader):
     """Heads of 8 rows on 4 ranks, and scales of one number: some ranks have nothing of it."""
     want = bound.task_of("mse+kept", bound.Placement.of(list(bound.ROWS))).trainable_state()
-    (count,) = set(pools(4).run(bound.write_parts, [(tmp_path / "p", how, placing)] * 4))
+    (count,) = set(pools(4).run(bound.write_parts, [(tmp_path / "p", how, placing, 200)] * 4))
     assert count == len(want) + 4
+    assert len(list((tmp_path / "p").iterdir())) > 8  # more than a file a rank
     if reader == (1,):
         found = [Parts(tmp_path / "p", count).read("model/")]
     else:
@@ -91,6 +92,11 @@ def test_statistics_are_those_of_the_first_rank(pools, tmp_path, how):
     for ranks in (3, 4):
         for found in pools(ranks).run(bound.save_statistics, [(tmp_path, how, True)] * ranks):
             assert len(found) == 3 and all((buffer == 1).all() for buffer in found.values())
+
+
+def test_one_rank_reads_the_headers_of_all_files(pools, tmp_path):
+    pools(3).run(bound.save_statistics, [(tmp_path, "ddp", False)] * 3)
+    assert pools(3).run(bound.headers_read, [(tmp_path,)] * 3) == [1, 0, 0]
 
 
 def test_a_rank_that_cannot_write_is_named_by_all(pools, tmp_path):
