@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ triton = pytest.importorskip("triton")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Kernels by the instances that the operators can start.
 INSTANCES = {"stats_fwd": 2 * 8 + 2 * 4, "stats_bwd": 8 + 8 + 4, "siglip": 2 * 6 + 4, "topk": 2 * 2}
+INSTRUCTIONS = re.compile(r"\b(HGMMA|UTMALDG|UTMASTG|USETMAXREG|HMMA|STL|LDL)")
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +46,7 @@ def test_hoppers_instructions_are_used(module, tmp_path) -> None:
     assert len(functions) == sum(INSTANCES.values())
     for function in functions:
         name = function.split("\n", 1)[0]
-        counts = {
-            instruction: len(re.findall(rf"\b{instruction}", function))
-            for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "HMMA", "STL", "LDL")
-        }
+        counts = Counter(INSTRUCTIONS.findall(function))
         # Four steps of 16 features; two loads, once in a loop.
         assert counts["HGMMA"] == 4 and counts["UTMALDG"] >= 2 and counts["USETMAXREG"] == 2, name
         assert counts["HMMA"] == counts["STL"] == counts["LDL"] == 0, name

@@ -17,6 +17,10 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 60
+PRELOADED = [
+    "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "m3bind.losses",
+    "m3bind.tasks.align", "m3bind.tasks.distill", "m3bind.tasks.pretrain",
+]  # fmt: skip
 
 
 class Ranks:
@@ -24,7 +28,8 @@ class Ranks:
 
     def __init__(self, size: int, seconds: float = SECONDS) -> None:
         self.size, self.broken = size, False
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # which imports for all of them
+        context.set_forkserver_preload(PRELOADED)
         port = _free_port()
         self._pipes, self.processes = [], []
         for rank in range(size):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ FOLDER = Path(__file__).parent
 KERNELS = ("stats", "kept", "siglip", "distill", "search")
 
 
-def run_interpreted(marked: str, kernel: str, *options: str) -> None:
-    files = sorted(FOLDER.glob(f"test_triton_{kernel}*.py"))
+def run_interpreted(kernels: Iterable[str], *options: str, **environment: str) -> None:
+    files = sorted(f for kernel in kernels for f in FOLDER.glob(f"test_triton_{kernel}*.py"))
     path = os.pathsep.join((str(FOLDER), os.environ.get("PYTHONPATH", "")))  # for plugins
+    changed = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", marked, *options, *files],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        [sys.executable, "-m", "pytest", "-q", "-x", *options, *files],
+        env=os.environ | changed | environment,
         cwd=FOLDER.parents[1],
         capture_output=True,
         text=True,
@@ -27,18 +29,17 @@ def run_interpreted(marked: str, kernel: str, *options: str) -> None:
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_under_the_interpreter(kernel):
-    run_interpreted("not slow", kernel)
+def test_kernels_under_the_interpreter():
+    run_interpreted(KERNELS, "-m", "not slow", M3BIND_TEST_SEEDS="2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_case_under_the_interpreter(kernel):
-    run_interpreted("slow", kernel)
+    run_interpreted([kernel])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_with_the_tiles_of_a_gpu(kernel):
-    run_interpreted("slow or not slow", kernel, "-p", "gpu_tiles")  # there no case is slow
+    run_interpreted([kernel], "-p", "gpu_tiles")
