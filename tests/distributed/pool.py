@@ -24,12 +24,17 @@ PRELOADED = [
 
 
 class Ranks:
-    """W processes; `run(function, args of each rank)` gives what each of them returned."""
+    """W processes; `run(function, args of each rank)` gives what each of them returned.
 
-    def __init__(self, size: int, seconds: float = SECONDS) -> None:
+    ``how`` they start: forked from one that imports for all of them, with the environment that was
+    there when the first were, or "spawn".
+    """
+
+    def __init__(self, size: int, seconds: float = SECONDS, how: str = "forkserver") -> None:
         self.size, self.broken = size, False
-        context = multiprocessing.get_context("forkserver")  # which imports for all of them
-        context.set_forkserver_preload(PRELOADED)
+        context: Any = multiprocessing.get_context(how)
+        if how == "forkserver":
+            context.set_forkserver_preload(PRELOADED)
         port = _free_port()
         self._pipes, self.processes = [], []
         for rank in range(size):

@@ -39,7 +39,7 @@ def with_kept_powers(*arguments: Any) -> dict[str, Any]:
 def interpreting():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        pool = Ranks(2)
+        pool = Ranks(2, how="spawn")
         yield pool
         pool.close()
 
