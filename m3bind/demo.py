@@ -6,8 +6,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from rich.console import Console
-from tqdm import tqdm
 
+from m3bind.bars import bar
 from m3bind.config import Config, load_config
 from m3bind.data.phantom import make_cohort
 from m3bind.errors import Interrupted, M3BindError
@@ -75,12 +75,12 @@ def _pretrain_all(run: Run, resume: bool) -> None:
     # the system is faulted in again by the next, which is a third of the time of a CT's step.
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
-    bar = tqdm(total=run.config.pretrain.steps * len(logs), desc="pretrain, all", unit="step")
+    shown = bar(total=run.config.pretrain.steps * len(logs), desc="pretrain, all", unit="step")
     # Volumes take longest: started last, they would leave the other cores idle.
     waiting = sorted(run.modalities, key=lambda m: run.dataset.modalities[m].kind != "volume")
     jobs: set[Future[None]] = set()
     try:
-        with ThreadPoolExecutor(workers) as pool, bar:
+        with ThreadPoolExecutor(workers) as pool, shown:
             while jobs or waiting:
                 # No more than there are workers: a job in the queue would start after a Ctrl-C.
                 while waiting and len(jobs) < workers:
@@ -88,8 +88,8 @@ def _pretrain_all(run: Run, resume: bool) -> None:
                 done, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
                 for job in done:
                     job.result()
-                bar.n = sum(line["step"] for log in logs for line in read_history(log)[-1:])
-                bar.refresh()
+                steps = sum(line["step"] for log in logs for line in read_history(log)[-1:])
+                shown.update(steps - shown.n)
     except (KeyboardInterrupt, Interrupted):
         # A Ctrl-C reaches the workers too: each has written its checkpoint when the pool is closed.
         raise Interrupted(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m3bind.bars import bar
 from m3bind.data.constants import SPLITS
 from m3bind.data.dataset import Dataset
 from m3bind.data.description import Description
@@ -62,8 +63,6 @@ def prepare(
     Raises M3BindError for faults of the manifest, the description or ``out`` before anything is
     written, and where no file at all could be read.
     """
-    from tqdm import tqdm
-
     manifest, out = Path(manifest), Path(out)
     if workers is not None and workers < 1:
         raise ValueError(f"workers {workers} must be at least 1")
@@ -78,9 +77,9 @@ def prepare(
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "prepared"
     salt = _salt(out)
     outcomes = _outcomes(manifest, entries, kinds, stem, salt, workers)
-    bar = tqdm(outcomes, total=len(entries), desc="prepare", unit="file", disable=not progress)
+    shown = bar(outcomes, total=len(entries), desc="prepare", unit="file", disable=not progress)
     try:
-        written, seen, rejects = _write(bar, staging, stem)
+        written, seen, rejects = _write(shown, staging, stem)
         _write_rejects(staging / REJECTS, rejects)
         if not written:
             if rejects:
@@ -95,7 +94,7 @@ def prepare(
         _put_in_place(staging, out)
     finally:
         outcomes.close()
-        bar.close()
+        shown.close()
         shutil.rmtree(staging, ignore_errors=True)
     return PrepareResult(written=written, rejected=len(rejects))
 

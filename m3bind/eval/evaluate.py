@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from m3bind.bars import bar
 from m3bind.eval.fewshot import FewShot, few_shot
 from m3bind.eval.gap import modality_gap
 from m3bind.eval.ranks import own_ranks
@@ -59,7 +60,7 @@ def evaluate(
             fit = (train or {}).get(stage, {})
             seeds = range(seed, seed + num_shot_seeds)
             jobs.append(("few_shot", stage, partial(_few_shot, fit, sets, shots, seeds)))
-    for section, stage, job in _bar(jobs, progress):
+    for section, stage, job in bar(jobs, desc="evaluate", unit="measure", disable=not progress):
         result = job()
         if result:
             out[section][stage] = result
@@ -73,14 +74,6 @@ def evaluate(
             "permutations": num_permutations,
         }
     return out
-
-
-def _bar(jobs: list[Any], progress: bool) -> Any:
-    if not progress:
-        return jobs
-    from tqdm.auto import tqdm
-
-    return tqdm(jobs, desc="evaluate", unit="measure")
 
 
 def _with_mean(values: Mapping[str, float]) -> dict[str, float]:

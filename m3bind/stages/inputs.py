@@ -4,8 +4,7 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 
-from tqdm import tqdm
-
+from m3bind.bars import bar
 from m3bind.config import TrainConfig
 from m3bind.data.features import FeatureLoader, Features
 from m3bind.data.loader import Loader
@@ -117,9 +116,8 @@ class Inputs(Trained):
         with first_before_others(path.name, ranks):
             found = Features.load(path, expert.modality, fingerprint)
             if found is None:
-                bar = tqdm(images, desc=f"{expert.modality}, {split}: image features")
                 found = Features.compute(
-                    bar,
+                    bar(images, desc=f"{expert.modality}, {split}: image features"),
                     lambda batch: expert.eval().image_features(batch.to(self.device)),
                     fingerprint,
                 )
@@ -153,8 +151,8 @@ class Inputs(Trained):
                 with first_before_others(path.name, ranks):
                     cache.load(path)
                     if any(text not in cache for text in wanted):
-                        bar = partial(tqdm, desc=f"{modality}: frozen text layers")
-                        cache.precompute(wanted, self.device, bar)
+                        shown = partial(bar, desc=f"{modality}: frozen text layers")
+                        cache.precompute(wanted, self.device, shown)
                         cache.save(path, wanted)
         meet_after("frozen text layers")
 

@@ -5,7 +5,6 @@ import math
 import random
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from m3bind.bars import bar
 from m3bind.config import TrainConfig
 from m3bind.data.loader import Batch
 from m3bind.errors import Interrupted, M3BindError
@@ -127,22 +127,18 @@ class _Fit:
             )
 
     def _train(self, stop: Stop) -> None:
-        from tqdm import tqdm
-
         progress, config = self.progress, self.config
         streams = {name: iter(loader) for name, loader in self.loaders.items()}
         self.started = time.perf_counter() - progress.seconds
         self.logged = time.perf_counter(), progress.step
-        bar = tqdm(
+        shown = bar(
             total=config.steps,
             initial=progress.step,
             desc=self.description,
             unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-            dynamic_ncols=True,
             disable=not is_first(),
         )
-        with bar:
+        with shown:
             while progress.step < config.steps or self._validation_due():
                 # A run that was stopped between a step and its validation begins with it.
                 improved = False
@@ -150,8 +146,8 @@ class _Fit:
                     improved = self._validate()
                 else:
                     loss = self._train_step(streams, stop)
-                    bar.update()
-                    bar.set_postfix(
+                    shown.update()
+                    shown.set_postfix(
                         loss=f"{loss:.3f}", best=f"{progress.best_score:.3f}", refresh=False
                     )
                 progress.seconds = time.perf_counter() - self.started

@@ -2,80 +2,29 @@
 
 import copy
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from dense_oracle import dense_clip
-from torch import Tensor
+from stub_experts import REPORTS, WIDTH, StubText, batches, stub_encoder, stub_expert
 
 from m3bind.config import AGREEMENTS, AlignConfig, DistillConfig
-from m3bind.data.preprocess import Preprocess
 from m3bind.data.reports import sections
 from m3bind.models.expert import Expert
 from m3bind.models.heads import Head, seeded
-from m3bind.models.image import ImageTower
-from m3bind.models.text import TextEncoder, TextTower
+from m3bind.models.text import TextEncoder
 from m3bind.tasks.align import RATIO_EVERY, Align
 from m3bind.tasks.common import draw_key, draw_sections
 from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
 
-WIDTH = 6
-REPORTS = [
-    "FINDINGS: heart is large.\nIMPRESSION: heart failure.",
-    "FINDINGS: lungs are clear.\nIMPRESSION: normal.",
-    "FINDINGS: nodule in the lung.\nIMPRESSION: tumour.",
-]
 CENTRE = ["heart failure", "normal", "tumour of the lung", "atrial fibrillation"]
-
-
-class StubText(TextTower):
-    """Counts of letters, through one layer."""
-
-    width = 26
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(26, 26)
-        self.seen: list[list[str]] = []
-
-    def forward(self, texts: list[str], device: torch.device) -> Tensor:
-        self.seen.append(texts)
-        counts = [[t.lower().count(chr(97 + i)) for i in range(26)] for t in texts]
-        return self.layer(torch.tensor(counts, dtype=torch.float32, device=device))
-
-
-class StubImage(ImageTower):
-    def __init__(self) -> None:
-        super().__init__(Preprocess(kind="image2d", size=(4, 4), channels=1), 16)
-        self.layer = torch.nn.Linear(16, 16)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layer(images.flatten(1))
-
-
-def stub_encoder(name: str) -> TextEncoder:
-    return TextEncoder(StubText(), Head(26, WIDTH, seeded(name, "text")))
-
-
-def stub_expert(name: str) -> Expert:
-    torch.manual_seed(sum(map(ord, name)))
-    return Expert(name, StubImage(), Head(16, WIDTH, seeded(name, "image")), stub_encoder(name))
 
 
 @pytest.fixture
 def experts() -> dict[str, Expert]:
     return {name: stub_expert(name) for name in ("xray", "ct", "ecg")}
-
-
-def batches(*names: str) -> dict[str, SimpleNamespace]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        n: SimpleNamespace(images=torch.randn(3, 1, 4, 4, generator=generator), reports=REPORTS)
-        for n in names
-    }
 
 
 class TestPretrain:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
+from m3bind.bars import bar
 from m3bind.data.constants import SPLITS
 from m3bind.data.dataset import Dataset, ModalityInfo
 from m3bind.data.phantom.canvas import Simulated
@@ -168,11 +168,11 @@ def make_cohort(
     records = _records(jobs, workers)
     with (
         closing(records),
-        tqdm(records, total=len(jobs), desc="simulated cohort", unit="patient") as bar,
+        bar(records, total=len(jobs), desc="simulated cohort", unit="patient") as shown,
     ):
-        stream = iter(bar)
+        stream = iter(shown)
         for modality in chosen:
-            bar.set_postfix_str(modality)
+            shown.set_postfix_str(modality)
             for split, count in counts.items():
                 with ShardWriter(root, NAME, modality, split) as writer:
                     for _ in range(count):
