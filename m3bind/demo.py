@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from m3bind.bars import bar
+from m3bind.bars import progress_bar
 from m3bind.config import Config, load_config
 from m3bind.data.phantom import make_cohort
 from m3bind.errors import Interrupted, M3BindError
@@ -71,16 +71,18 @@ def _pretrain_all(run: Run, resume: bool) -> None:
     if not resume:
         for log in logs:
             log.unlink(missing_ok=True)
+    steps = run.config.pretrain.steps * len(logs)
+    # Drawn anew although there was no step: a step of the volumes takes long.
+    bar = progress_bar(total=steps, desc="pretrain, all", unit="step", miniters=0)
     # For the workers: their bars would write over each other; and memory that a step returns to
     # the system is faulted in again by the next, which is a third of the time of a CT's step.
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
-    shown = bar(total=run.config.pretrain.steps * len(logs), desc="pretrain, all", unit="step")
     # Volumes take longest: started last, they would leave the other cores idle.
     waiting = sorted(run.modalities, key=lambda m: run.dataset.modalities[m].kind != "volume")
     jobs: set[Future[None]] = set()
     try:
-        with ThreadPoolExecutor(workers) as pool, shown:
+        with ThreadPoolExecutor(workers) as pool, bar:
             while jobs or waiting:
                 # No more than there are workers: a job in the queue would start after a Ctrl-C.
                 while waiting and len(jobs) < workers:
@@ -88,8 +90,8 @@ def _pretrain_all(run: Run, resume: bool) -> None:
                 done, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
                 for job in done:
                     job.result()
-                steps = sum(line["step"] for log in logs for line in read_history(log)[-1:])
-                shown.update(steps - shown.n)
+                done_steps = sum(line["step"] for log in logs for line in read_history(log)[-1:])
+                bar.update(done_steps - bar.n)
     except (KeyboardInterrupt, Interrupted):
         # A Ctrl-C reaches the workers too: each has written its checkpoint when the pool is closed.
         raise Interrupted(

@@ -32,7 +32,7 @@ broadcast = TritonSemantic.broadcast_impl_value
 
 
 def broadcast_where_needed(self, lhs, rhs):
-    """Triton also broadcasts what has one shape already."""
+    """Triton walks the shapes of what has one shape, too."""
     same = lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape == rhs.type.shape
     return (lhs, rhs) if same else broadcast(self, lhs, rhs)
 

@@ -91,8 +91,6 @@ def test_ctrl_c_writes_a_checkpoint_and_ends_with_one_line(two_experts, tmp_path
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    lines = errors.replace("\r", "\n").strip().splitlines()
-    assert sum(line.startswith("align:") for line in lines) == 2  # its bar, in a log
-    last = lines[-1]
+    last = errors.replace("\r", "\n").strip().splitlines()[-1]
     assert last.startswith("m3bind: align: stopped at step") and "--resume" in last
     assert has_checkpoint(folder)

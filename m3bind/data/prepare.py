@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3bind.bars import bar
+from m3bind.bars import progress_bar
 from m3bind.data.constants import SPLITS
 from m3bind.data.dataset import Dataset
 from m3bind.data.description import Description
@@ -77,9 +77,11 @@ def prepare(
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "prepared"
     salt = _salt(out)
     outcomes = _outcomes(manifest, entries, kinds, stem, salt, workers)
-    shown = bar(outcomes, total=len(entries), desc="prepare", unit="file", disable=not progress)
+    bar = progress_bar(
+        outcomes, total=len(entries), desc="prepare", unit="file", disable=not progress
+    )
     try:
-        written, seen, rejects = _write(shown, staging, stem)
+        written, seen, rejects = _write(bar, staging, stem)
         _write_rejects(staging / REJECTS, rejects)
         if not written:
             if rejects:
@@ -94,7 +96,7 @@ def prepare(
         _put_in_place(staging, out)
     finally:
         outcomes.close()
-        shown.close()
+        bar.close()
         shutil.rmtree(staging, ignore_errors=True)
     return PrepareResult(written=written, rejected=len(rejects))
 

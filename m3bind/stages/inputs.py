@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 
-from m3bind.bars import bar
+from m3bind.bars import progress_bar
 from m3bind.config import TrainConfig
 from m3bind.data.features import FeatureLoader, Features
 from m3bind.data.loader import Loader
@@ -117,7 +117,7 @@ class Inputs(Trained):
             found = Features.load(path, expert.modality, fingerprint)
             if found is None:
                 found = Features.compute(
-                    bar(images, desc=f"{expert.modality}, {split}: image features"),
+                    progress_bar(images, desc=f"{expert.modality}, {split}: image features"),
                     lambda batch: expert.eval().image_features(batch.to(self.device)),
                     fingerprint,
                 )
@@ -151,8 +151,8 @@ class Inputs(Trained):
                 with first_before_others(path.name, ranks):
                     cache.load(path)
                     if any(text not in cache for text in wanted):
-                        shown = partial(bar, desc=f"{modality}: frozen text layers")
-                        cache.precompute(wanted, self.device, shown)
+                        bar = partial(progress_bar, desc=f"{modality}: frozen text layers")
+                        cache.precompute(wanted, self.device, bar)
                         cache.save(path, wanted)
         meet_after("frozen text layers")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from m3bind.bars import bar
+from m3bind.bars import progress_bar
 from m3bind.errors import M3BindError
 from m3bind.eval.evaluate import evaluate
 from m3bind.eval.gallery import fetch_from
@@ -31,7 +31,9 @@ class Run(Training):
             self._prepare_texts(experts)
             # The few-shot probe fits on training images, and stage 2 leaves images as they are.
             for split in ("test",) if text else ("train", "test"):
-                embedders = bar(self._embedders(experts, split), desc=f"embed {stage}, {split}")
+                embedders = progress_bar(
+                    self._embedders(experts, split), desc=f"embed {stage}, {split}"
+                )
                 sets = [embedder(text, texts=split == "test") for embedder in embedders]
                 for item in sets:
                     item.origin = self.origin(stage, item.modality, split)

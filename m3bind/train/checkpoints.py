@@ -107,7 +107,11 @@ class Checkpoints:
 
     def load_best(self) -> None:
         """Give the task the best weights."""
-        self._load_model(by_first(lambda: parts_of(self.out, self.best)))
+        self._load_model(self._parts(self.best))
+
+    def _parts(self, which: dict[str, Any]) -> Parts:
+        """One rank reads the headers of all files; every rank calls it."""
+        return by_first(lambda: parts_of(self.out, which))
 
     def _tensors(self) -> dict[str, Tensor]:
         generators, random_data = pack_random(self.rng)
@@ -147,9 +151,7 @@ class Checkpoints:
         for name in vars(progress):
             setattr(progress, name, data[name])
         self.last, self.best = data["last"], data["best"]
-        parts = by_first(
-            lambda: parts_of(self.out, self.last)
-        )  # one reads the headers of all files
+        parts = self._parts(self.last)
         self._load_model(parts)
         self._load_optimizer(parts)
         same = data["layout"] == self.layout

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from m3bind.bars import bar
+from m3bind.bars import progress_bar
 from m3bind.config import TrainConfig
 from m3bind.data.loader import Batch
 from m3bind.errors import Interrupted, M3BindError
@@ -131,14 +131,14 @@ class _Fit:
         streams = {name: iter(loader) for name, loader in self.loaders.items()}
         self.started = time.perf_counter() - progress.seconds
         self.logged = time.perf_counter(), progress.step
-        shown = bar(
+        bar = progress_bar(
             total=config.steps,
             initial=progress.step,
             desc=self.description,
             unit="step",
             disable=not is_first(),
         )
-        with shown:
+        with bar:
             while progress.step < config.steps or self._validation_due():
                 # A run that was stopped between a step and its validation begins with it.
                 improved = False
@@ -146,8 +146,8 @@ class _Fit:
                     improved = self._validate()
                 else:
                     loss = self._train_step(streams, stop)
-                    shown.update()
-                    shown.set_postfix(
+                    bar.update()
+                    bar.set_postfix(
                         loss=f"{loss:.3f}", best=f"{progress.best_score:.3f}", refresh=False
                     )
                 progress.seconds = time.perf_counter() - self.started

@@ -1,7 +1,7 @@
 """Tensors of many ranks in one folder: each rank writes its part, any number of them read it.
 
-This is torch.distributed.checkpoint in its safetensors layout: one file a rank, which says where
-in the whole its parts belong. No pickle is involved, so a folder from a stranger can be opened,
+This is torch.distributed.checkpoint in its safetensors layout: files of each rank, which say where
+in the whole their parts belong. No pickle is involved, so a folder from a stranger can be opened,
 and what one process wrote are plain safetensors.
 """
 
@@ -22,7 +22,9 @@ from m3bind.errors import M3BindError
 from m3bind.files import sync, unwritable
 from m3bind.parallel import gathered_objects, rank
 
-FILE_BYTES = 256 << 20  # of a file, about: a rank holds one twice in memory while it writes it
+# Of a file, about. While a rank writes one it holds it three times in main memory, or twice where
+# the tensors lie there already.
+FILE_BYTES = 256 << 20
 
 
 def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> int:
@@ -153,16 +155,20 @@ def unpack(tensor: Tensor) -> bytes:
 
 
 def _files(own: Mapping[str, Tensor]) -> dict[str, int]:
-    """In which of a rank's files each tensor goes, from 1: those who have it share its bytes."""
+    """In which of a rank's files each tensor goes, from 1.
+
+    Those who have a tensor write equal shares of it if it is spread, and otherwise of all such
+    tensors, on average: which of them writes one is torch's choice.
+    """
     of_ranks = gathered_objects({name: t.numel() * t.element_size() for name, t in own.items()})
     holders = Counter(name for sizes in of_ranks for name in sizes)
-    found, file, filled = {}, 1, 0.0
-    for name, size in {name: size for sizes in of_ranks for name, size in sizes.items()}.items():
-        share = size / holders[name]
+    shares = {n: size / holders[n] for sizes in of_ranks for n, size in sizes.items()}
+    files, file, filled = {}, 1, 0.0
+    for name, share in shares.items():
         if filled and filled + share > FILE_BYTES:
             file, filled = file + 1, 0.0
-        found[name], filled = file, filled + share
-    return found
+        files[name], filled = file, filled + share
+    return files
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

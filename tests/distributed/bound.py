@@ -164,11 +164,11 @@ def put_together(own: dict[str, Any]) -> dict[str, Tensor]:
 
 def write_parts(folder: Path, how: str, placing: str, file_bytes: int = parts.FILE_BYTES) -> int:
     """The trained state of a task, and what is this rank's alone."""
-    parts.FILE_BYTES = file_bytes
     placement = Placement.of(list(ROWS), placing)
     engine = Engine(task_of("mse+kept", placement), how, placement.group)
     own = {f"model/{name}": tensor for name, tensor in engine.task.trainable_state().items()}
-    return save_parts(folder, own | {f"rank/{rank()}": torch.tensor(rank())})
+    with mock.patch.object(parts, "FILE_BYTES", file_bytes):
+        return save_parts(folder, own | {f"rank/{rank()}": torch.tensor(rank())})
 
 
 def write_parts_without_space(folder: Path) -> int:
@@ -205,6 +205,7 @@ def save_statistics(out: Path, how: str, resumed: bool) -> dict[str, Tensor]:
     kept = Checkpoints(out, engine, optimizer, {}, random.Random(0), {"seed": 0})
     if resumed:
         kept.begin(resume=True)
+        kept.load_best()
     else:
         for buffer in engine.task.buffers():
             buffer.fill_(rank() + 1)
@@ -213,7 +214,8 @@ def save_statistics(out: Path, how: str, resumed: bool) -> dict[str, Tensor]:
 
 
 def headers_read(out: Path) -> int:
-    """How often this rank reads the headers of all files, going on from `save_statistics`."""
+    """How often this rank reads the headers of all files, going on from `save_statistics`: once for
+    the last and once for the best weights."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader as Reader
 
     read = mock.Mock(wraps=Reader.read_metadata)

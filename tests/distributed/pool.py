@@ -26,14 +26,14 @@ PRELOADED = [
 class Ranks:
     """W processes; `run(function, args of each rank)` gives what each of them returned.
 
-    ``how`` they start: forked from one that imports for all of them, with the environment that was
-    there when the first were, or "spawn".
+    ``how`` they start: forked from one process that imports for all of them, in the environment in
+    which that one was started, or "spawn", each from nothing.
     """
 
     def __init__(self, size: int, seconds: float = SECONDS, how: str = "forkserver") -> None:
         self.size, self.broken = size, False
         context: Any = multiprocessing.get_context(how)
-        if how == "forkserver":
+        if how == "forkserver":  # heard once, before the first of them
             context.set_forkserver_preload(PRELOADED)
         port = _free_port()
         self._pipes, self.processes = [], []

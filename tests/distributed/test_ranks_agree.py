@@ -123,7 +123,8 @@ def test_a_device_is_not_waited_for(monkeypatch):
 ))  # fmt: skip
 def test_a_lost_rank_ends_the_others_and_is_named(size, last, words):
     timeout = 20
-    pool = Ranks(size, seconds=timeout)
+    # Spawned, so that who is gone is a zombie of this process.
+    pool = Ranks(size, seconds=timeout, how="spawn")
     try:
         pool.run(models.caught, [({},)] * size)  # all are there
         pool.start(models.dies, [(last,)] * size)

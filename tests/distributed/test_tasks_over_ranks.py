@@ -96,7 +96,7 @@ def test_statistics_are_those_of_the_first_rank(pools, tmp_path, how):
 
 def test_one_rank_reads_the_headers_of_all_files(pools, tmp_path):
     pools(3).run(bound.save_statistics, [(tmp_path, "ddp", False)] * 3)
-    assert pools(3).run(bound.headers_read, [(tmp_path,)] * 3) == [1, 0, 0]
+    assert pools(3).run(bound.headers_read, [(tmp_path,)] * 3) == [2, 0, 0]
 
 
 def test_a_rank_that_cannot_write_is_named_by_all(pools, tmp_path):
@@ -114,8 +114,10 @@ def test_a_rank_that_cannot_write_is_named_by_all(pools, tmp_path):
 
 @pytest.mark.parametrize("lost", range(4))
 def test_a_missing_part_is_told(pools, tmp_path, lost):
-    (count,) = set(pools(4).run(bound.write_parts, [(tmp_path / "p", "fsdp", "replicated")] * 4))
-    sorted((tmp_path / "p").iterdir())[lost].unlink()
+    given = (tmp_path / "p", "fsdp", "replicated", 200)
+    (count,) = set(pools(4).run(bound.write_parts, [given] * 4))
+    files = (tmp_path / "p").glob(f"shard-{lost + 1:05d}-*")
+    max(files, key=lambda file: file.stat().st_size).unlink()  # some hold parts without a number
     with pytest.raises(M3BindError, match="is not a whole checkpoint"):
         Parts(tmp_path / "p", count)
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ KERNELS = ("stats", "kept", "siglip", "distill", "search")
 
 
 def run_interpreted(kernels: Iterable[str], *options: str, **environment: str) -> None:
-    files = sorted(f for kernel in kernels for f in FOLDER.glob(f"test_triton_{kernel}*.py"))
+    files = {kernel: sorted(FOLDER.glob(f"test_triton_{kernel}*.py")) for kernel in kernels}
+    assert all(files.values())
     path = os.pathsep.join((str(FOLDER), os.environ.get("PYTHONPATH", "")))  # for plugins
     changed = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *options, *files],
+        [sys.executable, "-m", "pytest", "-q", "--maxfail=5", *options, *chain(*files.values())],
         env=os.environ | changed | environment,
         cwd=FOLDER.parents[1],
         capture_output=True,

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from m3bind.bars import bar
+from m3bind.bars import progress_bar
 from m3bind.data.constants import SPLITS
 from m3bind.data.dataset import Dataset, ModalityInfo
 from m3bind.data.phantom.canvas import Simulated
@@ -168,11 +168,11 @@ def make_cohort(
     records = _records(jobs, workers)
     with (
         closing(records),
-        bar(records, total=len(jobs), desc="simulated cohort", unit="patient") as shown,
+        progress_bar(records, total=len(jobs), desc="simulated cohort", unit="patient") as bar,
     ):
-        stream = iter(shown)
+        stream = iter(bar)
         for modality in chosen:
-            shown.set_postfix_str(modality)
+            bar.set_postfix_str(modality)
             for split, count in counts.items():
                 with ShardWriter(root, NAME, modality, split) as writer:
                     for _ in range(count):
