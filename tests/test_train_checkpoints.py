@@ -183,7 +183,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:
     [
         ("{", "is damaged"),
         ("[]", "not of a checkpoint of this version"),
-        ('{"format": "m3bind-checkpoint-3", "last": {}}', "is damaged: it lacks best, best_score"),
+        ('{"format": "m3bind-checkpoint-4", "last": {}}', "is damaged: it lacks best, best_score"),
     ],
 )
 def test_a_damaged_index_is_named(tmp_path, written, said) -> None:

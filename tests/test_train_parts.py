@@ -67,15 +67,18 @@ def test_no_more_than_one_file_is_held_while_it_is_written(tmp_path, monkeypatch
     save_parts(tmp_path / "imports", {"a": torch.zeros(3)})
     tracemalloc.start()
     try:
-        count = save_parts(tmp_path / "x", tensors)
+        extent = save_parts(tmp_path / "x", tensors)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     files = [file.stat().st_size for file in sorted((tmp_path / "x").iterdir())]
     assert [round(size / 2**18) for size in files] == [4, 2, 3, 5, 0, 4, 4]
     assert 5 / 4 < peak / 2**20 < 2 * 5 / 4  # of all 22 / 4; only bytes are traced
-    found = Parts(tmp_path / "x", count).read("")
+    found = Parts(tmp_path / "x", extent).read("")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+WHOLE = {"tensors": 1, "numbers": 300}
 
 
 class Malice:
@@ -87,19 +90,19 @@ def test_damaged_missing_and_foreign_folders(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "x"
     with pytest.raises(M3BindError, match="is not a whole checkpoint"):
-        Parts(folder, 1)
+        Parts(folder, WHOLE)
     save_parts(folder, {"a": torch.zeros(300)})
     with pytest.raises(M3BindError, match="is not a whole checkpoint: 1 of 2 tensors"):
-        Parts(folder, 2)
+        Parts(folder, WHOLE | {"tensors": 2})
     (file,) = folder.iterdir()
     whole = file.read_bytes()
     for damage in (whole[:-10], whole[:20], b"", pickle.dumps(Malice())):
         file.write_bytes(damage)
         with pytest.raises(M3BindError, match="is not a whole checkpoint"):
-            Parts(folder, 1)
+            Parts(folder, WHOLE)
     torch.save({"a": Malice()}, file)
     with pytest.raises(M3BindError, match="is not a whole checkpoint"):
-        Parts(folder, 1)
+        Parts(folder, WHOLE)
     assert not (tmp_path / "executed").exists()
 
 

@@ -68,4 +68,4 @@ def config(**values) -> TrainConfig:
 def kept(out, which: str = "last", folder: str = "checkpoints") -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint of the run in ``out``."""
     found = read_checkpoint(out)[which]
-    return Parts(out / folder / found["folder"], found["tensors"]).read("")
+    return Parts(out / folder / found["folder"], found).read("")

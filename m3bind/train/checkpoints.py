@@ -75,8 +75,7 @@ class Checkpoints:
         by_first(self._remove_old)  # what a run left that was stopped while it wrote
         # Never used before: what an earlier attempt still writes cannot come among it.
         name = by_first(lambda: f"step-{progress.step}-{secrets.token_hex(4)}")
-        tensors = save_parts(self.folder / name, self._tensors())
-        self.last = {"folder": name, "tensors": tensors}
+        self.last = {"folder": name, **save_parts(self.folder / name, self._tensors())}
         if progress.best_step == progress.step:
             self.best = self.last
         self._write_index(progress)

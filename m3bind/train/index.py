@@ -11,7 +11,7 @@ from torch import Tensor
 from m3bind.errors import M3BindError
 from m3bind.train.parts import Parts
 
-FORMAT = "m3bind-checkpoint-3"
+FORMAT = "m3bind-checkpoint-4"
 
 
 class Progress:
@@ -27,7 +27,7 @@ def index_of(out: Path) -> Path:
 
 
 def parts_of(out: Path, which: Mapping[str, Any]) -> Parts:
-    return Parts(index_of(out).parent / which["folder"], which["tensors"])
+    return Parts(index_of(out).parent / which["folder"], which)
 
 
 def has_checkpoint(out: Path, since: float = -math.inf) -> bool:
@@ -38,7 +38,7 @@ def has_checkpoint(out: Path, since: float = -math.inf) -> bool:
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
     """Plain values of the last checkpoint in ``out``: progress, settings, and under "last" and
-    "best" which folder beside it has how many tensors."""
+    "best" which folder beside it has how many tensors and numbers."""
     index = index_of(out)
     try:
         data = json.loads(index.read_text())

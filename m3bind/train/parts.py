@@ -27,7 +27,7 @@ from m3bind.parallel import gathered_objects, rank
 FILE_BYTES = 256 << 20
 
 
-def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> int:
+def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Write ``tensors`` into ``folder``, which must be new; every rank calls it with its own.
 
     Equivalent to::
@@ -39,7 +39,8 @@ def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> int:
 
     in files of about FILE_BYTES, or of one tensor. Of a DTensor each rank writes its part; of what
     several ranks have under one name, which must be the same on all of them, one does. Returns how
-    many there are of all ranks. Raises M3BindError, on all of them, where one cannot write.
+    many tensors there are of all ranks, and numbers in them. Raises M3BindError, on all of them,
+    where one cannot write.
     """
     from torch.distributed import checkpoint
 
@@ -54,7 +55,11 @@ def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> int:
             raise _failure(folder, error) from error
     for file in folder.glob(f"shard-{rank() + 1:05d}-*"):
         sync(file)  # torch 2.11 does so before it has written the last of it
-    return len(written.state_dict_metadata)
+    return _extent(written.state_dict_metadata)
+
+
+def _extent(stored: Mapping[str, Any]) -> dict[str, int]:
+    return {"tensors": len(stored), "numbers": sum(prod(one.size) for one in stored.values())}
 
 
 def _failure(folder: Path, error: Any) -> BaseException:
@@ -73,11 +78,11 @@ def _failure(folder: Path, error: Any) -> BaseException:
 class Parts:
     """What `save_parts` wrote into ``folder``, on any number of ranks; each rank reads by itself.
 
-    ``count`` is what `save_parts` returned. ``like`` has the shape and dtype of every tensor, in
+    ``extent`` is what `save_parts` returned. ``like`` has the shape and dtype of every tensor, in
     tensors without memory. Raises M3BindError where anything is missing or cut short.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, extent: Mapping[str, int]) -> None:
         from torch.distributed.checkpoint import HuggingFaceStorageReader
 
         self.folder = folder
@@ -86,10 +91,12 @@ class Parts:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise M3BindError(f"{folder} is not a whole checkpoint ({error})") from None
         stored: dict[str, Any] = self.metadata.state_dict_metadata
-        if len(stored) != count:
-            raise M3BindError(
-                f"{folder} is not a whole checkpoint: {len(stored)} of {count} tensors"
-            )
+        # What is lost of a tensor's end makes it look smaller.
+        for what, found in _extent(stored).items():
+            if found != extent[what]:
+                raise M3BindError(
+                    f"{folder} is not a whole checkpoint: {found} of {extent[what]} {what}"
+                )
         self.like: dict[str, Tensor] = {}
         for name, tensor in stored.items():
             # Parts never overlap: so many numbers are all of it.

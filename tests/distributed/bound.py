@@ -162,7 +162,9 @@ def put_together(own: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for part in gathered_objects(put) for name, tensor in part.items()}
 
 
-def write_parts(folder: Path, how: str, placing: str, file_bytes: int = parts.FILE_BYTES) -> int:
+def write_parts(
+    folder: Path, how: str, placing: str, file_bytes: int = parts.FILE_BYTES
+) -> dict[str, int]:
     """The trained state of a task, and what is this rank's alone."""
     placement = Placement.of(list(ROWS), placing)
     engine = Engine(task_of("mse+kept", placement), how, placement.group)
@@ -171,7 +173,7 @@ def write_parts(folder: Path, how: str, placing: str, file_bytes: int = parts.FI
         return save_parts(folder, own | {f"rank/{rank()}": torch.tensor(rank())})
 
 
-def write_parts_without_space(folder: Path) -> int:
+def write_parts_without_space(folder: Path) -> dict[str, int]:
     """On rank 1 no file may grow beyond a few bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank() == 1:
@@ -224,12 +226,12 @@ def headers_read(out: Path) -> int:
     return read.call_count
 
 
-def read_parts(folder: Path, count: int, how: str, placing: str) -> dict[str, Tensor]:
+def read_parts(folder: Path, extent: dict[str, int], how: str, placing: str) -> dict[str, Tensor]:
     """What a task has that takes what `write_parts` wrote, whole."""
     placement = Placement.of(list(ROWS), placing)
     engine = Engine(task_of("mse", placement), how, placement.group)
     own = {name: t.detach() for name, t in engine.task.trainable_state().items()}
-    Parts(folder, count).fill("model/", own)
+    Parts(folder, extent).fill("model/", own)
     return put_together(own)
 
 

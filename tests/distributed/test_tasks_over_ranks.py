@@ -9,6 +9,7 @@ import bound
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from m3bind.errors import M3BindError
 from m3bind.parallel.joining import fresh_store
@@ -63,14 +64,16 @@ def test_uneven_ranks_and_accumulation(pools, how):
 def test_parts_of_ranks_are_read_by_any_others(pools, tmp_path, placing, how, reader):
     """Heads of 8 rows on 4 ranks, and scales of one number: some ranks have nothing of it."""
     want = bound.task_of("mse+kept", bound.Placement.of(list(bound.ROWS))).trainable_state()
-    (count,) = set(pools(4).run(bound.write_parts, [(tmp_path / "p", how, placing, 200)] * 4))
-    assert count == len(want) + 4
+    given = (tmp_path / "p", how, placing, 200)
+    extent, *others = pools(4).run(bound.write_parts, [given] * 4)
+    assert others == [extent] * 3 and extent["tensors"] == len(want) + 4
+    assert extent["numbers"] == sum(t.numel() for t in want.values()) + 4
     assert len(list((tmp_path / "p").iterdir())) > 8  # more than a file a rank
     if reader == (1,):
-        found = [Parts(tmp_path / "p", count).read("model/")]
+        found = [Parts(tmp_path / "p", extent).read("model/")]
     else:
         ranks, *where = reader
-        found = pools(ranks).run(bound.read_parts, [(tmp_path / "p", count, *where)] * ranks)
+        found = pools(ranks).run(bound.read_parts, [(tmp_path / "p", extent, *where)] * ranks)
     for got in found:
         assert got.keys() == want.keys()
         assert all(torch.equal(got[name], value) for name, value in want.items())
@@ -115,11 +118,14 @@ def test_a_rank_that_cannot_write_is_named_by_all(pools, tmp_path):
 @pytest.mark.parametrize("lost", range(4))
 def test_a_missing_part_is_told(pools, tmp_path, lost):
     given = (tmp_path / "p", "fsdp", "replicated", 200)
-    (count,) = set(pools(4).run(bound.write_parts, [given] * 4))
-    files = (tmp_path / "p").glob(f"shard-{lost + 1:05d}-*")
-    max(files, key=lambda file: file.stat().st_size).unlink()  # some hold parts without a number
+    extent = pools(4).run(bound.write_parts, [given] * 4)[0]
+    files = sorted((tmp_path / "p").glob(f"shard-{lost + 1:05d}-*"))
+    # Some hold nothing but parts without a number.
+    filled = [file for file in files if any(t.numel() for t in load_file(file).values())]
+    assert len(filled) > 3
+    filled[len(filled) // 2].unlink()
     with pytest.raises(M3BindError, match="is not a whole checkpoint"):
-        Parts(tmp_path / "p", count)
+        Parts(tmp_path / "p", extent)
 
 
 def test_ranks_call_what_they_like_of_what_is_spread(pools):
