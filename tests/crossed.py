@@ -1,4 +1,4 @@
-"""How much of what could be tried is tried: all of it on a GPU, less under Triton's interpreter."""
+"""Cases of two lists where each of both has to be seen, and not every pair of them every time."""
 
 import os
 from collections.abc import Sequence
@@ -8,8 +8,6 @@ import pytest
 
 # On a GPU no case is slow.
 SLOW = (pytest.mark.slow,) if os.environ.get("TRITON_INTERPRET") == "1" else ()
-# Those that an error is the worst of; the quick tests under the interpreter take fewer.
-SEEDS = range(int(os.environ.get("M3BIND_TEST_SEEDS", 5)))
 
 
 def slow(*values: Any) -> Any:
@@ -17,7 +15,7 @@ def slow(*values: Any) -> Any:
 
 
 def crossed(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
-    """All pairs of two lists; those are slow that it does not take for each of both to occur."""
+    """All pairs; those are slow that it does not take for each of both to occur."""
     fast = {(i % len(first), i % len(second)) for i in range(max(len(first), len(second)))}
     return [
         (a, b) if (i, j) in fast else slow(a, b)

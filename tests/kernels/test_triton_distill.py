@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip_oracle import errors
-from crossed import SEEDS, crossed, slow
+from crossed import crossed, slow
 from distill_oracle import dense, features, near, run, truth
 from test_similarity_distill import HARD, KINDS, as_features
 from test_similarity_distill_features import masked_dense
@@ -58,7 +58,7 @@ def check_rule(batches, scales, **options):
 
 
 def batches(n, m, d, e, dtype):
-    return (features(n, m, d, e, seed=seed, dtype=dtype) for seed in SEEDS)
+    return (features(n, m, d, e, seed=seed, dtype=dtype) for seed in range(5))
 
 
 @pytest.mark.parametrize(("numbered", "dtype"), crossed(list(enumerate(SHAPES)), DTYPES), ids=str)

@@ -15,14 +15,14 @@ FOLDER = Path(__file__).parent
 KERNELS = ("stats", "kept", "siglip", "distill", "search")
 
 
-def run_interpreted(kernels: Iterable[str], *options: str, **environment: str) -> None:
+def run_interpreted(kernels: Iterable[str], *options: str) -> None:
     files = {kernel: sorted(FOLDER.glob(f"test_triton_{kernel}*.py")) for kernel in kernels}
     assert all(files.values())
     path = os.pathsep.join((str(FOLDER), os.environ.get("PYTHONPATH", "")))  # for plugins
     changed = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--maxfail=5", *options, *chain(*files.values())],
-        env=os.environ | changed | environment,
+        env=os.environ | changed,
         cwd=FOLDER.parents[1],
         capture_output=True,
         text=True,
@@ -32,13 +32,13 @@ def run_interpreted(kernels: Iterable[str], *options: str, **environment: str) -
 
 
 def test_kernels_under_the_interpreter():
-    run_interpreted(KERNELS, "-m", "not slow", M3BIND_TEST_SEEDS="2")
+    run_interpreted(KERNELS, "-m", "not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_case_under_the_interpreter(kernel):
-    run_interpreted([kernel])
+    run_interpreted([kernel], "-m", "slow")
 
 
 @pytest.mark.slow

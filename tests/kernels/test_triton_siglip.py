@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from clip_oracle import errors, unit_pairs
-from crossed import SEEDS, crossed
+from crossed import crossed
 from siglip_oracle import float32_logits_loss, run, sizes, truth
 from test_siglip_loss import HARD, PAIRS, SUM_TOLERANCE, M, N, pairs_of
 from test_triton_stats import DEVICE, DTYPES, moved, poisoned_memory  # noqa: F401
@@ -60,7 +60,7 @@ def check_rule(batches, scale, bias, **arguments):
 
 
 def batches(n, more, d, noise, dtype, *, rows=False):
-    for seed in SEEDS:
+    for seed in range(5):
         weights = torch.randn(n, generator=torch.Generator().manual_seed(seed))
         yield (
             *pairs_of(n, more, d, seed=seed, noise=noise, dtype=dtype),
