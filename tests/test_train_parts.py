@@ -94,6 +94,8 @@ def test_damaged_missing_and_foreign_folders(tmp_path, monkeypatch) -> None:
     save_parts(folder, {"a": torch.zeros(300)})
     with pytest.raises(M3BindError, match="is not a whole checkpoint: 1 of 2 tensors"):
         Parts(folder, WHOLE | {"tensors": 2})
+    with pytest.raises(M3BindError, match="is not a whole checkpoint: 300 of 301 numbers"):
+        Parts(folder, WHOLE | {"numbers": 301})
     (file,) = folder.iterdir()
     whole = file.read_bytes()
     for damage in (whole[:-10], whole[:20], b"", pickle.dumps(Malice())):
