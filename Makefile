@@ -1,4 +1,4 @@
-# Every target sets up what it needs; a second call installs nothing again.
+# Every target but gpu and clean sets up what it needs; a second call installs nothing again.
 # An active environment (venv or conda) is used, otherwise .venv is made here.
 PYTHON ?= python3
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))

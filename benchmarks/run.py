@@ -172,7 +172,9 @@ def main(chosen: list[str], quick: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--quick", action="store_true", help="small sizes, only to build/bench")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, only to build/bench-quick"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")

@@ -14,7 +14,8 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
-    """Run one command; exits 0, 1 (an error), 3 (some files were rejected) or 130 (stopped)."""
+    """Run one command; exits 0, 1 (an error), 2 (wrong usage), 3 (some files were rejected) or 130
+    (stopped)."""
     if sys.argv[1:] == ["info"]:
         from m3bind.info import describe
 

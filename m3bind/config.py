@@ -107,7 +107,8 @@ class TrainConfig:
     is trained on each, ``fsdp`` spreads it over them.
 
     ``num_threads`` are the threads of each modality's loader, ``prefetch`` the batches that it
-    holds ready: 1 spares memory, and where no core is idle it costs no time.
+    holds ready: 1 spares memory, and where no core is idle it costs no time. Images that are not
+    trained on are loaded as `pretrain` says.
     """
 
     steps: int = 300

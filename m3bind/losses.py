@@ -40,7 +40,8 @@ def _no_horovod(name: str, use_horovod: bool, world_size: int) -> None:
 
 
 class ClipLoss(nn.Module):
-    """Drop-in for `open_clip.ClipLoss` that never holds the N x N logits.
+    """Drop-in for `open_clip.ClipLoss` that holds no more of the N x N logits than
+    ``memory_budget``.
 
     Equivalent to::
 

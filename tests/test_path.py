@@ -17,6 +17,7 @@ from m3bind.data.shards import iter_records
 from m3bind.errors import M3BindError
 from m3bind.eval.store import load_stage
 from m3bind.models import load_expert, load_text_encoder
+from m3bind.parallel import Placement
 from m3bind.stages import Run
 
 
@@ -223,3 +224,12 @@ def test_unknown_modality_and_stage_are_one_line(settings):
     config.experts["ultrasound"] = config.experts["xray"]
     with pytest.raises(M3BindError, match=r"experts.ultrasound: .* has no such modality"):
         Run(config)
+
+
+def test_each_stage_has_its_own_loaders(settings):
+    given = ["align.num_threads=3", "align.prefetch=1", "pretrain.num_threads=2"]
+    run = Run(load_config(settings, given))
+    placement = Placement.of(["ecg"], "replicated")
+    for stage, numbers in ((run.config.align, (3, 1)), (run.config.pretrain, (2, 2))):
+        loader = run._training(run._build("ecg"), stage, placement)
+        assert (loader.num_threads, loader.prefetch) == numbers

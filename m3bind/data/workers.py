@@ -119,14 +119,17 @@ def read_job(job: Job) -> Outcome:
 
 
 def _without_path(reason: str, path: Path) -> str:
-    """Libraries name the file in their errors; its path may name the patient."""
-    forms = [str(form) for form in (path, path.absolute(), path.resolve())]
-    forms += [form.removesuffix(path.suffix) for form in forms]
-    forms = [form for form in forms if "/" in form]  # a bare name may be any word
+    """Libraries name the file in their errors, or one beside it; its path may name the patient."""
+    files = [path, *(path.rglob("*") if path.is_dir() else ())]
+    forms = {str(form) for file in files for form in (file, file.absolute(), file.resolve())}
+    forms |= {form.removesuffix(path.suffix) for form in forms}
+    forms = {form for form in forms if "/" in form}  # a bare name may be any word
+    forms |= {file.name for file in files if file.suffix}
+    patterns = [re.escape(form) for form in sorted(forms, key=len, reverse=True)]
     if path.suffix:
-        forms.append(path.name)
-    for form in sorted(forms, key=len, reverse=True):
-        reason = re.sub(rf"(?<!\w){re.escape(form)}[^\s'\":,;)]*", "the file", reason)
+        patterns.append(rf"{re.escape(path.stem)}\.\w")  # the signals of a header, say
+    for pattern in patterns:
+        reason = re.sub(rf"(?<!\w){pattern}[^\s'\":,;)]*", "the file", reason)
     return reason
 
 

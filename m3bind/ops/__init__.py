@@ -1,4 +1,4 @@
-"""Fused contrastive operators. One file a public operator: arguments, schema, fake, autograd."""
+"""Fused contrastive operators: a file for each public one, over primitives of the table."""
 
 from m3bind.ops.clip import clip_loss
 from m3bind.ops.distill import similarity_distill

@@ -69,7 +69,7 @@ def clip_loss(
             nothing where D <= 256, where N * M <= 2**20 in 16 bit, or with label_smoothing. Each
             is rounded as the derivatives themselves are, to 11 binary digits in 16 bit; sums that
             are left beside them keep that out of the gradients. "reference" keeps everything.
-        backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
+        backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
         float32 (float64 for float64 features). Double backward: backend="reference" only.

@@ -60,7 +60,7 @@ def similarity_distill(
         reduction: "mean" over the rows, and over the columns, that have a pair left; "sum";
             "none": (rows [N], columns [M]), or the one that `directions` names, 0 where no pair is
             left. Nothing to average has the mean NaN and the sum 0, as in torch.
-        backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
+        backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
         float32 (float64 where the student's or the teacher's features are). Double backward:

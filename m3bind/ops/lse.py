@@ -31,7 +31,7 @@ def similarity_lse(
         x, y: float32, bfloat16, float16 (logits are formed in float32) or float64.
         logit_scale: the factor itself, not its logarithm; differentiable.
         row_ids, col_ids: both or none; pairs with equal ids are left out.
-        backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
+        backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
         float32 (float64 for float64 features); -inf where nothing is left to sum.

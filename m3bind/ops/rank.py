@@ -42,7 +42,7 @@ def similarity_rank(
         labels: rows of the gallery that each query should find; below 0: none.
         exclude_ids: ids of queries and of gallery rows (one tensor, where they are the same): rows
             with the query's id take no place.
-        backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
+        backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
         Ranks from 1; 0 for a label that is below 0 or whose row is left out. NaN is the largest

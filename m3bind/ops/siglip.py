@@ -55,7 +55,7 @@ def siglip_loss(
         reduction: "mean" divides the sum over all pairs by N, the number of rows (not of pairs),
             as open_clip does; "sum"; "none": the sum of each row's pairs, [N]. Without rows the
             mean is NaN and the sum 0, as in torch.
-        backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
+        backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
         float32 (float64 for float64 features). Double backward: backend="reference" only. What is

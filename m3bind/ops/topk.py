@@ -32,10 +32,10 @@ def similarity_topk(
         values, indices = scores.sort(dim=1, descending=True, stable=True)
         return values[:, :k], indices[:, :k]
 
-    Equal scores come in the order of the gallery, at the k-th place too; -0 equals 0. In the "cpp"
-    and "triton" backends equal rows have equal scores wherever they stand (the latter has not yet
-    run on a GPU); the others take the scores of a library's matrix product, whose last bit may
-    depend on the place. NaN is the largest value, as
+    Equal scores come in the order of the gallery, at the k-th place too; -0 equals 0. In the "cpp",
+    "triton" and "cuda" backends equal rows have equal scores wherever they stand (the latter two
+    have not yet run on a GPU); "reference" and "chunked" take the scores of a library's matrix
+    product, whose last bit may depend on the place. NaN is the largest value, as
     in `torch.topk`: a gallery row with NaN comes first, and a query with NaN has the values NaN and
     the indices 0 to k - 1 (those that are not left out).
 
@@ -45,7 +45,7 @@ def similarity_topk(
         k: 1 to 1024; it may exceed M.
         exclude_ids: ids of queries and of gallery rows (one tensor, where they are the same): pairs
             with equal ids are never found, so that a query does not find itself.
-        backend: a name from `m3bind.backends.BACKENDS`; default: the fastest that can run.
+        backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
         values, float32 (float64 for float64 features), descending, and indices; where fewer than k

@@ -81,8 +81,8 @@ class Inputs(Trained):
             features = self._features(expert, "train", placement)
             return FeatureLoader(features, batch, train=True, seed=self.config.seed, part=part)
         return self._images(
-            expert, "train", part.stop - part.start, train=True, shard_id=placement.rank,
-            num_shards=placement.size,
+            expert, "train", part.stop - part.start, train=True, settings=settings,
+            shard_id=placement.rank, num_shards=placement.size,
         )  # fmt: skip
 
     def _one_pass(
@@ -97,13 +97,14 @@ class Inputs(Trained):
         return expert.image.frozen and self._config_of(expert.modality).image.cache
 
     def _images(
-        self, expert: Expert, split: str, batch_size: int, *, train: bool, shard_id: int = 0,
-        num_shards: int = 1,
+        self, expert: Expert, split: str, batch_size: int, *, train: bool,
+        settings: TrainConfig | None = None, shard_id: int = 0, num_shards: int = 1,
     ) -> Loader:  # fmt: skip
+        settings = settings or self.config.pretrain
         return Loader(
             self.dataset.root, expert.modality, split, expert.preprocess, batch_size,
-            train=train, seed=self.config.seed, num_threads=self.config.pretrain.num_threads,
-            prefetch=self.config.pretrain.prefetch, shard_id=shard_id, num_shards=num_shards,
+            train=train, seed=self.config.seed, num_threads=settings.num_threads,
+            prefetch=settings.prefetch, shard_id=shard_id, num_shards=num_shards,
             device_id=self.device.index if self.device.type == "cuda" else None,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 
 from m3bind.data.audit import audit
 from m3bind.data.manifest import Entry
-from m3bind.data.workers import Job
+from m3bind.data.workers import Job, _without_path
 from m3bind.data.workers import run as run_jobs
 from m3bind.errors import M3BindError
 
@@ -132,3 +132,23 @@ def test_a_reader_that_crashes_costs_one_file(tmp_path) -> None:
     assert [len(outcome.records) for outcome in outcomes] == [1, 0, 1]
     assert [outcome.entry.line for outcome in outcomes] == [0, 1, 2]
     assert outcomes[1].problem and "crashed" in outcomes[1].problem[0]
+
+
+def test_no_part_of_a_path_is_told(tmp_path, monkeypatch) -> None:
+    """Names with spaces, in a folder or beside the file, by any way of naming them."""
+    folder = tmp_path / "DOE JANE" / "CT 1970"
+    folder.mkdir(parents=True)
+    (folder / "DOE JANE 7.dcm").touch()
+    (tmp_path / "DOE JANE.hea").touch()
+    monkeypatch.chdir(tmp_path)
+    for path, named in (
+        (folder, folder / "DOE JANE 7.dcm"), (folder, "DOE JANE 7.dcm"), (folder, folder),
+        (Path("DOE JANE/CT 1970"), folder / "DOE JANE 7.dcm"),
+        (Path("DOE JANE/CT 1970"), "DOE JANE/CT 1970/DOE JANE 7.dcm"),
+        (tmp_path / "DOE JANE.hea", tmp_path / "DOE JANE.dat"),
+        (tmp_path / "DOE JANE.hea", "DOE JANE.dat"), (Path("DOE JANE.hea"), "DOE JANE.hea"),
+    ):  # fmt: skip
+        said = _without_path(
+            f"it cannot be read: [Errno 2] nothing at '{named}': twice", Path(path)
+        )
+        assert said == "it cannot be read: [Errno 2] nothing at 'the file': twice"
