@@ -42,7 +42,7 @@ class ImageTowerConfig:
     ``size`` is [H, W], [D, H, W] or [T]; None takes the tower's or the modality's own.
     ``freeze`` keeps the trunk as it is; the head into the shared width is always trained.
     ``cache`` keeps what a frozen trunk gives for each image: stages 1 and 2 then train on features
-    of images as they are, without augmentation, in a hundredth of the time.
+    of images as they are, without augmentation, which is far faster.
     """
 
     source: str = "small"

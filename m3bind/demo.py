@@ -75,7 +75,7 @@ def _pretrain_all(run: Run, resume: bool) -> None:
     # Drawn anew although there was no step: a step of the volumes takes long.
     bar = progress_bar(total=steps, desc="pretrain, all", unit="step", miniters=0)
     # For the workers: their bars would write over each other; and memory that a step returns to
-    # the system is faulted in again by the next, which is a third of the time of a CT's step.
+    # the system is faulted in again by the next, which is a large part of the time of a CT's.
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
     # Volumes take longest: started last, they would leave the other cores idle.

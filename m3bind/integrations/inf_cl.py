@@ -16,7 +16,7 @@ Names, arguments and values are Inf-CL's. What differs:
 - Over W ranks the mean is that of all rows, on every rank, and its gradients are those that DDP and
   FSDP average (`m3bind.distributed`). Inf-CL's is the mean of a rank's own rows.
 
-Each is one direction: for both, one call of `m3bind.clip_loss` takes half the time of two of these.
+Each is one direction: for both, one call of `m3bind.clip_loss` forms the logits once, not twice.
 
 Source: Cheng et al. 2024, arXiv:2410.17243.
 """

@@ -1,7 +1,7 @@
 """Small residual convolution towers for images, volumes and signals, trained from scratch.
 
 They are sized so that a demonstration trains five of them on two CPU cores. Batch norm, since
-they learn in a third of the steps that group norm takes; once frozen, as stage 1 freezes them,
+they learn in fewer steps than with group norm; once frozen, as stage 1 freezes them,
 an embedding does not depend on the other samples of its batch.
 """
 

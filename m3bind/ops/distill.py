@@ -132,7 +132,7 @@ def composed(
 
 
 def _reduce_all(losses: list[Tensor], reduction: str) -> Tensor | tuple[Tensor, Tensor]:
-    """What `reduce` gives where every row and column counts, in a third of its operations."""
+    """What `reduce` gives where every row and column counts, in fewer operations."""
     if reduction == "none":
         return (losses[0], losses[1]) if len(losses) == 2 else losses[0]
     values = [loss.mean() if reduction == "mean" else loss.sum() for loss in losses]

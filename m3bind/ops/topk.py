@@ -32,9 +32,9 @@ def similarity_topk(
         values, indices = scores.sort(dim=1, descending=True, stable=True)
         return values[:, :k], indices[:, :k]
 
-    Equal scores come in the order of the gallery, at the k-th place too; -0 equals 0. In the "cpp",
-    "triton" and "cuda" backends equal rows have equal scores wherever they stand (the latter two
-    have not yet run on a GPU); "reference" and "chunked" take the scores of a library's matrix
+    Equal scores come in the order of the gallery, at the k-th place too; -0 equals 0. In the "cpp"
+    backend equal rows have equal scores wherever they stand; "triton" and "cuda" are written so,
+    and have not yet run on a GPU; "reference" and "chunked" take the scores of a library's matrix
     product, whose last bit may depend on the place. NaN is the largest value, as
     in `torch.topk`: a gallery row with NaN comes first, and a query with NaN has the values NaN and
     the indices 0 to k - 1 (those that are not left out).

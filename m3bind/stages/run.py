@@ -31,10 +31,9 @@ class Run(Training):
             self._prepare_texts(experts)
             # The few-shot probe fits on training images, and stage 2 leaves images as they are.
             for split in ("test",) if text else ("train", "test"):
-                embedders = progress_bar(
-                    self._embedders(experts, split), desc=f"embed {stage}, {split}"
-                )
-                sets = [embedder(text, texts=split == "test") for embedder in embedders]
+                embedders = self._embedders(experts, split)
+                bar = progress_bar(embedders, desc=f"embed {stage}, {split}")
+                sets = [embedder(text, texts=split == "test") for embedder in bar]
                 for item in sets:
                     item.origin = self.origin(stage, item.modality, split)
                 save_stage(self.folder / "embeddings", stage, sets)
