@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "panel.h"
+#include "tiling.h"
 
 namespace m3bind::cpu {
 

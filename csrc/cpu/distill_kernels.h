@@ -1,4 +1,4 @@
-// The passes of similarity_distill over two panels of dot products, the student's S and the
+// The passes of similarity_distill over two tiles of dot products, the student's S and the
 // teacher's T: part of RowKernels.
 #pragma once
 
@@ -31,29 +31,28 @@ struct ShareWeights {
   const float* change;  // student's less teacher's, before they were rounded
 };
 
-// A panel of both has `rows` x `cols` dot products, `ld` floats from row to row, -inf in both where
-// a pair is left out.
-struct DualPanel {
+// `rows` x `cols` dot products of both, contiguous; -inf in both where a pair is left out.
+struct DualBlock {
   float* student;
   const float* teacher;
-  int64_t ld, rows, cols;
+  int64_t rows, cols;
   Factor student_factor, teacher_factor;
 };
 
 struct DistillKernels {
   // With one shift for all logits, added to the sums of the rows and of the columns.
-  void (*sum_shifted)(const DualPanel& panel, bool kl, float shift,
+  void (*sum_shifted)(const DualBlock& block, bool kl, float shift,
                       const DivergenceSums<double>& rows, const DivergenceSums<float>& cols);
   // Each row and each column shifted by its own.
-  void (*sum_own_shift)(const DualPanel& panel, bool kl, const Both<const float>& row_shift,
+  void (*sum_own_shift)(const DualBlock& block, bool kl, const Both<const float>& row_shift,
                         const Both<const float>& col_shift, const DivergenceSums<double>& rows,
                         const DivergenceSums<float>& cols);
   // S = 2^s * (row's + column's weight of the student) - 2^t * (the teacher's), as one difference.
-  // by_dot [rows] gets the sum of the new values times the old ones, pairs left out apart.
-  void (*gradient_shifted)(const DualPanel& panel, float shift, const ShareWeights& rows,
+  // The sum of the new values times the old ones is added to by_dot[rows], pairs left out apart.
+  void (*gradient_shifted)(const DualBlock& block, float shift, const ShareWeights& rows,
                            const ShareWeights& cols, double* by_dot);
   // The same with own shifts, the LSEs rounded; `gap` is the teacher's less the student's.
-  void (*gradient_own_shift)(const DualPanel& panel, const Both<const float>& row_shift,
+  void (*gradient_own_shift)(const DualBlock& block, const Both<const float>& row_shift,
                              const float* row_gap, const ShareWeights& rows,
                              const Both<const float>& col_shift, const float* col_gap,
                              const ShareWeights& cols, double* by_dot);

@@ -19,7 +19,7 @@ inline IntVec near(Vec d) { return (d <= kNear) & (d >= -kNear); }
 
 struct DualFactor {
   VecFactor student, teacher;
-  explicit DualFactor(const DualPanel& p) : student(p.student_factor), teacher(p.teacher_factor) {}
+  explicit DualFactor(const DualBlock& p) : student(p.student_factor), teacher(p.teacher_factor) {}
 
   // The teacher's logit less the student's: one difference, so that logits of 100 that agree to
   // 1e-5 do not drown in their own rounding. NaN where a pair is left out.
@@ -77,11 +77,10 @@ struct OwnShifts {
   const float *row_student, *row_teacher, *col_student, *col_teacher;
 };
 
-// One tile of kRows rows.
 template <int kRows, bool kKl, bool kOwnShift>
-inline void sum_dual_rows(const float* s, const float* t, int64_t ld, int64_t width,
-                          const DualFactor& factor, Vec common, const OwnShifts& own,
-                          const DivergenceSums<double>& rows, const DivergenceSums<float>& cols) {
+inline void sum_dual_rows(const float* s, const float* t, int64_t width, const DualFactor& factor,
+                          Vec common, const OwnShifts& own, const DivergenceSums<double>& rows,
+                          const DivergenceSums<float>& cols) {
   Added row_sums[kRows] = {};
   Vec row_student[kRows], row_teacher[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -94,7 +93,8 @@ inline void sum_dual_rows(const float* s, const float* t, int64_t ld, int64_t wi
     const Vec col_teacher = kOwnShift ? load_up_to(own.col_teacher + j, count) : common;
     Added col_sums = {};
     for (int r = 0; r < kRows; ++r) {
-      const Vec dots = load_dots(s + r * ld + j, count), aims = load_dots(t + r * ld + j, count);
+      const Vec dots = load_dots(s + r * width + j, count),
+                aims = load_dots(t + r * width + j, count);
       const Vec d = factor.difference(dots, aims);
       const Added of_row =
           divergence<kKl, kOwnShift>(dots, aims, factor, d, row_student[r], row_teacher[r]);
@@ -123,71 +123,60 @@ inline DivergenceSums<T> moved(const DivergenceSums<T>& sums, int64_t by) {
 }
 
 template <bool kKl, bool kOwnShift>
-inline void sum_dual_panel(const DualPanel& p, float shift, const Both<const float>& row_shift,
-                           const Both<const float>& col_shift, const DivergenceSums<double>& rows,
-                           const DivergenceSums<float>& cols) {
+inline void sum_dual_tile(const DualBlock& p, float shift, const Both<const float>& row_shift,
+                          const Both<const float>& col_shift, const DivergenceSums<double>& rows,
+                          const DivergenceSums<float>& cols) {
   constexpr int kRows = 2;
   const DualFactor factor(p);
   const Vec common = splat(shift);
-  for (int64_t tile = 0; tile < p.cols; tile += kTile) {
-    const int64_t width = tile_width(p.cols, tile);
-    const DivergenceSums<float> tile_cols = moved(cols, tile);
-    const auto run = [&]<int kCount>(int64_t i) {
-      OwnShifts own = {};
-      if (kOwnShift)
-        own = {row_shift.student + i, row_shift.teacher + i, col_shift.student + tile,
-               col_shift.teacher + tile};
-      sum_dual_rows<kCount, kKl, kOwnShift>(p.student + i * p.ld + tile,
-                                            p.teacher + i * p.ld + tile, p.ld, width, factor,
-                                            common, own, moved(rows, i), tile_cols);
-    };
-    int64_t i = 0;
-    for (; i + kRows <= p.rows; i += kRows) run.template operator()<kRows>(i);
-    for (; i < p.rows; ++i) run.template operator()<1>(i);
-  }
+  const auto run = [&]<int kCount>(int64_t i) {
+    OwnShifts own = {};
+    if (kOwnShift)
+      own = {row_shift.student + i, row_shift.teacher + i, col_shift.student, col_shift.teacher};
+    sum_dual_rows<kCount, kKl, kOwnShift>(p.student + i * p.cols, p.teacher + i * p.cols, p.cols,
+                                          factor, common, own, moved(rows, i), cols);
+  };
+  int64_t i = 0;
+  for (; i + kRows <= p.rows; i += kRows) run.template operator()<kRows>(i);
+  for (; i < p.rows; ++i) run.template operator()<1>(i);
 }
 
-void sum_dual_shifted(const DualPanel& panel, bool kl, float shift,
+void sum_dual_shifted(const DualBlock& block, bool kl, float shift,
                       const DivergenceSums<double>& rows, const DivergenceSums<float>& cols) {
   if (kl)
-    sum_dual_panel<true, false>(panel, shift, {}, {}, rows, cols);
+    sum_dual_tile<true, false>(block, shift, {}, {}, rows, cols);
   else
-    sum_dual_panel<false, false>(panel, shift, {}, {}, rows, cols);
+    sum_dual_tile<false, false>(block, shift, {}, {}, rows, cols);
 }
 
-void sum_dual_own_shift(const DualPanel& panel, bool kl, const Both<const float>& row_shift,
+void sum_dual_own_shift(const DualBlock& block, bool kl, const Both<const float>& row_shift,
                         const Both<const float>& col_shift, const DivergenceSums<double>& rows,
                         const DivergenceSums<float>& cols) {
   if (kl)
-    sum_dual_panel<true, true>(panel, 0, row_shift, col_shift, rows, cols);
+    sum_dual_tile<true, true>(block, 0, row_shift, col_shift, rows, cols);
   else
-    sum_dual_panel<false, true>(panel, 0, row_shift, col_shift, rows, cols);
+    sum_dual_tile<false, true>(block, 0, row_shift, col_shift, rows, cols);
 }
 
 // Replaces a row of the student's dot products by derivatives(student's, teacher's, first column,
 // columns); returns the sum of derivative * student's dot.
 template <class F>
-inline double derive_dual_row(float* s, const float* t, int64_t cols, const F& derivatives) {
-  double total = 0;
-  for (int64_t tile = 0; tile < cols; tile += kTile) {
-    const int64_t end = tile + tile_width(cols, tile);
-    Vec sum = {};
-    for (int64_t j = tile; j < end; j += kLanes) {
-      const int64_t count = end - j < kLanes ? end - j : kLanes;
-      const Vec dots = load_dots(s + j, count);
-      const Vec grad = derivatives(dots, load_dots(t + j, count), j, count);
-      sum = fma(grad, select(dots == -kInf, Vec{}, dots), sum);
-      if (count == kLanes)
-        store(s + j, grad);
-      else
-        store_part(s + j, grad, count);
-    }
-    total += reduce_add(sum);
+inline float derive_dual_row(float* s, const float* t, int64_t cols, const F& derivatives) {
+  Vec sum = {};
+  for (int64_t j = 0; j < cols; j += kLanes) {
+    const int64_t count = cols - j < kLanes ? cols - j : kLanes;
+    const Vec dots = load_dots(s + j, count);
+    const Vec grad = derivatives(dots, load_dots(t + j, count), j, count);
+    sum = fma(grad, select(dots == -kInf, Vec{}, dots), sum);
+    if (count == kLanes)
+      store(s + j, grad);
+    else
+      store_part(s + j, grad, count);
   }
-  return total;
+  return reduce_add(sum);
 }
 
-void gradient_dual_shifted(const DualPanel& p, float shift, const ShareWeights& rows,
+void gradient_dual_shifted(const DualBlock& p, float shift, const ShareWeights& rows,
                            const ShareWeights& cols, double* by_dot) {
   const DualFactor factor(p);
   const Vec common = splat(shift);
@@ -204,7 +193,7 @@ void gradient_dual_shifted(const DualPanel& p, float shift, const ShareWeights& 
       return select(near(d), e_t * fma(exp2_less_one(-d), student, change),
                     e_s * student - e_t * teacher);
     };
-    by_dot[i] = derive_dual_row(p.student + i * p.ld, p.teacher + i * p.ld, p.cols, share);
+    by_dot[i] += derive_dual_row(p.student + i * p.cols, p.teacher + i * p.cols, p.cols, share);
   }
 }
 
@@ -218,7 +207,7 @@ inline Vec own_share(Vec s, Vec t, const DualFactor& factor, Vec difference, Vec
   return select(near(d) & near(difference), e_t * exp2_less_one(-d), e_s - e_t);
 }
 
-void gradient_dual_own_shift(const DualPanel& p, const Both<const float>& row_shift,
+void gradient_dual_own_shift(const DualBlock& p, const Both<const float>& row_shift,
                              const float* row_gap, const ShareWeights& rows,
                              const Both<const float>& col_shift, const float* col_gap,
                              const ShareWeights& cols, double* by_dot) {
@@ -235,6 +224,6 @@ void gradient_dual_own_shift(const DualPanel& p, const Both<const float>& row_sh
           load_up_to(cols.teacher + j, count));
       return by_row + by_col;
     };
-    by_dot[i] = derive_dual_row(p.student + i * p.ld, p.teacher + i * p.ld, p.cols, share);
+    by_dot[i] += derive_dual_row(p.student + i * p.cols, p.teacher + i * p.cols, p.cols, share);
   }
 }

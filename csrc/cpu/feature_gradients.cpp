@@ -1,5 +1,6 @@
 #include "feature_gradients.h"
 
+#include "row_blocks.h"
 #include "row_kernels.h"
 
 namespace m3bind::cpu {
@@ -23,21 +24,34 @@ void multiply_rows(const Tensor& t, float factor) {
 
 }  // namespace
 
-FeatureGradients::FeatureGradients(Panels& panels, bool need_x, bool need_y)
-    : panels_(panels),
-      need_y_(need_y),
-      x_(panels.x().new_rows(need_x ? panels.rows() : 0)),
-      y_(panels.y().new_rows(0)) {}
-
-void FeatureGradients::finish() {
-  if (need_y_) y_ = panels_.take_grad_y();
+void AllApart::merge(std::span<const Tile> tiles) {
+  for (const Tile& tile : tiles) {
+    all_.insert(all_.end(), of(tile).begin(), of(tile).end());
+    of(tile).clear();
+  }
 }
 
-void FeatureGradients::add(const std::vector<Apart>& apart) {
+FeatureGradients::FeatureGradients(Tiling& tiling, bool need_x, bool need_y)
+    : tiling_(tiling),
+      need_y_(need_y),
+      x_(tiling.x().new_rows(need_x ? tiling.rows() : 0)),
+      y_(tiling.y().new_rows(0)) {
+  tiling.products().begin(x_, need_y, tiling.slots(), tiling.step());
+}
+
+void FeatureGradients::finish() {
+  tiling_.finish();
+  if (need_y_) y_ = tiling_.products().finish_y();
+  // Without tiles nobody wrote them.
+  if (tiling_.cols() == 0) torch::stable::zero_(x_);
+  if (tiling_.rows() == 0) torch::stable::zero_(y_);
+}
+
+void FeatureGradients::add(const AllApart& apart) {
   std::vector<float> space;
-  for (const Apart& a : apart) {
-    add_row(x_, a.row, panels_.y(), a.col, a.grad, space);
-    add_row(y_, a.col, panels_.x(), a.row, a.grad, space);
+  for (const Apart& a : apart.all()) {
+    add_row(x_, a.row, tiling_.y(), a.col, a.grad, space);
+    add_row(y_, a.col, tiling_.x(), a.row, a.grad, space);
   }
 }
 

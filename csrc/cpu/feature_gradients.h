@@ -1,29 +1,47 @@
-// The gradients of x and y, panel by panel.
+// The gradients of x and y, tile by tile.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
-#include "panel.h"
+#include "tiling.h"
 
 namespace m3bind::cpu {
 
-// Derivatives that are not in the panel: those at lone positives are by far the largest of their
+// Derivatives that are not in a tile: those at lone positives are by far the largest of their
 // row, and rounding them to 16 bit would double the error of the whole gradient.
 struct Apart {
   int64_t row, col;
   float grad;
 };
 
+// Those of all tiles, in the order of the tiles.
+class AllApart {
+ public:
+  explicit AllApart(const Tiling& tiling) : of_slot_(tiling.slots()) {}
+  // Where a tile adds its own; by any thread.
+  std::vector<Apart>& of(const Tile& tile) { return of_slot_[tile.slot]; }
+  // After all tiles that are in memory.
+  void merge(std::span<const Tile> tiles);
+  const std::vector<Apart>& all() const { return all_; }
+
+ private:
+  std::vector<std::vector<Apart>> of_slot_;
+  std::vector<Apart> all_;
+};
+
 class FeatureGradients {
  public:
-  FeatureGradients(Panels& panels, bool need_x, bool need_y);
+  FeatureGradients(Tiling& tiling, bool need_x, bool need_y);
 
-  // Takes the derivatives that now lie in the panel.
-  void take(int64_t first, int64_t count) { panels_.gradients(first, count, x_, need_y_); }
-  // After the last panel: x and y are whole, and there is no other panel.
+  // Takes the derivatives that now lie in a tile; by any thread.
+  void take(const Tile& tile) { tiling_.products().take(tile); }
+  // After all tiles that are in memory.
+  void merge(std::span<const Tile> tiles) { tiling_.products().add_to_x(tiles); }
+  // After the last tile: x and y are whole, and there is no other.
   void finish();
-  void add(const std::vector<Apart>& apart);
+  void add(const AllApart& apart);
   void multiply(double factor);
 
   // float32, [0, D] where it is not needed
@@ -31,7 +49,7 @@ class FeatureGradients {
   const Tensor& y() const { return y_; }
 
  private:
-  Panels& panels_;
+  Tiling& tiling_;
   bool need_y_;
   Tensor x_, y_;
 };

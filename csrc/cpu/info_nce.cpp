@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "direction.h"
-#include "panel.h"
 #include "similarity_stats.h"
+#include "tiling.h"
 #include "whole_tensors.h"
 
 namespace m3bind::cpu {
@@ -53,13 +53,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const T
                                                         const Tensor& logit_scale, double margin,
                                                         bool mean, int64_t kept_rows) {
   const int64_t count = x.size(0);
-  Panels panels(x, y, logit_scale, PairRules(count), margin);
-  const Tensor kept = torch::stable::new_empty(panels.x().tensor(), {kept_rows, panels.cols()},
+  Tiling tiling(x, y, logit_scale, PairRules(count), margin);
+  const Tensor kept = torch::stable::new_empty(tiling.x().tensor(), {kept_rows, tiling.cols()},
                                                torch::headeronly::ScalarType::Float);
-  panels.keep_in(kept);
-  const auto [rows, cols] = statistics(panels, false);
-  const double sum = losses(Statistics(rows, panels.rows()), count) +
-                     losses(Statistics(cols, panels.cols()), count);
+  tiling.keep_in(kept);
+  const auto [rows, cols] = statistics(tiling, false);
+  const double sum = losses(Statistics(rows, tiling.rows()), count) +
+                     losses(Statistics(cols, tiling.cols()), count);
   return {number(x, sum * weight(count, mean)), rows, cols, kept};
 }
 
@@ -69,12 +69,12 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y
                                                 const Tensor& kept, const Tensor& grad, bool need_x,
                                                 bool need_y) {
   const int64_t count = x.size(0);
-  Panels panels(x, y, logit_scale, PairRules(count), margin);
-  panels.take_from(kept);
+  Tiling tiling(x, y, logit_scale, PairRules(count), margin);
+  tiling.take_from(kept);
   const double upstream = read_scalar(grad) * weight(count, mean);
   const StatsGradients grads = stats_gradients(
-      panels, direction(Statistics(rows, panels.rows()), count, upstream),
-      direction(Statistics(cols, panels.cols()), count, upstream), false, need_x, need_y);
+      tiling, direction(Statistics(rows, tiling.rows()), count, upstream),
+      direction(Statistics(cols, tiling.cols()), count, upstream), false, need_x, need_y);
   return {torch::stable::to(grads.x, x.scalar_type()), torch::stable::to(grads.y, y.scalar_type()),
           number(x, grads.scale)};
 }

@@ -6,9 +6,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
+
+#include "tile.h"
 
 namespace m3bind::cpu {
 
@@ -36,18 +39,22 @@ class EqualPairs {
     return diagonal_ > 0 ? row == col : row_data_[row] == col_data_[col];
   }
 
-  // f(row, column) for rows [first, first + count), in order.
+  // f(row, column) on those within `range`, row by row.
   template <class F>
-  void for_each(int64_t first, int64_t count, const F& f) const {
+  void for_each(const Range& range, const F& f) const {
+    const int64_t end = range.row + range.rows, last = range.col + range.cols;
+    if (diagonal_ > 0) {
+      for (int64_t i = std::max(range.row, range.col); i < std::min(end, last); ++i) f(i, i);
+      return;
+    }
     if (!any()) return;
-    for (int64_t i = first; i < first + count; ++i) {
-      if (diagonal_ > 0) {
-        f(i, i);
-        continue;
-      }
-      auto found = std::lower_bound(columns_.begin(), columns_.end(),
-                                    std::pair<int32_t, int64_t>(row_data_[i], 0));
-      for (; found != columns_.end() && found->first == row_data_[i]; ++found) f(i, found->second);
+    for (int64_t i = range.row; i < end; ++i) {
+      auto [found, behind] = equal_columns_[i];
+      if (behind - found > kFew)
+        found = std::lower_bound(columns_.begin() + found, columns_.begin() + behind, range.col) -
+                columns_.begin();
+      for (; found < behind && columns_[found] < last; ++found)
+        if (columns_[found] >= range.col) f(i, columns_[found]);
     }
   }
 
@@ -56,14 +63,9 @@ class EqualPairs {
   std::optional<Tensor> rows_, cols_;
   const int32_t* row_data_ = nullptr;
   const int32_t* col_data_ = nullptr;
-  std::vector<std::pair<int32_t, int64_t>> columns_;  // (number, column), sorted
-};
-
-// A positive pair of the panel at hand.
-struct Positive {
-  int64_t row, col;
-  int bits;
-  float dot;  // as the panel held it, less the margin
+  static constexpr int64_t kFew = 8;
+  std::vector<int64_t> columns_;  // sorted by their numbers, those of one number ascending
+  std::vector<std::pair<int64_t, int64_t>> equal_columns_;  // [first, last) of these, of each row
 };
 
 class PairRules {
@@ -78,40 +80,37 @@ class PairRules {
 
   void check(int64_t rows, int64_t cols) const;
 
-  // Lowers the positives of the panel of rows [first, first + count) by `margin` and lists them in
-  // `positives`. Those that stay out of a sum, and masked pairs, become -inf; before that, masked(
-  // row, column, value) is called on the latter.
+  // Lowers the positives of a tile by `margin` and lists them. Those that stay out of a sum, and
+  // masked pairs, become -inf; before that, masked(row, column, value) is called on the latter.
   template <class F>
-  void apply(float* panel, int64_t ld, int64_t first, int64_t count, float margin,
-             std::vector<Positive>& positives, const F& masked) const {
-    positives.clear();
-    masks_.for_each(first, count, [&](int64_t i, int64_t j) {
-      if (classes_.any() && classes_.equal(i, j)) return;
-      float& value = panel[(i - first) * ld + j];
+  void apply(Tile& tile, float margin, const F& masked) const {
+    for_each_masked(tile, [&](int64_t i, int64_t j) {
+      float& value = tile.at(i, j);
       masked(i, j, value);
       value = -std::numeric_limits<float>::infinity();
     });
-    classes_.for_each(first, count, [&](int64_t i, int64_t j) {
-      float& value = panel[(i - first) * ld + j];
+    tile.positives.clear();
+    classes_.for_each(tile, [&](int64_t i, int64_t j) {
+      float& value = tile.at(i, j);
       const int bits = classes_.bits(i);
       value -= margin;
-      positives.push_back({i, j, bits, value});
+      tile.positives.push_back({i, j, bits, value});
       if (bits != 0) value = -std::numeric_limits<float>::infinity();
     });
   }
 
-  // f(row, column) on the positive pairs of these rows.
+  // f(row, column) on the positive pairs within `range`.
   template <class F>
-  void for_each_positive(int64_t first, int64_t count, const F& f) const {
-    classes_.for_each(first, count, f);
+  void for_each_positive(const Range& range, const F& f) const {
+    classes_.for_each(range, f);
   }
   // Of a row that has positives: whether it has only one, or its columns have only this row.
   bool is_lone(int64_t i) const { return classes_.bits(i) != 0; }
 
-  // f(row, column) on the masked pairs of these rows.
+  // f(row, column) on the masked pairs within `range`.
   template <class F>
-  void for_each_masked(int64_t first, int64_t count, const F& f) const {
-    masks_.for_each(first, count, [&](int64_t i, int64_t j) {
+  void for_each_masked(const Range& range, const F& f) const {
+    masks_.for_each(range, [&](int64_t i, int64_t j) {
       if (!classes_.any() || !classes_.equal(i, j)) f(i, j);
     });
   }

@@ -1,23 +1,20 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <utility>
+#include <optional>
 #include <vector>
 
 #include "bf16_pack.h"
 #include "brgemm.h"
-#include "gemm.h"
 #include "products.h"
 #include "row_blocks.h"
-#include "row_kernels.h"
 #include "space.h"
-#include "transpose.h"
+#include "turned_rows.h"
 
 namespace m3bind::cpu {
 namespace {
 
-constexpr int64_t kTile = 256;  // columns at a time: with 64 rows, operands and result fit into L2
-constexpr int64_t kWide = 32;   // the inner dimension is padded to this many zeros
+constexpr int64_t kWide = 32;  // the inner dimension is padded to this many zeros
 
 void release() {
   if (m3bind_brgemm_release != nullptr) m3bind_brgemm_release(true);
@@ -33,57 +30,70 @@ class Bf16Products : public Products {
         cols_(y.size(0)),
         features_(x.size(1)),
         inner_(padded(features_)),
-        tiles_((cols_ + kTile - 1) / kTile),
         x_rows_(wide_rows(x_, x_space_)),
         y_rows_(wide_rows(y_, y_space_)),
         y_turned_(cols_ * inner_ / 2) {
-    // [inner / 2, columns of the tile] pairs, tile after tile
     over_tiles([&](int64_t first, int64_t width) {
-      transpose(pairs_of(y_rows_ + first * inner_), inner_ / 2, width, inner_ / 2,
-                y_turned_.data() + first * inner_ / 2, width);
+      transpose(reinterpret_cast<const uint32_t*>(y_rows_ + first * inner_), inner_ / 2, width,
+                inner_ / 2, y_turned_.data() + first * inner_ / 2, width);
     });
   }
 
-  void dots(int64_t first, int64_t count, const Tensor& panel) override {
-    float* out = static_cast<float*>(panel.mutable_data_ptr());
-    torch::stable::parallel_for(0, blocks_of(count) * tiles_, 1, [&](int64_t begin, int64_t end) {
-      Space<float> block(kBlockRows * kTile);  // as in BlockedProducts
-      for (int64_t part = begin; part < end; ++part) {
-        const int64_t i = part / tiles_ * kBlockRows, rows = std::min(kBlockRows, count - i);
-        const int64_t j = part % tiles_ * kTile, width = std::min(kTile, cols_ - j);
-        m3bind_brgemm_bf16(rows, width, inner_, inner_, width, width, false,
-                           x_rows_ + (first + i) * inner_, y_turned_.data() + j * inner_ / 2,
-                           block.data(), true);
-        for (int64_t r = 0; r < rows; ++r)
-          std::copy_n(block.data() + r * width, width, out + (i + r) * cols_ + j);
+  void dots(const Tile& tile) override {
+    m3bind_brgemm_bf16(tile.rows, tile.cols, inner_, inner_, tile.cols, tile.cols, false,
+                       x_rows_ + tile.row * inner_, y_turned_.data() + tile.col * inner_ / 2,
+                       tile.data, true);
+    release();
+  }
+
+  void begin(const Tensor& grad_x, bool need_y, int64_t slots, int64_t rows) override {
+    grad_x_ = grad_x;
+    const int64_t width = std::min(tile_cols(cols_), cols_);
+    rounded_size_ = rows * padded(width);
+    packed_size_ = padded(rows) * width;
+    rounded_.resize(slots * rounded_size_);
+    packed_.resize(slots * packed_size_);
+    if (grad_x.size(0) > 0) pack_y();
+    if (need_y) grad_y_.emplace(y_);
+  }
+
+  void begin_rows(int64_t first, int64_t count) override {
+    if (grad_y_) turn_x(first, count);
+  }
+
+  // Of the gradient of y the transpose is summed: so the tile's pairs of rows are the packed
+  // operand.
+  void take(const Tile& tile) override {
+    round(tile);
+    if (!grad_y_) return;
+    const int64_t inner = padded(tile.rows);
+    m3bind_brgemm_bf16(features_, tile.cols, inner, inner, tile.cols, tile.cols, tile.row > 0,
+                       x_turned_.data(), packed(tile), grad_y_->columns(tile), true);
+    release();
+  }
+
+  void add_to_x(std::span<const Tile> tiles) override {
+    if (grad_x_->size(0) == 0) return;
+    const Tile& first = tiles.front();
+    float* out = static_cast<float*>(grad_x_->mutable_data_ptr()) + first.row * features_;
+    for_parts(first.rows, features_, [&](int64_t begin, int64_t end, int64_t d, int64_t width) {
+      for (const Tile& tile : tiles) {
+        const int64_t inner = padded(tile.cols);
+        m3bind_brgemm_bf16(end - begin, width, inner, inner, features_, features_, tile.col > 0,
+                           rounded(tile) + begin * inner,
+                           y_packed_.data() + tile.col / 2 * features_ + d,
+                           out + begin * features_ + d, true);
       }
       release();
     });
   }
 
-  void gradients(int64_t first, int64_t count, const Tensor& panel, const Tensor& grad_x,
-                 bool need_y) override {
-    const int64_t inner = padded(count);
-    round_panel(static_cast<const float*>(panel.const_data_ptr()), count, inner);
-    if (grad_x.size(0) > 0)
-      to_x(count, static_cast<float*>(grad_x.mutable_data_ptr()) + first * features_);
-    if (need_y) to_y(first, count, inner);
-  }
-
   bool exact() const override { return false; }
 
-  Tensor take_grad_y() override {
+  Tensor finish_y() override {
     for (auto* done : {&y_turned_, &y_packed_, &x_turned_}) done->resize(0);
     for (auto* done : {&rounded_, &packed_}) done->resize(0);
-    Tensor grad_y =
-        torch::stable::new_empty(y_, {cols_, features_}, torch::headeronly::ScalarType::Float);
-    float* out = static_cast<float*>(grad_y.mutable_data_ptr());
-    over_tiles([&](int64_t first, int64_t width) {
-      transpose(reinterpret_cast<const uint32_t*>(grad_y_turned_.data() + first * features_), width,
-                features_, width, reinterpret_cast<uint32_t*>(out + first * features_), features_);
-    });
-    grad_y_turned_.resize(0);
-    return grad_y;
+    return grad_y_->turn_back();
   }
 
  private:
@@ -96,75 +106,39 @@ class Bf16Products : public Products {
       std::copy_n(rows + i * features_, features_, space.data() + i * inner_);
     return space.data();
   }
-  static const uint32_t* pairs_of(const Bf16* row) {
-    return reinterpret_cast<const uint32_t*>(row);
-  }
 
-  // f(first column, columns) on every tile.
+  // f(first column, columns) on the columns of every tile.
   template <class F>
   void over_tiles(const F& f) const {
-    torch::stable::parallel_for(0, tiles_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) f(t * kTile, std::min(kTile, cols_ - t * kTile));
-      release();
+    const int64_t size = tile_cols(cols_);
+    torch::stable::parallel_for(0, (cols_ + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) f(t * size, std::min(size, cols_ - t * size));
     });
   }
 
-  // The panel in bfloat16, tile after tile: rows [count, padded width] in rounded_, and packed
-  // [padded count, width] in packed_.
-  void round_panel(const float* panel, int64_t count, int64_t inner) {
-    const int64_t wide = tiles_ * kTile;
-    rounded_.resize(count * wide);
-    packed_.resize(inner * wide);
-    for_row_blocks(count, [&](int64_t begin, int64_t last) {
-      for (int64_t j = 0; j < cols_; j += kTile) {
-        const int64_t width = std::min(kTile, cols_ - j);
-        Bf16* plain = rounded_.data() + j * count;
-        Bf16* pairs = packed_.data() + j * inner;
-        for (int64_t i = begin; i < last; i += 2) {
-          const bool two = i + 1 < last;
-          const float* from = panel + i * cols_ + j;
-          round_pair(from, two ? from + cols_ : nullptr, width, plain + i * padded(width),
-                     two ? plain + (i + 1) * padded(width) : nullptr, pairs + i * width);
-        }
-        for (int64_t i = begin; i < last; ++i)
-          std::fill_n(plain + i * padded(width) + width, padded(width) - width, Bf16{0});
-        if (const int64_t end = last + last % 2; end >= count)
-          std::fill_n(pairs + end * width, (inner - end) * width, Bf16{0});
-      }
-    });
+  Bf16* rounded(const Tile& tile) { return rounded_.data() + tile.slot * rounded_size_; }
+  Bf16* packed(const Tile& tile) { return packed_.data() + tile.slot * packed_size_; }
+
+  // The tile in bfloat16: rows [rows, padded columns], and packed [padded rows, columns].
+  void round(const Tile& tile) {
+    const int64_t wide = padded(tile.cols);
+    for (int64_t i = 0; i < tile.rows; i += 2) {
+      const bool two = i + 1 < tile.rows;
+      const float* from = tile.data + i * tile.cols;
+      Bf16* row = rounded(tile) + i * wide;
+      round_pair(from, two ? from + tile.cols : nullptr, tile.cols, row, two ? row + wide : nullptr,
+                 packed(tile) + i * tile.cols);
+    }
+    if (wide > tile.cols)
+      for (int64_t i = 0; i < tile.rows; ++i)
+        std::fill_n(rounded(tile) + i * wide + tile.cols, wide - tile.cols, Bf16{0});
+    const int64_t end = tile.rows + tile.rows % 2;
+    std::fill_n(packed(tile) + end * tile.cols, (padded(tile.rows) - end) * tile.cols, Bf16{0});
   }
 
-  void to_x(int64_t count, float* out) {
-    if (y_packed_.empty()) pack_y();
-    for_parts(count, features_, [&](int64_t begin, int64_t end, int64_t d, int64_t width) {
-      for (int64_t i = begin; i < end; i += kBlockRows) {
-        const int64_t rows = std::min(kBlockRows, end - i);
-        for (int64_t j = 0; j < cols_; j += kTile) {
-          const int64_t inner = padded(std::min(kTile, cols_ - j));
-          m3bind_brgemm_bf16(rows, width, inner, inner, features_, features_, j > 0,
-                             rounded_.data() + j * count + i * inner,
-                             y_packed_.data() + j / 2 * features_ + d, out + i * features_ + d,
-                             true);
-        }
-      }
-      release();
-    });
-  }
-
-  // grad_y is summed as its transpose, [features, columns of the tile]: so the panel's pairs of
-  // rows are the packed operand, and nothing as large as the panel is transposed.
-  void to_y(int64_t first, int64_t count, int64_t inner) {
-    const bool add = !grad_y_turned_.empty();
-    if (!add) grad_y_turned_.resize(cols_ * features_);
-    turn_x(first, count, inner);
-    over_tiles([&](int64_t j, int64_t width) {
-      m3bind_brgemm_bf16(features_, width, inner, inner, width, width, add, x_turned_.data(),
-                         packed_.data() + j * inner, grad_y_turned_.data() + j * features_, true);
-    });
-  }
-
-  // x_turned_ [features, inner], as pairs of neighbours in a row
-  void turn_x(int64_t first, int64_t count, int64_t inner) {
+  // x_turned_ [features, padded count], as pairs of neighbours in a row
+  void turn_x(int64_t first, int64_t count) {
+    const int64_t inner = padded(count);
     x_turned_.resize(features_ * inner / 2);
     torch::stable::parallel_for(0, inner / kWide, 1, [&](int64_t begin, int64_t end) {
       std::vector<uint32_t> pairs(kWide / 2 * features_);
@@ -178,7 +152,8 @@ class Bf16Products : public Products {
   }
 
   void pack_y() {
-    y_packed_.resize(tiles_ * kTile / 2 * features_);
+    const int64_t size = tile_cols(cols_);
+    y_packed_.resize((cols_ + size - 1) / size * size / 2 * features_);
     over_tiles([&](int64_t first, int64_t width) {
       for (int64_t j = first; j < first + padded(width); j += 2)
         pack_pair(y_rows_, j, cols_, y_packed_.data() + j / 2 * features_);
@@ -195,12 +170,14 @@ class Bf16Products : public Products {
   }
 
   Tensor x_, y_;
-  int64_t cols_, features_, inner_, tiles_;
+  int64_t cols_, features_, inner_;
   std::vector<Bf16> x_space_, y_space_;  // of padded rows, where there are any
   const Bf16 *x_rows_, *y_rows_;
   Space<uint32_t> y_turned_, y_packed_, x_turned_;  // pairs
+  int64_t rounded_size_ = 0, packed_size_ = 0;      // of one tile
   Space<Bf16> rounded_, packed_;
-  Space<float> grad_y_turned_;
+  std::optional<Tensor> grad_x_;
+  std::optional<TurnedRows> grad_y_;
 };
 
 }  // namespace

@@ -1,38 +1,30 @@
-// float32 products in blocks, on processors with AVX-512: a tenth faster than the GEMMs of a whole
-// panel where torch's BLAS is not written for the processor, and nothing of the size of an operand
-// is allocated.
+// float32 products in blocks, on processors with AVX-512: no operand is copied once a tile, and no
+// element of the matrix leaves the cache between its products.
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <algorithm>
 #include <optional>
 
 #include "brgemm.h"
-#include "gemm.h"
 #include "products.h"
 #include "row_blocks.h"
 #include "space.h"
-#include "transpose.h"
+#include "turned_rows.h"
 
 namespace m3bind::cpu {
 namespace {
 
-constexpr int64_t kDotColumns = 64;    // columns of the panel at a time, for its dot products
-constexpr int64_t kDotDepth = 128;     // features at a time: long sums in float32 are inexact
-constexpr int64_t kGradColumns = 128;  // columns at a time for the gradient of their features
-constexpr int64_t kDepth = 256;        // summands at a time in the gradients
+constexpr int64_t kStrip = 64;      // columns of a tile at a time, for its dot products
+constexpr int64_t kDotDepth = 128;  // features at a time: long sums in float32 are inexact
+constexpr int64_t kDepth = 256;     // summands at a time in the gradients
 
-// f(first, count) on every tile of `size`, in order.
+// f(first, count) on every part of `size`, in order.
 template <class F>
-void over_tiles(int64_t begin, int64_t end, int64_t size, const F& f) {
+void over_parts(int64_t begin, int64_t end, int64_t size, const F& f) {
   for (int64_t first = begin; first < end; first += size) f(first, std::min(size, end - first));
 }
 
-void turn(const float* from, int64_t from_ld, int64_t rows, int64_t cols, float* to) {
-  transpose(reinterpret_cast<const uint32_t*>(from), from_ld, rows, cols,
-            reinterpret_cast<uint32_t*>(to), rows);
-}
-
-float* writable(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
-// No operand or result of a block has the panel's number of columns from row to row: torch keeps
+// No operand or result of a block has the matrix' number of columns from row to row: torch keeps
 // the code of every combination of sizes that it has met.
 class BlockedProducts : public Products {
  public:
@@ -42,83 +34,81 @@ class BlockedProducts : public Products {
         x_(static_cast<const float*>(x.const_data_ptr())),
         y_(static_cast<const float*>(y.const_data_ptr())),
         cols_(y.size(0)),
-        features_(x.size(1)) {}
+        features_(x.size(1)),
+        y_turned_(cols_ * features_) {
+    const int64_t strips = (cols_ + kStrip - 1) / kStrip;
+    torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+      over_parts(begin * kStrip, std::min(cols_, end * kStrip), kStrip,
+                 [&](int64_t j, int64_t width) {
+                   turn(y_ + j * features_, features_, width, features_,
+                        y_turned_.data() + j * features_, width);
+                 });
+    });
+  }
 
-  void dots(int64_t first, int64_t count, const Tensor& panel) override {
-    float* out = writable(panel);
-    by_tiles(cols_, kDotColumns, [&](int64_t begin, int64_t end) {
-      Space<float> turned(kDotColumns * features_), block(kBlockRows * kDotColumns);
-      over_tiles(begin, end, kDotColumns, [&](int64_t j, int64_t width) {
-        turn(y_ + j * features_, features_, width, features_, turned.data());
-        over_tiles(0, count, kBlockRows, [&](int64_t i, int64_t rows) {
-          over_tiles(0, features_, kDotDepth, [&](int64_t d, int64_t depth) {
-            m3bind_brgemm_float(rows, width, depth, features_, width, width, d > 0,
-                                x_ + (first + i) * features_ + d, turned.data() + d * width,
-                                block.data(), false);
-          });
-          for (int64_t r = 0; r < rows; ++r)
-            std::copy_n(block.data() + r * width, width, out + (i + r) * cols_ + j);
+  void dots(const Tile& tile) override {
+    over_parts(tile.col, tile.col + tile.cols, kStrip, [&](int64_t j, int64_t width) {
+      over_parts(0, tile.rows, kBlockRows, [&](int64_t i, int64_t rows) {
+        over_parts(0, features_, kDotDepth, [&](int64_t d, int64_t depth) {
+          m3bind_brgemm_float(rows, width, depth, features_, width, tile.cols, d > 0,
+                              x_ + (tile.row + i) * features_ + d,
+                              y_turned_.data() + j * features_ + d * width,
+                              tile.data + i * tile.cols + (j - tile.col), false);
         });
       });
     });
   }
 
-  void gradients(int64_t first, int64_t count, const Tensor& panel, const Tensor& grad_x,
-                 bool need_y) override {
-    if (grad_x.size(0) > 0) to_x(count, writable(panel), writable(grad_x) + first * features_);
-    if (need_y) to_y(first, count, writable(panel));
+  void begin(const Tensor& grad_x, bool need_y, int64_t, int64_t) override {
+    grad_x_ = grad_x;
+    if (need_y) grad_y_.emplace(held_y_);
   }
 
-  Tensor take_grad_y() override {
-    return adding_ ? *grad_y_ : torch::stable::new_zeros(held_y_, {cols_, features_});
+  void begin_rows(int64_t first, int64_t count) override {
+    if (!grad_y_) return;
+    x_turned_.resize(features_ * count);
+    for_row_blocks(count, [&](int64_t begin, int64_t end) {
+      turn(x_ + (first + begin) * features_, features_, end - begin, features_,
+           x_turned_.data() + begin, count);
+    });
+  }
+
+  // Of the gradient of y the transpose is summed, so that nothing as large as a tile is turned.
+  void take(const Tile& tile) override {
+    if (!grad_y_) return;
+    over_parts(0, tile.rows, kDepth, [&](int64_t i, int64_t depth) {
+      m3bind_brgemm_float(features_, tile.cols, depth, tile.rows, tile.cols, tile.cols,
+                          tile.row + i > 0, x_turned_.data() + i, tile.data + i * tile.cols,
+                          grad_y_->columns(tile), false);
+    });
+  }
+
+  void add_to_x(std::span<const Tile> tiles) override {
+    if (grad_x_->size(0) == 0) return;
+    const Tile& first = tiles.front();
+    float* out = static_cast<float*>(grad_x_->mutable_data_ptr()) + first.row * features_;
+    for_parts(first.rows, features_, [&](int64_t begin, int64_t end, int64_t d, int64_t width) {
+      for (const Tile& tile : tiles)
+        m3bind_brgemm_float(end - begin, width, tile.cols, tile.cols, features_, features_,
+                            tile.col > 0, tile.data + begin * tile.cols,
+                            y_ + tile.col * features_ + d, out + begin * features_ + d, false);
+    });
+  }
+
+  Tensor finish_y() override {
+    y_turned_.resize(0);
+    x_turned_.resize(0);
+    return grad_y_->turn_back();
   }
 
  private:
-  // f(begin, end), of whole tiles, by torch's threads.
-  template <class F>
-  static void by_tiles(int64_t size, int64_t tile, const F& f) {
-    torch::stable::parallel_for(0, (size + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
-      f(begin * tile, std::min(size, end * tile));
-    });
-  }
-
-  void to_x(int64_t count, const float* panel, float* out) {
-    if (cols_ == 0) std::fill_n(out, count * features_, 0.0f);
-    for_parts(count, features_, [&](int64_t begin, int64_t end, int64_t d, int64_t width) {
-      Space<float> block(kBlockRows * kDepth);
-      over_tiles(0, cols_, kDepth, [&](int64_t j, int64_t depth) {
-        over_tiles(begin, end, kBlockRows, [&](int64_t i, int64_t rows) {
-          for (int64_t r = 0; r < rows; ++r)
-            std::copy_n(panel + (i + r) * cols_ + j, depth, block.data() + r * depth);
-          m3bind_brgemm_float(rows, width, depth, depth, features_, features_, j > 0, block.data(),
-                              y_ + j * features_ + d, out + i * features_ + d, false);
-        });
-      });
-    });
-  }
-
-  void to_y(int64_t first, int64_t count, const float* panel) {
-    if (!adding_) grad_y_ = torch::stable::new_empty(held_y_, {cols_, features_});
-    float* out = writable(*grad_y_);
-    by_tiles(cols_, kGradColumns, [&](int64_t begin, int64_t end) {
-      Space<float> turned(kGradColumns * kDepth);
-      over_tiles(begin, end, kGradColumns, [&](int64_t j, int64_t width) {
-        over_tiles(0, count, kDepth, [&](int64_t i, int64_t depth) {
-          turn(panel + i * cols_ + j, cols_, depth, width, turned.data());
-          m3bind_brgemm_float(width, features_, depth, depth, features_, features_,
-                              adding_ || i > 0, turned.data(), x_ + (first + i) * features_,
-                              out + j * features_, false);
-        });
-      });
-    });
-    adding_ = true;
-  }
-
   Tensor held_x_, held_y_;
   const float *x_, *y_;
   int64_t cols_, features_;
-  std::optional<Tensor> grad_y_;
-  bool adding_ = false;
+  Space<float> y_turned_;  // [features, columns of the strip], strip after strip
+  Space<float> x_turned_;  // [features, rows of the tiles at hand]
+  std::optional<Tensor> grad_x_;
+  std::optional<TurnedRows> grad_y_;
 };
 
 }  // namespace

@@ -1,3 +1,5 @@
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <optional>
 
 #include "gemm.h"
@@ -8,34 +10,54 @@ namespace {
 
 class FloatProducts : public Products {
  public:
-  FloatProducts(const Tensor& x, const Tensor& y)
-      : x_(x), y_(y), y_transposed_(torch::stable::transpose(y_, 0, 1)) {}
+  FloatProducts(const Tensor& x, const Tensor& y) : x_(x), y_(y) {}
 
-  void dots(int64_t first, int64_t count, const Tensor& panel) override {
-    mm_out(panel, rows_of(x_, first, count), y_transposed_);
+  void dots(const Tile& tile) override {
+    Tensor columns = rows_of(y_, tile.col, tile.cols);
+    mm_out(matrix(tile), rows_of(x_, tile.row, tile.rows), torch::stable::transpose(columns, 0, 1));
   }
 
-  void gradients(int64_t first, int64_t count, const Tensor& panel, const Tensor& grad_x,
-                 bool need_y) override {
-    if (grad_x.size(0) > 0) mm_out(rows_of(grad_x, first, count), panel, y_);
-    if (!need_y) return;
-    Tensor whole = panel;
-    const Tensor turned = torch::stable::transpose(whole, 0, 1);
-    const bool adding = grad_y_.has_value();
-    if (!adding) grad_y_ = torch::stable::new_empty(y_, {y_.size(0), y_.size(1)});
-    (adding ? mm_add : mm_out)(*grad_y_, turned, rows_of(x_, first, count));
+  void begin(const Tensor& grad_x, bool need_y, int64_t, int64_t) override {
+    grad_x_ = grad_x;
+    if (need_y) grad_y_ = torch::stable::new_zeros(y_, {y_.size(0), y_.size(1)});
   }
 
-  Tensor take_grad_y() override {
-    return grad_y_ ? *grad_y_ : torch::stable::new_zeros(y_, {y_.size(0), y_.size(1)});
+  void begin_rows(int64_t, int64_t) override {}
+
+  void take(const Tile& tile) override {
+    if (!grad_y_) return;
+    Tensor derivatives = matrix(tile);
+    mm_add(rows_of(*grad_y_, tile.col, tile.cols), torch::stable::transpose(derivatives, 0, 1),
+           rows_of(x_, tile.row, tile.rows));
   }
+
+  void add_to_x(std::span<const Tile> tiles) override {
+    if (grad_x_->size(0) == 0) return;
+    for (const Tile& tile : tiles)
+      (tile.col > 0 ? mm_add : mm_out)(rows_of(*grad_x_, tile.row, tile.rows), matrix(tile),
+                                       rows_of(y_, tile.col, tile.cols));
+  }
+
+  Tensor finish_y() override { return *grad_y_; }
 
  private:
-  Tensor x_, y_, y_transposed_;
-  std::optional<Tensor> grad_y_;
+  Tensor matrix(const Tile& tile) const {
+    return torch::stable::from_blob(tile.data, {tile.rows, tile.cols}, {tile.cols, 1}, x_.device(),
+                                    torch::headeronly::ScalarType::Float);
+  }
+
+  Tensor x_, y_;
+  std::optional<Tensor> grad_x_, grad_y_;
 };
 
 }  // namespace
+
+// Few columns are enough tiles for some threads all the same.
+int64_t tile_cols(int64_t cols) {
+  constexpr int64_t kFewColumns = 1024;
+  if (cols <= kFewColumns) return 64;
+  return blocked_products_available() ? 128 : 256;
+}
 
 std::unique_ptr<Products> float_products(const Tensor& x, const Tensor& y) {
   return std::make_unique<FloatProducts>(x, y);

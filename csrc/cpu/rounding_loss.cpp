@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "row_blocks.h"
+
 namespace m3bind::cpu {
 namespace {
 
@@ -31,39 +33,40 @@ std::vector<float> limits(const std::vector<double>& grads) {
 
 }  // namespace
 
-RoundingLoss::RoundingLoss(const Panels& panels, const std::vector<double>& row_grads,
+RoundingLoss::RoundingLoss(const Tiling& tiling, const std::vector<double>& row_grads,
                            const std::vector<double>& col_grads)
     : row_limit_(limits(row_grads)),
       col_limit_(limits(col_grads)),
-      row_lost_(panels.rows()),
-      col_lost_(panels.cols()),
-      columns_(panels.step(), panels.cols()) {}
+      row_lost_(tiling.row_totals()),
+      col_lost_(tiling.cols()),
+      apart_(tiling) {}
 
-void RoundingLoss::take(const Panels& panels, int64_t first, int64_t count) {
-  const int64_t cols = panels.cols();
-  std::vector<std::vector<Apart>> apart((count + kBlockRows - 1) / kBlockRows);
-  for_row_blocks(count, [&](int64_t begin, int64_t end) {
-    struct Found {
-      std::vector<Apart>& apart;
-      int64_t first;
-    } found = {apart[begin / kBlockRows], first + begin};
+void RoundingLoss::take(const Tile& tile) {
+  struct Found {
+    std::vector<Apart>& apart;
+    int64_t row, col;
+  } found = {apart_.of(tile), tile.row, tile.col};
+  sum_columns(tile, col_lost_.data() + tile.col, [&](int64_t begin, int64_t count, float* lost) {
+    found.row = tile.row + begin;
     row_kernels().set_apart(
-        panels.data() + begin * cols, cols, end - begin, cols, row_limit_.data() + first + begin,
-        col_limit_.data(), row_lost_.data() + first + begin, columns_.start(begin, 0),
+        tile.data + begin * tile.cols, count, tile.cols, row_limit_.data() + found.row,
+        col_limit_.data() + tile.col, row_lost_.of(tile) + begin, lost,
         [](void* to, int64_t i, int64_t j, float grad) {
           auto* into = static_cast<Found*>(to);
-          into->apart.push_back({into->first + i, j, grad});
+          into->apart.push_back({into->row + i, into->col + j, grad});
         },
         &found);
   });
-  columns_.merge(count, [&](int64_t j, float lost) { col_lost_[j] += lost; });
-  for (const std::vector<Apart>& block : apart)
-    apart_.insert(apart_.end(), block.begin(), block.end());
 }
 
-void RoundingLoss::give_back(const Panels& panels, FeatureGradients& gradients) const {
-  add_mean(gradients.x(), row_lost_, panels.y());
-  add_mean(gradients.y(), col_lost_, panels.x());
+void RoundingLoss::merge(std::span<const Tile> tiles) {
+  row_lost_.merge(tiles);
+  apart_.merge(tiles);
+}
+
+void RoundingLoss::give_back(const Tiling& tiling, FeatureGradients& gradients) const {
+  add_mean(gradients.x(), row_lost_.totals(), tiling.y());
+  add_mean(gradients.y(), col_lost_, tiling.x());
   gradients.add(apart_);
 }
 

@@ -1,13 +1,13 @@
-// What a gradient loses when its panels of derivatives are rounded to bfloat16, given back as far
+// What a gradient loses when its derivatives are rounded to bfloat16, given back as far
 // as it can be told without a product of float32 matrices.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
-#include "block_columns.h"
 #include "feature_gradients.h"
-#include "panel.h"
+#include "tiling.h"
 
 namespace m3bind::cpu {
 
@@ -18,19 +18,21 @@ namespace m3bind::cpu {
 class RoundingLoss {
  public:
   // By the upstream gradients of rows and columns: a derivative is large beyond a share of both.
-  RoundingLoss(const Panels& panels, const std::vector<double>& row_grads,
+  RoundingLoss(const Tiling& tiling, const std::vector<double>& row_grads,
                const std::vector<double>& col_grads);
 
-  // Looks at the derivatives in the panel, and takes the large ones out of it.
-  void take(const Panels& panels, int64_t first, int64_t count);
-  // Adds to the gradients, after the last panel.
-  void give_back(const Panels& panels, FeatureGradients& gradients) const;
+  // Looks at the derivatives in a tile, and takes the large ones out of it; by any thread.
+  void take(const Tile& tile);
+  // After all tiles that are in memory.
+  void merge(std::span<const Tile> tiles);
+  // Adds to the gradients, after the last tile.
+  void give_back(const Tiling& tiling, FeatureGradients& gradients) const;
 
  private:
   std::vector<float> row_limit_, col_limit_;
-  std::vector<double> row_lost_, col_lost_;
-  std::vector<Apart> apart_;
-  BlockColumns columns_;
+  RowTotals row_lost_;
+  std::vector<double> col_lost_;
+  AllApart apart_;
 };
 
 }  // namespace m3bind::cpu

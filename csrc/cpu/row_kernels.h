@@ -1,4 +1,4 @@
-// The passes over a panel of dot products that are not GEMMs, one set an instruction set.
+// The passes over a tile of dot products that are not GEMMs, one set an instruction set.
 #pragma once
 
 #include <cstdint>
@@ -12,26 +12,25 @@ struct SigmoidSums {
   double softplus, sigmoid, by_dot;
 };
 
-// A panel S of `rows` x `cols` dot products, `ld` floats from row to row. Where a pair is left out,
-// S holds -inf. Row sums are added in double, column sums in float over at most kBlockRows rows.
+// S [rows, cols] are dot products, contiguous; where a pair is left out, S holds -inf. Sums along
+// rows and columns are added in float, and those of rows to a double.
 struct RowKernels {
   // E = exp2(S * factor - shift), added to row_sum[rows] and col_sum[cols].
-  void (*sum_shifted)(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
-                      float shift, double* row_sum, float* col_sum);
+  void (*sum_shifted)(const float* s, int64_t rows, int64_t cols, Factor factor, float shift,
+                      double* row_sum, float* col_sum);
   // Maxima of S * factor, merged into row_max[rows] and col_max[cols]; NaN is passed over.
-  void (*maxima)(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
-                 float* row_max, float* col_max);
+  void (*maxima)(const float* s, int64_t rows, int64_t cols, Factor factor, float* row_max,
+                 float* col_max);
   // exp2(S * factor - row_max[i]) added to row_sum, exp2(S * factor - col_max[j]) to col_sum.
-  void (*sum_own_shift)(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
+  void (*sum_own_shift)(const float* s, int64_t rows, int64_t cols, Factor factor,
                         const float* row_max, const float* col_max, double* row_sum,
                         float* col_sum);
-  // S = exp2(S * factor - shift) * (row_weight[i] + col_weight[j]): one exponential a logit. by_dot
-  // [rows] gets the sum of the new values times the old ones, pairs left out apart.
-  void (*gradient_shifted)(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
-                           float shift, const float* row_weight, const float* col_weight,
-                           double* by_dot);
+  // S = exp2(S * factor - shift) * (row_weight[i] + col_weight[j]): one exponential a logit. The
+  // sum of the new values times the old ones is added to by_dot[rows], pairs left out apart.
+  void (*gradient_shifted)(float* s, int64_t rows, int64_t cols, Factor factor, float shift,
+                           const float* row_weight, const float* col_weight, double* by_dot);
   // S = exp2(S * factor - row_shift[i]) * row_weight[i] + the same of the columns.
-  void (*gradient_own_shift)(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
+  void (*gradient_own_shift)(float* s, int64_t rows, int64_t cols, Factor factor,
                              const float* row_shift, const float* row_weight,
                              const float* col_shift, const float* col_weight, double* by_dot);
   // out[i] = sum over d of a[i, d] * b[i, d]; both contiguous.
@@ -55,13 +54,13 @@ struct RowKernels {
   SigmoidSums (*sigmoid)(const float* logits, float* dots, int64_t count, float weight);
   // Derivatives in S beyond row_limit[i] + col_limit[j] are told to `found` and become 0. What
   // rounding the others to bfloat16 loses is added to row_lost and col_lost.
-  void (*set_apart)(float* s, int64_t ld, int64_t rows, int64_t cols, const float* row_limit,
+  void (*set_apart)(float* s, int64_t rows, int64_t cols, const float* row_limit,
                     const float* col_limit, double* row_lost, float* col_lost,
                     void (*found)(void* to, int64_t row, int64_t col, float value), void* to);
   DistillKernels distill;
 };
 
-// Rows that one thread takes at a time: the sums do not depend on the number of threads.
+// Rows whose columns are summed in float.
 inline constexpr int64_t kBlockRows = 64;
 
 const RowKernels& row_kernels_default();

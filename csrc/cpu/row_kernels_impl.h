@@ -10,10 +10,6 @@
 namespace m3bind::cpu {
 namespace {
 
-// Columns handled at a time: their sums stay in the first-level cache, and the float partial sums
-// of a row stay short.
-constexpr int64_t kTile = 2048;
-
 struct VecFactor {
   Vec high, low;
   explicit VecFactor(Factor f) : high(splat(f.high)), low(splat(f.low)) {}
@@ -21,15 +17,10 @@ struct VecFactor {
   Vec minus(Vec s, Vec shift) const { return fma(s, low, fma(s, high, -shift)); }
 };
 
-inline int64_t tile_width(int64_t cols, int64_t tile) {
-  return cols - tile < kTile ? cols - tile : kTile;
-}
-
-// Sums over one tile of kRows rows; `shift_row` and `shift_col` may be the same constant.
+// Sums over kRows rows; `shift_row` and `shift_col` may be the same constant.
 template <int kRows, bool kOwnShift>
-inline void sum_rows(const float* s, int64_t ld, int64_t width, VecFactor factor,
-                     const float* row_shift, Vec common, const float* col_shift, double* row_sum,
-                     float* col_sum) {
+inline void sum_rows(const float* s, int64_t cols, VecFactor factor, const float* row_shift,
+                     Vec common, const float* col_shift, double* row_sum, float* col_sum) {
   Vec rows[kRows] = {};
   Vec shifts[kRows];
   for (int r = 0; r < kRows; ++r) shifts[r] = kOwnShift ? splat(row_shift[r]) : common;
@@ -44,14 +35,14 @@ inline void sum_rows(const float* s, int64_t ld, int64_t width, VecFactor factor
   };
   Vec dots[kRows];
   int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) {
-    for (int r = 0; r < kRows; ++r) dots[r] = load(s + r * ld + j);
+  for (; j + kLanes <= cols; j += kLanes) {
+    for (int r = 0; r < kRows; ++r) dots[r] = load(s + r * cols + j);
     const Vec own = kOwnShift ? load(col_shift + j) : common;
     store(col_sum + j, load(col_sum + j) + column(dots, own));
   }
-  if (j < width) {
-    const int64_t count = width - j;
-    for (int r = 0; r < kRows; ++r) dots[r] = load_part(s + r * ld + j, count, -kInf);
+  if (j < cols) {
+    const int64_t count = cols - j;
+    for (int r = 0; r < kRows; ++r) dots[r] = load_part(s + r * cols + j, count, -kInf);
     const Vec own = kOwnShift ? load_part(col_shift + j, count, 0) : common;
     store_part(col_sum + j, load_part(col_sum + j, count, 0) + column(dots, own), count);
   }
@@ -59,41 +50,35 @@ inline void sum_rows(const float* s, int64_t ld, int64_t width, VecFactor factor
 }
 
 template <bool kOwnShift>
-inline void sum_panel(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
-                      const float* row_shift, float common, const float* col_shift, double* row_sum,
-                      float* col_sum) {
+inline void sum_tile(const float* s, int64_t rows, int64_t cols, Factor factor,
+                     const float* row_shift, float common, const float* col_shift, double* row_sum,
+                     float* col_sum) {
   const VecFactor vec_factor(factor);
   const Vec vec_common = splat(common);
-  for (int64_t tile = 0; tile < cols; tile += kTile) {
-    const int64_t width = tile_width(cols, tile);
-    const float* own = kOwnShift ? col_shift + tile : nullptr;
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4)
-      sum_rows<4, kOwnShift>(s + i * ld + tile, ld, width, vec_factor,
-                             kOwnShift ? row_shift + i : nullptr, vec_common, own, row_sum + i,
-                             col_sum + tile);
-    for (; i < rows; ++i)
-      sum_rows<1, kOwnShift>(s + i * ld + tile, ld, width, vec_factor,
-                             kOwnShift ? row_shift + i : nullptr, vec_common, own, row_sum + i,
-                             col_sum + tile);
-  }
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4)
+    sum_rows<4, kOwnShift>(s + i * cols, cols, vec_factor, kOwnShift ? row_shift + i : nullptr,
+                           vec_common, col_shift, row_sum + i, col_sum);
+  for (; i < rows; ++i)
+    sum_rows<1, kOwnShift>(s + i * cols, cols, vec_factor, kOwnShift ? row_shift + i : nullptr,
+                           vec_common, col_shift, row_sum + i, col_sum);
 }
 
-void sum_shifted(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor, float shift,
+void sum_shifted(const float* s, int64_t rows, int64_t cols, Factor factor, float shift,
                  double* row_sum, float* col_sum) {
-  sum_panel<false>(s, ld, rows, cols, factor, nullptr, shift, nullptr, row_sum, col_sum);
+  sum_tile<false>(s, rows, cols, factor, nullptr, shift, nullptr, row_sum, col_sum);
 }
 
-void sum_own_shift(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
-                   const float* row_max, const float* col_max, double* row_sum, float* col_sum) {
-  sum_panel<true>(s, ld, rows, cols, factor, row_max, 0, col_max, row_sum, col_sum);
+void sum_own_shift(const float* s, int64_t rows, int64_t cols, Factor factor, const float* row_max,
+                   const float* col_max, double* row_sum, float* col_sum) {
+  sum_tile<true>(s, rows, cols, factor, row_max, 0, col_max, row_sum, col_sum);
 }
 
-void maxima(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor, float* row_max,
+void maxima(const float* s, int64_t rows, int64_t cols, Factor factor, float* row_max,
             float* col_max) {
   const VecFactor vec_factor(factor);
   for (int64_t i = 0; i < rows; ++i) {
-    const float* p = s + i * ld;
+    const float* p = s + i * cols;
     Vec best = splat(row_max[i]);
     int64_t j = 0;
     for (; j + kLanes <= cols; j += kLanes) {
@@ -115,47 +100,42 @@ void maxima(const float* s, int64_t ld, int64_t rows, int64_t cols, Factor facto
 // Replaces a row of dot products by derivatives(dots, first column, count); returns the sum of
 // derivative * dot. Where a pair is left out the dot is -inf, and counts for nothing.
 template <class F>
-inline double derive_row(float* p, int64_t cols, const F& derivatives) {
-  double total = 0;
-  for (int64_t tile = 0; tile < cols; tile += kTile) {
-    Vec sum = {};
-    const auto derive = [&](Vec dots, int64_t j, int64_t count) {
-      const Vec grad = derivatives(dots, j, count);
-      sum = fma(grad, dots == -kInf ? Vec{} : dots, sum);
-      return grad;
-    };
-    const int64_t end = tile + tile_width(cols, tile);
-    int64_t j = tile;
-    for (; j + kLanes <= end; j += kLanes) store(p + j, derive(load(p + j), j, kLanes));
-    if (j < end) {
-      const int64_t count = end - j;
-      store_part(p + j, derive(load_part(p + j, count, -kInf), j, count), count);
-    }
-    total += reduce_add(sum);
+inline float derive_row(float* p, int64_t cols, const F& derivatives) {
+  Vec sum = {};
+  const auto derive = [&](Vec dots, int64_t j, int64_t count) {
+    const Vec grad = derivatives(dots, j, count);
+    sum = fma(grad, dots == -kInf ? Vec{} : dots, sum);
+    return grad;
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= cols; j += kLanes) store(p + j, derive(load(p + j), j, kLanes));
+  if (j < cols) {
+    const int64_t count = cols - j;
+    store_part(p + j, derive(load_part(p + j, count, -kInf), j, count), count);
   }
-  return total;
+  return reduce_add(sum);
 }
 
-void gradient_shifted(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor, float shift,
+void gradient_shifted(float* s, int64_t rows, int64_t cols, Factor factor, float shift,
                       const float* row_weight, const float* col_weight, double* by_dot) {
   const VecFactor vec_factor(factor);
   const Vec common = splat(shift);
   for (int64_t i = 0; i < rows; ++i) {
     const Vec weight = splat(row_weight[i]);
-    by_dot[i] = derive_row(s + i * ld, cols, [&](Vec dots, int64_t j, int64_t count) {
+    by_dot[i] += derive_row(s + i * cols, cols, [&](Vec dots, int64_t j, int64_t count) {
       return exp2(vec_factor.minus(dots, common)) * (weight + load_up_to(col_weight + j, count));
     });
   }
 }
 
-void gradient_own_shift(float* s, int64_t ld, int64_t rows, int64_t cols, Factor factor,
-                        const float* row_shift, const float* row_weight, const float* col_shift,
-                        const float* col_weight, double* by_dot) {
+void gradient_own_shift(float* s, int64_t rows, int64_t cols, Factor factor, const float* row_shift,
+                        const float* row_weight, const float* col_shift, const float* col_weight,
+                        double* by_dot) {
   const VecFactor vec_factor(factor);
   for (int64_t i = 0; i < rows; ++i) {
     const Vec lse = splat(row_shift[i]);
     const Vec grad = splat(row_weight[i]);
-    by_dot[i] = derive_row(s + i * ld, cols, [&](Vec dots, int64_t j, int64_t count) {
+    by_dot[i] += derive_row(s + i * cols, cols, [&](Vec dots, int64_t j, int64_t count) {
       const Vec by_row = exp2(vec_factor.minus(dots, lse)) * grad;
       const Vec by_col = exp2(vec_factor.minus(dots, load_up_to(col_shift + j, count)));
       return by_row + by_col * load_up_to(col_weight + j, count);
@@ -236,11 +216,11 @@ inline Vec round_bf16(Vec v) {
   return reinterpret_cast<Vec>((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
 }
 
-void set_apart(float* s, int64_t ld, int64_t rows, int64_t cols, const float* row_limit,
-               const float* col_limit, double* row_lost, float* col_lost,
+void set_apart(float* s, int64_t rows, int64_t cols, const float* row_limit, const float* col_limit,
+               double* row_lost, float* col_lost,
                void (*found)(void* to, int64_t row, int64_t col, float value), void* to) {
   for (int64_t i = 0; i < rows; ++i) {
-    float* p = s + i * ld;
+    float* p = s + i * cols;
     Vec total = {};
     for (int64_t j = 0; j < cols; j += kLanes) {
       const int64_t count = cols - j < kLanes ? cols - j : kLanes;

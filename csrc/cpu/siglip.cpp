@@ -4,11 +4,12 @@
 
 #include <algorithm>
 #include <limits>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "feature_gradients.h"
-#include "panel.h"
+#include "tiling.h"
 #include "whole_tensors.h"
 
 namespace m3bind::cpu {
@@ -25,114 +26,115 @@ class Siglip {
  public:
   Siglip(const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
          PairRules rules)
-      : panels_(x, y),
+      : tiling_(x, y),
         rules_(std::move(rules)),
         scale_(read_scalar(logit_scale)),
         bias_(read_scalar(logit_bias)),
-        losses_(panels_.rows()) {
-    rules_.check(panels_.rows(), panels_.cols());
+        losses_(tiling_.row_totals()) {
+    rules_.check(tiling_.rows(), tiling_.cols());
   }
 
   // Computes the losses alone.
   void forward() {
-    for_panels([&](int64_t first, int64_t count) {
-      for_row_blocks(count, [&](int64_t begin, int64_t end) {
-        std::vector<float> logits(panels_.cols());
-        for (int64_t i = first + begin; i < first + end; ++i) {
-          fill_logits(i, row(first, i), logits.data());
-          losses_[i] = row_kernels().softplus_sum(logits.data(), panels_.cols());
-        }
+    tiling_.for_each([&](std::span<Tile> tiles) {
+      share(tiles, [&](Tile& tile) {
+        tiling_.compute(tile);
+        std::vector<float> logits(tile.cols);
+        for_rows(tile, [&](const Range& row, const float* dots, double* loss) {
+          fill_logits(row, dots, logits.data());
+          *loss += row_kernels().softplus_sum(logits.data(), row.cols);
+        });
       });
+      losses_.merge(tiles);
     });
   }
 
   // Computes the losses, and the gradients of their sum with these weights (without: all 1), times
   // `factor`.
   Gradients with_gradients(const float* weights, double factor, bool need_x, bool need_y) {
-    const int64_t cols = panels_.cols();
-    FeatureGradients grads(panels_, need_x, need_y);
-    by_scale_.assign(panels_.rows(), 0);
-    by_bias_.assign(panels_.rows(), 0);
-    std::vector<Apart> apart;
-    for_panels([&](int64_t first, int64_t count) {
-      for_row_blocks(count, [&](int64_t begin, int64_t end) {
-        std::vector<float> logits(cols), dots;
-        for (int64_t i = first + begin; i < first + end; ++i) {
-          fill_logits(i, row(first, i), logits.data());
-          derive(i, row(first, i), logits.data(), weights == nullptr ? 1.0f : weights[i], dots);
-        }
+    FeatureGradients grads(tiling_, need_x, need_y);
+    RowTotals by_scale = tiling_.row_totals(), by_bias = tiling_.row_totals();
+    AllApart apart(tiling_);
+    tiling_.for_each([&](std::span<Tile> tiles) {
+      share(tiles, [&](Tile& tile) {
+        tiling_.compute(tile);
+        std::vector<float> logits(tile.cols), dots;
+        for_rows(tile, [&](const Range& row, float* s, double* loss) {
+          fill_logits(row, s, logits.data());
+          const float weight = weights == nullptr ? 1.0f : weights[row.row];
+          const SigmoidSums sums = derive(row, s, logits.data(), weight, dots);
+          *loss += sums.softplus;
+          by_bias.of(tile)[row.row - tile.row] += sums.sigmoid;
+          by_scale.of(tile)[row.row - tile.row] += sums.by_dot;
+        });
+        if (!tiling_.products().exact()) take_apart(tile, apart.of(tile));
+        grads.take(tile);
       });
-      if (!panels_.exact()) take_apart(first, count, apart);
-      grads.take(first, count);
+      for (RowTotals* totals : {&losses_, &by_scale, &by_bias}) totals->merge(tiles);
+      apart.merge(tiles);
+      grads.merge(tiles);
     });
     grads.finish();
     grads.add(apart);
     grads.multiply(factor * scale_);
-    Gradients out{grads.x(), grads.y()};
-    for (const double sum : by_bias_) out.bias += sum;
-    for (const double sum : by_scale_) out.scale += sum;
-    out.bias *= factor;
-    out.scale *= factor;
-    return out;
+    return {grads.x(), grads.y(), factor * by_scale.sum(), factor * by_bias.sum()};
   }
 
-  const std::vector<double>& losses() const { return losses_; }
+  const RowTotals& losses() const { return losses_; }
 
  private:
+  // f(row, its values, its loss) on the rows of a tile.
   template <class F>
-  void for_panels(const F& f) {
-    panels_.for_each([&](int64_t first, int64_t count) {
-      panels_.compute(first, count, [](int64_t, int64_t, float) {});
-      f(first, count);
-    });
-  }
-
-  // Row i, in the panel that starts at `first`.
-  float* row(int64_t first, int64_t i) const {
-    return panels_.data() + (i - first) * panels_.cols();
+  void for_rows(const Tile& tile, const F& f) {
+    for (int64_t i = 0; i < tile.rows; ++i)
+      f(Range{tile.row + i, 1, tile.col, tile.cols}, tile.data + i * tile.cols,
+        losses_.of(tile) + i);
   }
 
   // The loss of a pair is softplus of what is written: logits, negated at positives, -inf where
   // masked.
-  void fill_logits(int64_t i, const float* dots, float* logits) const {
-    row_kernels().affine(dots, logits, panels_.cols(), static_cast<float>(scale_),
+  void fill_logits(const Range& row, const float* dots, float* logits) const {
+    row_kernels().affine(dots, logits, row.cols, static_cast<float>(scale_),
                          static_cast<float>(bias_));
-    rules_.for_each_masked(
-        i, 1, [&](int64_t, int64_t j) { logits[j] = -std::numeric_limits<float>::infinity(); });
-    rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) { logits[j] = -logits[j]; });
+    rules_.for_each_masked(row, [&](int64_t, int64_t j) {
+      logits[j - row.col] = -std::numeric_limits<float>::infinity();
+    });
+    rules_.for_each_positive(
+        row, [&](int64_t, int64_t j) { logits[j - row.col] = -logits[j - row.col]; });
   }
 
-  // Replaces the dot products of row i by derivatives, and adds up what they make of scale and
+  // Replaces the dot products of a row by derivatives, and returns what they make of scale and
   // bias. `dots` is space to work in.
-  void derive(int64_t i, float* s, const float* logits, float weight, std::vector<float>& dots) {
+  SigmoidSums derive(const Range& row, float* s, const float* logits, float weight,
+                     std::vector<float>& dots) const {
     dots.clear();
-    rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) { dots.push_back(s[j]); });
-    const SigmoidSums sums = row_kernels().sigmoid(logits, s, panels_.cols(), weight);
-    losses_[i] = sums.softplus;
-    by_bias_[i] = weight * sums.sigmoid;
-    by_scale_[i] = weight * sums.by_dot;
+    rules_.for_each_positive(row, [&](int64_t, int64_t j) { dots.push_back(s[j - row.col]); });
+    SigmoidSums sums = row_kernels().sigmoid(logits, s, row.cols, weight);
+    sums.sigmoid *= weight;
+    sums.by_dot *= weight;
     const float* dot = dots.data();
-    rules_.for_each_positive(i, 1, [&](int64_t, int64_t j) {
-      by_bias_[i] -= 2.0 * s[j];
-      by_scale_[i] -= 2.0 * s[j] * *dot++;
-      s[j] = -s[j];
+    rules_.for_each_positive(row, [&](int64_t, int64_t j) {
+      float& grad = s[j - row.col];
+      sums.sigmoid -= 2.0 * grad;
+      sums.by_dot -= 2.0 * grad * *dot++;
+      grad = -grad;
     });
+    return sums;
   }
 
-  // Moves the derivatives at lone positives out of the panel.
-  void take_apart(int64_t first, int64_t count, std::vector<Apart>& apart) const {
-    rules_.for_each_positive(first, count, [&](int64_t i, int64_t j) {
+  // Moves the derivatives at lone positives out of a tile.
+  void take_apart(const Tile& tile, std::vector<Apart>& apart) const {
+    rules_.for_each_positive(tile, [&](int64_t i, int64_t j) {
       if (!rules_.is_lone(i)) return;
-      float& grad = row(first, i)[j];
-      apart.push_back({i, j, grad});
-      grad = 0;
+      apart.push_back({i, j, tile.at(i, j)});
+      tile.at(i, j) = 0;
     });
   }
 
-  Panels panels_;
+  Tiling tiling_;
   PairRules rules_;
   double scale_, bias_;
-  std::vector<double> losses_, by_scale_, by_bias_;  // of each row
+  RowTotals losses_;
 };
 
 PairRules rules(const Tensor& x, const std::optional<Tensor>& row_class,
@@ -151,8 +153,8 @@ Tensor siglip_fwd(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
   Siglip siglip(x, y, logit_scale, logit_bias, rules(x, row_class, col_class, row_mask, col_mask));
   siglip.forward();
   Tensor out = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Double);
-  std::copy(siglip.losses().begin(), siglip.losses().end(),
-            static_cast<double*>(out.mutable_data_ptr()));
+  const std::vector<double>& losses = siglip.losses().totals();
+  std::copy(losses.begin(), losses.end(), static_cast<double*>(out.mutable_data_ptr()));
   return out;
 }
 
@@ -180,9 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_total_fwd(
   const double divisor = mean ? static_cast<double>(x.size(0)) : 1;
   const double factor = 1 / std::max(divisor, 1.0);
   const Gradients grads = siglip.with_gradients(nullptr, factor, need_x, need_y);
-  double total = 0;
-  for (const double loss : siglip.losses()) total += loss;
-  return {number(x, total / divisor), grads.x, grads.y, number(x, grads.scale),
+  return {number(x, siglip.losses().sum() / divisor), grads.x, grads.y, number(x, grads.scale),
           number(x, grads.bias)};
 }
 

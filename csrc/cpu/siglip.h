@@ -11,7 +11,7 @@ using torch::stable::Tensor;
 
 // The sum of each row's softplus(logit), of -logit at positives, in double [N]: the losses of
 // m3bind/ops/siglip.py. Without classes row i and column i are positive. The logits, logit_scale *
-// x @ y.T + logit_bias, exist one panel of rows at a time. Results of all three are the same bit
+// x @ y.T + logit_bias, exist a few tiles at a time. Results of all three are the same bit
 // for bit from call to call.
 Tensor siglip_fwd(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
                   const Tensor& logit_bias, const std::optional<Tensor>& row_class,

@@ -3,16 +3,17 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <span>
 #include <tuple>
 
-#include "panel.h"
+#include "tiling.h"
 
 namespace m3bind::cpu {
 
-// The student's and the teacher's panels of the same rows, with the same pairs left out.
-class DualPanels {
+// The student's and the teacher's tiles, with the same pairs left out.
+class DualTiling {
  public:
-  DualPanels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
+  DualTiling(const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
              const Tensor& teacher_y, const Tensor& teacher_scale,
              const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask)
       : student(x, y, logit_scale, PairRules({}, {}, row_mask, col_mask), 0),
@@ -21,21 +22,28 @@ class DualPanels {
                     "student and teacher must have the same rows and the same columns");
   }
 
-  void compute(int64_t first, int64_t count) {
-    for (Panels* panels : {&student, &teacher})
-      panels->compute(first, count, [](int64_t, int64_t, float) {});
+  // f(student's tiles, teacher's tiles) on all tiles, those that are in memory at a time: see
+  // Tiling.
+  template <class F>
+  void for_each(const F& f) {
+    student.for_each([&](std::span<Tile> tiles) {
+      const Range& first = tiles.front();
+      const Range& last = tiles.back();
+      f(tiles,
+        teacher.lay_out({first.row, first.rows, first.col, last.col + last.cols - first.col}));
+    });
   }
 
-  // Rows [begin, end) of the panel at hand.
-  DualPanel block(int64_t begin, int64_t end) const {
-    const int64_t cols = student.cols();
-    return {student.data() + begin * cols,
-            teacher.data() + begin * cols,
-            cols,
-            end - begin,
-            cols,
-            student.factor(),
-            teacher.factor()};
+  // By any thread.
+  void compute(Tile& own, Tile& teachers) {
+    student.compute(own);
+    teacher.compute(teachers);
+  }
+
+  // Rows [begin, begin + count) of a tile.
+  DualBlock block(const Tile& own, const Tile& teachers, int64_t begin, int64_t count) const {
+    const int64_t at = begin * own.cols;
+    return {own.data + at, teachers.data + at, count, own.cols, student.factor(), teacher.factor()};
   }
 
   // One shift for both, so that logits which agree are shifted to the same values.
@@ -44,11 +52,11 @@ class DualPanels {
     return own >= teachers || own != own ? own : teachers;  // NaN stays
   }
 
-  Panels student, teacher;
+  Tiling student, teacher;
 };
 
 // Divergences [N], [M] and log-sum-exps [2, N], [2, M] (student's, teacher's) of both
-// distributions: see m3bind/ops/distill.py. The logits exist one panel of rows at a time. Results
+// distributions: see m3bind/ops/distill.py. The logits exist a few tiles at a time. Results
 // are the same bit for bit from call to call.
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distill_fwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "rounding_loss.h"
@@ -94,13 +95,13 @@ struct OwnShifts {
   }
 };
 
-// The derivative by every logit of a panel, in place of the student's dot products.
+// The derivative by every logit of a tile, in place of the student's dot products.
 class Gradient {
  public:
-  Gradient(const DualPanels& panels, const Direction& rows, const Direction& cols)
-      : shift_(panels.common_shift()) {
+  Gradient(const DualTiling& tiling, const Direction& rows, const Direction& cols)
+      : shift_(tiling.common_shift()), by_dot_(tiling.student.row_totals()) {
     if (std::isfinite(shift_)) {
-      const double smallest = shift_ + panels.student.smallest_log2_sum();
+      const double smallest = shift_ + tiling.student.smallest_log2_sum();
       rows_ = rows.weights(shift_, smallest);
       cols_ = cols.weights(shift_, smallest);
       one_exponential_ =
@@ -113,29 +114,28 @@ class Gradient {
     col_shifts_ = OwnShifts(cols);
   }
 
-  void apply(const DualPanels& panels, int64_t first, int64_t count) {
+  // By any thread.
+  void apply(const DualTiling& tiling, const Tile& own, const Tile& teachers) {
     const DistillKernels& kernels = row_kernels().distill;
-    std::vector<double> by_dot(count);
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      const DualPanel block = panels.block(begin, end);
-      const int64_t row = first + begin;
-      if (one_exponential_)
-        kernels.gradient_shifted(block, shift_, rows_.from(row), cols_.from(0),
-                                 by_dot.data() + begin);
-      else
-        kernels.gradient_own_shift(block, row_shifts_.from(row), row_shifts_.gap.data() + row,
-                                   rows_.from(row), col_shifts_.from(0), col_shifts_.gap.data(),
-                                   cols_.from(0), by_dot.data() + begin);
-    });
-    for (const double sum : by_dot) by_dot_ += sum;
+    const DualBlock block = tiling.block(own, teachers, 0, own.rows);
+    if (one_exponential_)
+      kernels.gradient_shifted(block, shift_, rows_.from(own.row), cols_.from(own.col),
+                               by_dot_.of(own));
+    else
+      kernels.gradient_own_shift(block, row_shifts_.from(own.row), row_shifts_.gap.data() + own.row,
+                                 rows_.from(own.row), col_shifts_.from(own.col),
+                                 col_shifts_.gap.data() + own.col, cols_.from(own.col),
+                                 by_dot_.of(own));
   }
+  // After all tiles that are in memory.
+  void merge(std::span<const Tile> tiles) { by_dot_.merge(tiles); }
 
-  // The sum of all derivatives times what the panels held.
-  double by_dot() const { return by_dot_; }
+  // The sum of all derivatives times what the tiles held.
+  double by_dot() const { return by_dot_.sum(); }
 
  private:
   float shift_;
-  double by_dot_ = 0;
+  RowTotals by_dot_;
   bool one_exponential_ = false;
   Weights rows_, cols_;
   OwnShifts row_shifts_, col_shifts_;  // only where each has its own
@@ -148,22 +148,26 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
     const Tensor& teacher_y, const Tensor& teacher_scale, const std::optional<Tensor>& row_mask,
     const std::optional<Tensor>& col_mask, const Tensor& row_lse, const Tensor& col_lse,
     const Tensor& grad_rows, const Tensor& grad_cols, bool need_x, bool need_y) {
-  DualPanels panels(x, y, logit_scale, teacher_x, teacher_y, teacher_scale, row_mask, col_mask);
-  Panels& student = panels.student;
+  DualTiling tiling(x, y, logit_scale, teacher_x, teacher_y, teacher_scale, row_mask, col_mask);
+  Tiling& student = tiling.student;
   const Direction rows(row_lse, grad_rows), cols(col_lse, grad_cols);
   STD_TORCH_CHECK(rows.count() == student.rows() && cols.count() == student.cols(),
                   "one gradient for each row and each column");
-  Gradient gradient(panels, rows, cols);
+  Gradient gradient(tiling, rows, cols);
   FeatureGradients grads(student, need_x, need_y);
   std::optional<RoundingLoss> loss;
-  if (!student.exact()) loss.emplace(student, rows.grad, cols.grad);
-  for (int64_t first = 0; first < student.rows(); first += student.step()) {
-    const int64_t count = std::min(student.step(), student.rows() - first);
-    panels.compute(first, count);
-    gradient.apply(panels, first, count);
-    if (loss) loss->take(student, first, count);
-    grads.take(first, count);
-  }
+  if (!student.products().exact()) loss.emplace(student, rows.grad, cols.grad);
+  tiling.for_each([&](std::span<Tile> tiles, std::span<Tile> teachers) {
+    share(tiles, [&](Tile& tile) {
+      tiling.compute(tile, teachers[tile.slot]);
+      gradient.apply(tiling, tile, teachers[tile.slot]);
+      if (loss) loss->take(tile);
+      grads.take(tile);
+    });
+    gradient.merge(tiles);
+    if (loss) loss->merge(tiles);
+    grads.merge(tiles);
+  });
   grads.finish();
   if (loss) loss->give_back(student, grads);
   grads.multiply(student.scale());

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <vector>
 
-#include "block_columns.h"
 #include "similarity_distill.h"
 
 namespace m3bind::cpu {
@@ -13,12 +13,6 @@ namespace {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 constexpr int kNumSums = 4;
-
-// `count` values of each of the sums, one after the other.
-template <class T>
-DivergenceSums<T> sections(T* values, int64_t count) {
-  return {values, values + count, values + 2 * count, values + 3 * count};
-}
 
 float finite(float shift) { return shift == kMinusInf ? 0.0f : shift; }
 
@@ -34,10 +28,9 @@ struct Side {
         student_shift(count, start),
         teacher_shift(count, start) {}
 
-  DivergenceSums<double> sums() { return sections(values.data(), count); }
-  DivergenceSums<double> sums_from(int64_t first) {
-    const DivergenceSums<double> all = sums();
-    return {all.student + first, all.teacher + first, all.change + first, all.cross + first};
+  DivergenceSums<double> sums(int64_t first = 0) {
+    double* all = values.data() + first;
+    return {all, all + count, all + 2 * count, all + 3 * count};
   }
 
   // Changes the shifts of the sums that are there already.
@@ -62,6 +55,24 @@ struct Side {
     all.change[i] = near ? moved : all.student[i] - all.teacher[i];
     student_shift[i] = student_to;
     teacher_shift[i] = teacher_to;
+  }
+
+  // To shifts that are at least so large.
+  void raise(int64_t i, float student, float teacher, bool kl) {
+    move(i, std::max(student_shift[i], student), std::max(teacher_shift[i], teacher), kl);
+  }
+
+  void clear(int64_t i) {
+    for (int64_t kind = 0; kind < kNumSums; ++kind) values[kind * count + i] = 0;
+    student_shift[i] = teacher_shift[i] = kMinusInf;
+  }
+
+  // Adds the sums p of `part`.
+  void merge(int64_t i, Side& part, int64_t p, bool kl) {
+    raise(i, part.student_shift[p], part.teacher_shift[p], kl);
+    part.move(p, student_shift[i], teacher_shift[i], kl);
+    for (int64_t kind = 0; kind < kNumSums; ++kind)
+      values[kind * count + i] += part.values[kind * part.count + p];
   }
 
   // Whether the common shift lost nothing to underflow, and nothing overflowed.
@@ -100,75 +111,93 @@ struct Side {
 
 struct Sums {
   Side rows, cols;
-  Sums(const DualPanels& panels, float shift)
-      : rows(panels.student.rows(), shift), cols(panels.student.cols(), shift) {}
+  Sums(const DualTiling& tiling, float shift)
+      : rows(tiling.student.rows(), shift), cols(tiling.student.cols(), shift) {}
 };
 
+// f(a block of the tile, its first row, column sums) on blocks of its rows.
+template <class F>
+void sum_blocks(const DualTiling& tiling, const Tile& own, const Tile& teachers, Side& cols,
+                const F& f) {
+  sum_columns(
+      own, cols.values.data() + own.col,
+      [&](int64_t begin, int64_t count, float* sums) {
+        f(tiling.block(own, teachers, begin, count), begin,
+          DivergenceSums<float>{sums, sums + own.cols, sums + 2 * own.cols, sums + 3 * own.cols});
+      },
+      kNumSums, cols.count);
+}
+
 // One exponential a logit, with one shift for all of them.
-Sums sum_with_common_shift(DualPanels& panels, bool kl, float shift) {
-  Sums sums(panels, shift);
-  const int64_t rows = sums.rows.count, cols = sums.cols.count, step = panels.student.step();
-  BlockColumns columns(step, kNumSums * cols);
-  for (int64_t first = 0; first < rows; first += step) {
-    const int64_t count = std::min(step, rows - first);
-    panels.compute(first, count);
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      row_kernels().distill.sum_shifted(panels.block(begin, end), kl, shift,
-                                        sums.rows.sums_from(first + begin),
-                                        sections(columns.start(begin, 0), cols));
+Sums sum_with_common_shift(DualTiling& tiling, bool kl, float shift) {
+  Sums sums(tiling, shift);
+  RowTotals rows = tiling.student.row_totals(kNumSums);
+  tiling.for_each([&](std::span<Tile> tiles, std::span<Tile> teachers) {
+    share(tiles, [&](Tile& tile) {
+      tiling.compute(tile, teachers[tile.slot]);
+      sum_blocks(tiling, tile, teachers[tile.slot], sums.cols,
+                 [&](const DualBlock& block, int64_t begin, const DivergenceSums<float>& cols) {
+                   row_kernels().distill.sum_shifted(
+                       block, kl, shift,
+                       {rows.of(tile, 0) + begin, rows.of(tile, 1) + begin,
+                        rows.of(tile, 2) + begin, rows.of(tile, 3) + begin},
+                       cols);
+                 });
     });
-    columns.merge(count, [&](int64_t at, float sum) { sums.cols.values[at] += sum; });
-  }
+    rows.merge(tiles);
+  });
+  sums.rows.values = rows.totals();
   return sums;
 }
 
-// The largest logits of the panel at hand, into the shifts of its rows and the columns seen so far.
-void raise_shifts(const DualPanels& panels, int64_t first, int64_t count, bool kl, Sums& sums,
-                  BlockColumns& columns, std::vector<float>& raised) {
-  const int64_t cols = sums.cols.count;
-  for_row_blocks(count, [&](int64_t begin, int64_t end) {
-    float* col_max = columns.start(begin, kMinusInf);
-    const DualPanel block = panels.block(begin, end);
-    row_kernels().maxima(block.student, cols, block.rows, cols, block.student_factor,
-                         sums.rows.student_shift.data() + first + begin, col_max);
-    row_kernels().maxima(block.teacher, cols, block.rows, cols, block.teacher_factor,
-                         sums.rows.teacher_shift.data() + first + begin, col_max + cols);
-  });
-  std::copy(sums.cols.student_shift.begin(), sums.cols.student_shift.end(), raised.begin());
-  std::copy(sums.cols.teacher_shift.begin(), sums.cols.teacher_shift.end(), raised.begin() + cols);
-  columns.merge(count, [&](int64_t at, float value) { raised[at] = std::max(raised[at], value); });
-  for (int64_t j = 0; j < cols; ++j) sums.cols.move(j, raised[j], raised[cols + j], kl);
+std::vector<float> finite_part(const std::vector<float>& shifts, int64_t first, int64_t count) {
+  std::vector<float> out(shifts.begin() + first, shifts.begin() + first + count);
+  std::transform(out.begin(), out.end(), out.begin(), finite);
+  return out;
+}
+
+// The sums of a tile, with own shifts: those of its columns are there already, those of its rows
+// are in `parts`, from `first`.
+void add_with_own_shifts(DualTiling& tiling, Tile& own, Tile& teachers, bool kl, Side& cols,
+                         Side& parts, int64_t first) {
+  tiling.compute(own, teachers);
+  std::vector<float> student(own.cols, kMinusInf), teacher(own.cols, kMinusInf);
+  for (int64_t i = first; i < first + own.rows; ++i) parts.clear(i);
+  const auto maxima = [&](const Tiling& side, const Tile& tile, std::vector<float>& row_max,
+                          std::vector<float>& col_max) {
+    row_kernels().maxima(tile.data, tile.rows, tile.cols, side.factor(), row_max.data() + first,
+                         col_max.data());
+  };
+  maxima(tiling.student, own, parts.student_shift, student);
+  maxima(tiling.teacher, teachers, parts.teacher_shift, teacher);
+  for (int64_t j = 0; j < own.cols; ++j) cols.raise(own.col + j, student[j], teacher[j], kl);
+  const std::vector<float> row_student = finite_part(parts.student_shift, first, own.rows),
+                           row_teacher = finite_part(parts.teacher_shift, first, own.rows),
+                           col_student = finite_part(cols.student_shift, own.col, own.cols),
+                           col_teacher = finite_part(cols.teacher_shift, own.col, own.cols);
+  sum_blocks(tiling, own, teachers, cols,
+             [&](const DualBlock& block, int64_t begin, const DivergenceSums<float>& col_sums) {
+               row_kernels().distill.sum_own_shift(
+                   block, kl, {row_student.data() + begin, row_teacher.data() + begin},
+                   {col_student.data(), col_teacher.data()}, parts.sums(first + begin), col_sums);
+             });
 }
 
 // Two exponentials a logit, each row and column shifted by its own maximum: for logits so far apart
 // that the common shift loses a whole row or column to underflow.
-Sums sum_with_own_shifts(DualPanels& panels, bool kl) {
-  Sums sums(panels, kMinusInf);
-  const int64_t rows = sums.rows.count, cols = sums.cols.count, step = panels.student.step();
-  BlockColumns columns(step, kNumSums * cols);
-  std::vector<float> raised(kNumSums * cols);
-  const auto make_finite = [](std::vector<float>& shifts, int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) shifts[i] = finite(shifts[i]);
-  };
-  std::vector<float> col_student(cols), col_teacher(cols);
-  for (int64_t first = 0; first < rows; first += step) {
-    const int64_t count = std::min(step, rows - first);
-    panels.compute(first, count);
-    raise_shifts(panels, first, count, kl, sums, columns, raised);
-    make_finite(sums.rows.student_shift, first, first + count);
-    make_finite(sums.rows.teacher_shift, first, first + count);
-    std::transform(raised.begin(), raised.begin() + cols, col_student.begin(), finite);
-    std::transform(raised.begin() + cols, raised.begin() + 2 * cols, col_teacher.begin(), finite);
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      row_kernels().distill.sum_own_shift(panels.block(begin, end), kl,
-                                          {sums.rows.student_shift.data() + first + begin,
-                                           sums.rows.teacher_shift.data() + first + begin},
-                                          {col_student.data(), col_teacher.data()},
-                                          sums.rows.sums_from(first + begin),
-                                          sections(columns.start(begin, 0), cols));
+Sums sum_with_own_shifts(DualTiling& tiling, bool kl) {
+  Sums sums(tiling, kMinusInf);
+  const int64_t step = tiling.student.step();
+  Side parts(tiling.student.slots() * step, kMinusInf);
+  tiling.for_each([&](std::span<Tile> tiles, std::span<Tile> teachers) {
+    share(tiles, [&](Tile& tile) {
+      add_with_own_shifts(tiling, tile, teachers[tile.slot], kl, sums.cols, parts,
+                          tile.slot * step);
     });
-    columns.merge(count, [&](int64_t at, float sum) { sums.cols.values[at] += sum; });
-  }
+    for (const Tile& tile : tiles)
+      for (int64_t i = 0; i < tile.rows; ++i)
+        sums.rows.merge(tile.row + i, parts, tile.slot * step + i, kl);
+  });
   return sums;
 }
 
@@ -178,19 +207,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distill_fwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
     const Tensor& teacher_y, const Tensor& teacher_scale, const std::optional<Tensor>& row_mask,
     const std::optional<Tensor>& col_mask, bool kl) {
-  DualPanels panels(x, y, logit_scale, teacher_x, teacher_y, teacher_scale, row_mask, col_mask);
-  const float shift = panels.common_shift();
+  DualTiling tiling(x, y, logit_scale, teacher_x, teacher_y, teacher_scale, row_mask, col_mask);
+  const float shift = tiling.common_shift();
   const auto result = [&](Sums& sums) {
     const auto [row_loss, row_lse] = sums.rows.finish(x, kl);
     const auto [col_loss, col_lse] = sums.cols.finish(x, kl);
     return std::tuple(row_loss, col_loss, row_lse, col_lse);
   };
   if (std::isfinite(shift)) {
-    Sums sums = sum_with_common_shift(panels, kl, shift);
-    const double smallest = std::exp2(panels.student.smallest_log2_sum());
+    Sums sums = sum_with_common_shift(tiling, kl, shift);
+    const double smallest = std::exp2(tiling.student.smallest_log2_sum());
     if (sums.rows.exact(smallest) && sums.cols.exact(smallest)) return result(sums);
   }
-  Sums sums = sum_with_own_shifts(panels, kl);
+  Sums sums = sum_with_own_shifts(tiling, kl);
   return result(sums);
 }
 

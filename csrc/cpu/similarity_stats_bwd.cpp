@@ -4,13 +4,14 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "direction.h"
 #include "feature_gradients.h"
-#include "panel.h"
 #include "rounding_loss.h"
 #include "similarity_stats.h"
+#include "tiling.h"
 #include "whole_tensors.h"
 
 namespace m3bind::cpu {
@@ -27,13 +28,18 @@ Direction direction(const Tensor& lse, const Tensor& grads) {
   return out;
 }
 
-// The derivative by every logit of a panel, in place of its dot products.
+// The derivative by every logit of a tile, in place of its dot products.
 class Gradient {
  public:
-  Gradient(const Panels& panels, const Direction& rows, const Direction& cols, bool totals)
-      : shift_(panels.common_shift()), rows_(rows), cols_(cols), totals_(totals) {
+  Gradient(const Tiling& tiling, const Direction& rows, const Direction& cols, bool totals)
+      : shift_(tiling.common_shift()),
+        rows_(rows),
+        cols_(cols),
+        totals_(totals),
+        by_dot_(tiling.row_totals()),
+        apart_(tiling) {
     if (std::isfinite(shift_)) {
-      const double smallest = shift_ + panels.smallest_log2_sum();
+      const double smallest = shift_ + tiling.smallest_log2_sum();
       row_weight_ = rows.weights(shift_, smallest);
       col_weight_ = cols.weights(shift_, smallest);
       one_exponential_ =
@@ -46,61 +52,62 @@ class Gradient {
     col_shift_ = cols.own_shifts();
   }
 
-  void apply(const Panels& panels, int64_t first, int64_t count) {
-    const int64_t cols = panels.cols();
-    std::vector<double> by_dot(count);
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      float* s = panels.data() + begin * cols;
-      if (one_exponential_)
-        row_kernels().gradient_shifted(s, cols, end - begin, cols, panels.factor(), shift_,
-                                       row_weight_.data() + first + begin, col_weight_.data(),
-                                       by_dot.data() + begin);
-      else
-        row_kernels().gradient_own_shift(s, cols, end - begin, cols, panels.factor(),
-                                         row_shift_.data() + first + begin,
-                                         row_weight_.data() + first + begin, col_shift_.data(),
-                                         col_weight_.data(), by_dot.data() + begin);
+  // By any thread.
+  void apply(Tiling& tiling, Tile& tile) {
+    double* by_dot = by_dot_.of(tile);
+    tiling.compute(tile, [&](int64_t i, int64_t j, float dot) {
+      // A masked pair does not count for the totals, though add_totals takes all pairs alike.
+      if (totals_) by_dot[i - tile.row] -= (rows_.total[i] + cols_.total[j]) * dot;
     });
-    for (const double sum : by_dot) by_dot_ += sum;
-    for (const Positive& p : panels.positives()) {
-      const double logit = panels.log2_logit(p.dot);
+    if (one_exponential_)
+      row_kernels().gradient_shifted(tile.data, tile.rows, tile.cols, tiling.factor(), shift_,
+                                     row_weight_.data() + tile.row, col_weight_.data() + tile.col,
+                                     by_dot);
+    else
+      row_kernels().gradient_own_shift(tile.data, tile.rows, tile.cols, tiling.factor(),
+                                       row_shift_.data() + tile.row, row_weight_.data() + tile.row,
+                                       col_shift_.data() + tile.col, col_weight_.data() + tile.col,
+                                       by_dot);
+    for (const Positive& p : tile.positives) {
+      const double logit = tiling.log2_logit(p.dot);
       double grad = rows_.positive[p.row] + cols_.positive[p.col];
       if (p.bits == kOneRow) grad += rows_.weight(p.row, logit);
       if (p.bits == kOneColumn) grad += cols_.weight(p.col, logit);
-      float& value = panels.data()[(p.row - first) * cols + p.col];
+      float& value = tile.at(p.row, p.col);
       value += static_cast<float>(grad);
-      by_dot_ += grad * p.dot;
-      if (!panels.exact() && p.bits != 0) {
-        apart_.push_back({p.row, p.col, value});
+      by_dot[p.row - tile.row] += grad * p.dot;
+      if (!tiling.products().exact() && p.bits != 0) {
+        apart_.of(tile).push_back({p.row, p.col, value});
         value = 0;
       }
       if (totals_)
-        by_dot_ -= (rows_.total[p.row] + cols_.total[p.col]) * panels.margin() * panels.sign();
+        by_dot[p.row - tile.row] -=
+            (rows_.total[p.row] + cols_.total[p.col]) * tiling.margin() * tiling.sign();
     }
     // The totals' gradient is added to all pairs alike (see add_totals), so taken back here.
     if (totals_)
-      panels.rules().for_each_masked(first, count, [&](int64_t i, int64_t j) {
-        const double back = rows_.total[i] + cols_.total[j];
-        panels.data()[(i - first) * cols + j] -= static_cast<float>(back);
+      tiling.rules().for_each_masked(tile, [&](int64_t i, int64_t j) {
+        tile.at(i, j) -= static_cast<float>(rows_.total[i] + cols_.total[j]);
       });
   }
 
-  // A masked pair does not count for the totals, though add_totals takes all pairs alike.
-  void pass_over(int64_t i, int64_t j, float dot) {
-    if (totals_) by_dot_ -= (rows_.total[i] + cols_.total[j]) * dot;
+  // After all tiles that are in memory.
+  void merge(std::span<const Tile> tiles) {
+    by_dot_.merge(tiles);
+    apart_.merge(tiles);
   }
 
-  const std::vector<Apart>& apart() const { return apart_; }
+  const AllApart& apart() const { return apart_; }
 
   // The sum of all derivatives times their dot products, those of the totals apart.
-  double by_dot() const { return by_dot_; }
+  double by_dot() const { return by_dot_.sum(); }
 
  private:
   float shift_;
   const Direction &rows_, &cols_;
   bool totals_;
-  double by_dot_ = 0;
-  std::vector<Apart> apart_;
+  RowTotals by_dot_;
+  AllApart apart_;
   bool one_exponential_ = false;
   std::vector<float> row_weight_, col_weight_;  // upstream gradients with the shifts folded in
   std::vector<float> row_shift_, col_shift_;    // only where each has its own
@@ -124,28 +131,31 @@ double add_totals(const Tensor& out, const FloatRows& a, const FloatRows& b,
 
 }  // namespace
 
-StatsGradients stats_gradients(Panels& panels, const Direction& rows, const Direction& cols,
+StatsGradients stats_gradients(Tiling& tiling, const Direction& rows, const Direction& cols,
                                bool totals, bool need_x, bool need_y) {
-  Gradient gradient(panels, rows, cols, totals);
-  FeatureGradients grads(panels, need_x, need_y);
+  Gradient gradient(tiling, rows, cols, totals);
+  FeatureGradients grads(tiling, need_x, need_y);
   std::optional<RoundingLoss> loss;
-  if (!panels.exact()) loss.emplace(panels, rows.grad, cols.grad);
-  panels.for_each([&](int64_t first, int64_t count) {
-    panels.compute(first, count,
-                   [&](int64_t i, int64_t j, float dot) { gradient.pass_over(i, j, dot); });
-    gradient.apply(panels, first, count);
-    if (loss) loss->take(panels, first, count);
-    grads.take(first, count);
+  if (!tiling.products().exact()) loss.emplace(tiling, rows.grad, cols.grad);
+  tiling.for_each([&](std::span<Tile> tiles) {
+    share(tiles, [&](Tile& tile) {
+      gradient.apply(tiling, tile);
+      if (loss) loss->take(tile);
+      grads.take(tile);
+    });
+    gradient.merge(tiles);
+    if (loss) loss->merge(tiles);
+    grads.merge(tiles);
   });
   grads.finish();
   grads.add(gradient.apart());
-  if (loss) loss->give_back(panels, grads);
-  double by_scale = panels.sign() * gradient.by_dot();
+  if (loss) loss->give_back(tiling, grads);
+  double by_scale = tiling.sign() * gradient.by_dot();
   if (totals) {
-    by_scale += add_totals(grads.x(), panels.x(), panels.y(), rows.total, cols.total);
-    by_scale += add_totals(grads.y(), panels.y(), panels.x(), cols.total, rows.total);
+    by_scale += add_totals(grads.x(), tiling.x(), tiling.y(), rows.total, cols.total);
+    by_scale += add_totals(grads.y(), tiling.y(), tiling.x(), cols.total, rows.total);
   }
-  grads.multiply(panels.scale());
+  grads.multiply(tiling.scale());
   return {grads.x(), grads.y(), by_scale};
 }
 
@@ -155,12 +165,12 @@ std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
     const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
     bool totals, const Tensor& row_lse, const Tensor& col_lse, const Tensor& kept,
     const Tensor& grad_rows, const Tensor& grad_cols, bool need_x, bool need_y) {
-  Panels panels(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
-  panels.take_from(kept);
-  STD_TORCH_CHECK(row_lse.numel() == panels.rows() && col_lse.numel() == panels.cols(),
+  Tiling tiling(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
+  tiling.take_from(kept);
+  STD_TORCH_CHECK(row_lse.numel() == tiling.rows() && col_lse.numel() == tiling.cols(),
                   "one LSE for each row and each column");
   const StatsGradients grads = stats_gradients(
-      panels, direction(row_lse, grad_rows), direction(col_lse, grad_cols), totals, need_x, need_y);
+      tiling, direction(row_lse, grad_rows), direction(col_lse, grad_cols), totals, need_x, need_y);
   return {torch::stable::to(grads.x, x.scalar_type()), torch::stable::to(grads.y, y.scalar_type()),
           number(x, grads.scale)};
 }

@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <utility>
 #include <vector>
 
-#include "block_columns.h"
-#include "panel.h"
 #include "similarity_stats.h"
+#include "tiling.h"
 
 namespace m3bind::cpu {
 namespace {
@@ -29,81 +29,116 @@ struct Side {
 
 struct Sums {
   Side rows, cols;
-  Sums(const Panels& panels, float shift)
-      : rows(panels.rows(), shift), cols(panels.cols(), shift) {}
+  RowTotals row_surplus;
+  Sums(const Tiling& tiling, float shift)
+      : rows(tiling.rows(), shift), cols(tiling.cols(), shift), row_surplus(tiling.row_totals()) {}
 
-  // Computes a panel, and gathers what its positives and masked pairs add.
-  void compute(Panels& panels, int64_t first, int64_t count) {
-    panels.compute(first, count, [&](int64_t i, int64_t j, float value) {
-      const double logit = panels.logit(value);
-      rows.surplus[i] += logit;
+  // Computes a tile, and gathers what its masked pairs add; by any thread.
+  void compute(Tiling& tiling, Tile& tile) {
+    double* surplus = row_surplus.of(tile);
+    tiling.compute(tile, [&](int64_t i, int64_t j, float value) {
+      const double logit = tiling.logit(value);
+      surplus[i - tile.row] += logit;
       cols.surplus[j] += logit;
     });
-    for (const Positive& p : panels.positives()) {
-      const double logit = panels.logit(p.dot);
-      rows.positives[p.row] += logit;
-      cols.positives[p.col] += logit;
-      rows.surplus[p.row] += panels.scale() * panels.margin();
-      cols.surplus[p.col] += panels.scale() * panels.margin();
-      // It was left out of both sums, though only one of them must not hold it.
-      if (p.bits == kOneRow) rows.late.emplace_back(p.row, logit * kLog2E);
-      if (p.bits == kOneColumn) cols.late.emplace_back(p.col, logit * kLog2E);
+  }
+
+  // After all tiles that are in memory: what their positives add.
+  void merge(const Tiling& tiling, std::span<const Tile> tiles) {
+    row_surplus.merge(tiles);
+    for (const Tile& tile : tiles) {
+      for (const Positive& p : tile.positives) {
+        const double logit = tiling.logit(p.dot);
+        rows.positives[p.row] += logit;
+        cols.positives[p.col] += logit;
+        rows.surplus[p.row] += tiling.scale() * tiling.margin();
+        cols.surplus[p.col] += tiling.scale() * tiling.margin();
+        // It was left out of both sums, though only one of them must not hold it.
+        if (p.bits == kOneRow) rows.late.emplace_back(p.row, logit * kLog2E);
+        if (p.bits == kOneColumn) cols.late.emplace_back(p.col, logit * kLog2E);
+      }
     }
+  }
+
+  // After the last tile.
+  void finish() {
+    for (size_t i = 0; i < rows.surplus.size(); ++i) rows.surplus[i] += row_surplus.totals()[i];
   }
 };
 
 // One exponential a logit, with one shift for all of them.
-Sums sum_with_common_shift(Panels& panels, float shift) {
-  Sums sums(panels, shift);
-  BlockColumns columns(panels.step(), panels.cols());
-  const int64_t cols = panels.cols();
-  panels.for_each([&](int64_t first, int64_t count) {
-    sums.compute(panels, first, count);
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      row_kernels().sum_shifted(panels.data() + begin * cols, cols, end - begin, cols,
-                                panels.factor(), shift, sums.rows.sum.data() + first + begin,
-                                columns.start(begin, 0));
+Sums sum_with_common_shift(Tiling& tiling, float shift) {
+  Sums sums(tiling, shift);
+  RowTotals row_sums = tiling.row_totals();
+  tiling.for_each([&](std::span<Tile> tiles) {
+    share(tiles, [&](Tile& tile) {
+      sums.compute(tiling, tile);
+      sum_columns(tile, sums.cols.sum.data() + tile.col,
+                  [&](int64_t begin, int64_t count, float* col_sums) {
+                    row_kernels().sum_shifted(tile.data + begin * tile.cols, count, tile.cols,
+                                              tiling.factor(), shift, row_sums.of(tile) + begin,
+                                              col_sums);
+                  });
     });
-    columns.merge(count, [&](int64_t j, float sum) { sums.cols.sum[j] += sum; });
+    row_sums.merge(tiles);
+    sums.merge(tiling, tiles);
   });
+  sums.finish();
+  sums.rows.sum = row_sums.totals();
   return sums;
+}
+
+float finite(float shift) { return shift == kMinusInf ? 0.0f : shift; }
+
+// Exponentials of one row (or column) in two parts become one.
+void merge_shifted(double& sum, float& shift, double more, float own_shift) {
+  // Before the first finite logit the sum is 0, or NaN, and has no shift to change.
+  const auto down = [](float from, float to) {
+    return from == kMinusInf ? 1.0 : std::exp2(static_cast<double>(from) - to);
+  };
+  const float largest = std::max(shift, own_shift), to = finite(largest);
+  sum = sum * down(shift, to) + more * down(own_shift, to);
+  shift = largest;
 }
 
 // Two exponentials a logit, each row and column shifted by its own maximum: for logits so far apart
 // that the common shift loses a whole row or column to underflow.
-Sums sum_with_own_shifts(Panels& panels) {
-  Sums sums(panels, kMinusInf);
-  BlockColumns columns(panels.step(), panels.cols());
-  const int64_t cols = panels.cols();
-  const auto finite = [](float shift) { return shift == kMinusInf ? 0.0f : shift; };
-  std::vector<float> row_max(panels.step()), col_max(cols), before(cols);
-  panels.for_each([&](int64_t first, int64_t count) {
-    sums.compute(panels, first, count);
-    std::fill(row_max.begin(), row_max.end(), kMinusInf);
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      row_kernels().maxima(panels.data() + begin * cols, cols, end - begin, cols, panels.factor(),
-                           row_max.data() + begin, columns.start(begin, kMinusInf));
+Sums sum_with_own_shifts(Tiling& tiling) {
+  Sums sums(tiling, kMinusInf);
+  RowTotals row_sums = tiling.row_totals();
+  std::vector<float> row_shifts(tiling.slots() * tiling.step());
+  tiling.for_each([&](std::span<Tile> tiles) {
+    share(tiles, [&](Tile& tile) {
+      sums.compute(tiling, tile);
+      float* row_max = row_shifts.data() + tile.slot * tiling.step();
+      std::fill_n(row_max, tile.rows, kMinusInf);
+      std::vector<float> col_max(tile.cols, kMinusInf), row_shift(tile.rows);
+      row_kernels().maxima(tile.data, tile.rows, tile.cols, tiling.factor(), row_max,
+                           col_max.data());
+      for (int64_t j = 0; j < tile.cols; ++j) {
+        float& shift = sums.cols.shift[tile.col + j];
+        merge_shifted(sums.cols.sum[tile.col + j], shift, 0, col_max[j]);
+        col_max[j] = finite(shift);
+      }
+      std::transform(row_max, row_max + tile.rows, row_shift.begin(), finite);
+      sum_columns(tile, sums.cols.sum.data() + tile.col,
+                  [&](int64_t begin, int64_t count, float* col_sums) {
+                    row_kernels().sum_own_shift(tile.data + begin * tile.cols, count, tile.cols,
+                                                tiling.factor(), row_shift.data() + begin,
+                                                col_max.data(), row_sums.of(tile) + begin,
+                                                col_sums);
+                  });
     });
-    before = sums.cols.shift;
-    columns.merge(count, [&](int64_t j, float value) {
-      sums.cols.shift[j] = std::max(sums.cols.shift[j], value);
-    });
-    for (int64_t j = 0; j < cols; ++j) {
-      col_max[j] = finite(sums.cols.shift[j]);
-      // Before the first finite logit the sum is 0, or NaN, and has no shift to change.
-      if (before[j] != kMinusInf)
-        sums.cols.sum[j] *= std::exp2(static_cast<double>(before[j]) - col_max[j]);
-    }
-    for (int64_t i = 0; i < count; ++i)
-      sums.rows.shift[first + i] = row_max[i] = finite(row_max[i]);
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      row_kernels().sum_own_shift(panels.data() + begin * cols, cols, end - begin, cols,
-                                  panels.factor(), row_max.data() + begin, col_max.data(),
-                                  sums.rows.sum.data() + first + begin, columns.start(begin, 0));
-    });
-    columns.merge(count, [&](int64_t j, float sum) { sums.cols.sum[j] += sum; });
+    for (const Tile& tile : tiles)
+      for (int64_t i = 0; i < tile.rows; ++i)
+        merge_shifted(sums.rows.sum[tile.row + i], sums.rows.shift[tile.row + i],
+                      std::exchange(row_sums.of(tile)[i], 0.0),
+                      row_shifts[tile.slot * tiling.step() + i]);
+    sums.merge(tiling, tiles);
   });
-  std::transform(sums.cols.shift.begin(), sums.cols.shift.end(), sums.cols.shift.begin(), finite);
+  sums.finish();
+  for (Side* side : {&sums.rows, &sums.cols})
+    std::transform(side->shift.begin(), side->shift.end(), side->shift.begin(), finite);
   return sums;
 }
 
@@ -115,10 +150,10 @@ double add_exponentials(double a, double b) {
              : high + std::log2(1 + std::exp2(low - high));
 }
 
-Tensor statistics(const Panels& panels, const Side& side, const FloatRows& own,
+Tensor statistics(const Tiling& tiling, const Side& side, const FloatRows& own,
                   const FloatRows& others, bool totals) {
   const int64_t count = static_cast<int64_t>(side.sum.size());
-  Tensor out = torch::stable::new_zeros(panels.x().tensor(), {3, count},
+  Tensor out = torch::stable::new_zeros(tiling.x().tensor(), {3, count},
                                         torch::headeronly::ScalarType::Double);
   double* lse = static_cast<double*>(out.mutable_data_ptr());
   for (int64_t i = 0; i < count; ++i) lse[i] = std::log2(side.sum[i]) + side.shift[i];
@@ -128,27 +163,27 @@ Tensor statistics(const Panels& panels, const Side& side, const FloatRows& own,
   if (!totals) return out;
   const std::vector<double> dots = own.dots(others.sum());
   for (int64_t i = 0; i < count; ++i)
-    lse[2 * count + i] = panels.scale() * dots[i] - side.surplus[i];
+    lse[2 * count + i] = tiling.scale() * dots[i] - side.surplus[i];
   return out;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> statistics(Panels& panels, bool totals) {
-  const float shift = panels.common_shift();
+std::tuple<Tensor, Tensor> statistics(Tiling& tiling, bool totals) {
+  const float shift = tiling.common_shift();
   const auto result = [&](const Sums& sums) {
-    return std::tuple(statistics(panels, sums.rows, panels.x(), panels.y(), totals),
-                      statistics(panels, sums.cols, panels.y(), panels.x(), totals));
+    return std::tuple(statistics(tiling, sums.rows, tiling.x(), tiling.y(), totals),
+                      statistics(tiling, sums.cols, tiling.y(), tiling.x(), totals));
   };
   if (std::isfinite(shift)) {
-    const Sums sums = sum_with_common_shift(panels, shift);
-    const double smallest = std::exp2(panels.smallest_log2_sum());
+    const Sums sums = sum_with_common_shift(tiling, shift);
+    const double smallest = std::exp2(tiling.smallest_log2_sum());
     const auto enough = [&](double sum) { return sum >= smallest; };
     if (std::all_of(sums.rows.sum.begin(), sums.rows.sum.end(), enough) &&
         std::all_of(sums.cols.sum.begin(), sums.cols.sum.end(), enough))
       return result(sums);
   }
-  return result(sum_with_own_shifts(panels));
+  return result(sum_with_own_shifts(tiling));
 }
 
 std::tuple<Tensor, Tensor, Tensor> similarity_stats_fwd(
@@ -156,11 +191,11 @@ std::tuple<Tensor, Tensor, Tensor> similarity_stats_fwd(
     const std::optional<Tensor>& row_class, const std::optional<Tensor>& col_class,
     const std::optional<Tensor>& row_mask, const std::optional<Tensor>& col_mask, double margin,
     bool totals, int64_t kept_rows) {
-  Panels panels(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
-  const Tensor kept = torch::stable::new_empty(panels.x().tensor(), {kept_rows, panels.cols()},
+  Tiling tiling(x, y, logit_scale, PairRules(row_class, col_class, row_mask, col_mask), margin);
+  const Tensor kept = torch::stable::new_empty(tiling.x().tensor(), {kept_rows, tiling.cols()},
                                                torch::headeronly::ScalarType::Float);
-  panels.keep_in(kept);
-  const auto [rows, cols] = statistics(panels, totals);
+  tiling.keep_in(kept);
+  const auto [rows, cols] = statistics(tiling, totals);
   return {rows, cols, kept};
 }
 

@@ -8,6 +8,18 @@
 
 namespace m3bind::cpu {
 
+// Has the system find memory for what will be written: one call, not a fault a page. Where it
+// cannot, the faults do it.
+inline void populate(void* memory, size_t bytes) {
+#ifdef MADV_POPULATE_WRITE
+  constexpr uintptr_t kPage = 4096;
+  const auto begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  if (end >= first + kPage)
+    madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_POPULATE_WRITE);
+#endif
+}
+
 // Uninitialised memory, aligned to 64 bytes: every element is written before it is read.
 //
 // Where it is large it comes from the system, and goes back at once: what a forward pass gives back

@@ -55,9 +55,13 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 }
 
 inline float reduce_add(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
   float total = 0;
   for (int64_t l = 0; l < kLanes; ++l) total += v[l];
   return total;
+#endif
 }
 inline float reduce_max(Vec v) {
   float m = v[0];

@@ -1,4 +1,4 @@
-#include "panel.h"
+#include "tiling.h"
 
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -6,13 +6,15 @@
 #include <cmath>
 #include <utility>
 
+#include "row_blocks.h"
+
 namespace m3bind::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
 
-// Enough rows for a GEMM at full speed, and few enough for the panel to stay near the cache.
-constexpr int64_t kPanelRows = 512;
+// Enough rows for GEMMs at full speed, and few enough for a tile to stay in the cache.
+constexpr int64_t kTileRows = 512;
 // Of fewer derivatives the rounding to bfloat16 does not average out, and there is no time to win.
 constexpr int64_t kFewPairs = 128 * 128;
 constexpr double kSmallestFactor = 1e-30;
@@ -27,12 +29,6 @@ bool narrow_products(const Tensor& x, const Tensor& y) {
 
 Tensor prepared(const Tensor& t, bool narrow) {
   return torch::stable::contiguous(narrow ? t : torch::stable::to(t, ScalarType::Float));
-}
-
-Tensor matrix_in(Space<float>& memory, int64_t rows, int64_t cols, const Tensor& like) {
-  memory.resize(rows * cols);
-  return torch::stable::from_blob(memory.data(), {rows, cols}, {cols, 1}, like.device(),
-                                  ScalarType::Float);
 }
 
 double largest_norm(const FloatRows& t) {
@@ -59,15 +55,16 @@ double read_scalar(const Tensor& t) {
   return *static_cast<const double*>(wide.const_data_ptr());
 }
 
-Panels::Panels(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
-               double margin)
-    : Panels(x, y, read_scalar(logit_scale), std::move(rules), margin) {}
+Tiling::Tiling(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
+               double margin, AtOnce at_once)
+    : Tiling(x, y, read_scalar(logit_scale), std::move(rules), margin, at_once) {}
 
-Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin)
-    : Panels(x, y, scale, std::move(rules), margin, narrow_products(x, y)) {}
+Tiling::Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
+               AtOnce at_once)
+    : Tiling(x, y, scale, std::move(rules), margin, at_once, narrow_products(x, y)) {}
 
-Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
-               bool narrow)
+Tiling::Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
+               AtOnce at_once, bool narrow)
     : x_(prepared(x, narrow)),
       y_(prepared(y, narrow)),
       products_((narrow ? bf16_products
@@ -77,13 +74,17 @@ Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
       rules_(std::move(rules)),
       rows_(x_.rows()),
       cols_(y_.rows()),
+      step_(std::min(rows_, kTileRows)),
+      width_(std::max(int64_t{1}, std::min(cols_, tile_cols(cols_)))),
       scale_(scale),
       margin_(margin) {
   rules_.check(rows_, cols_);
   log2_longest_ = std::log2(static_cast<double>(std::max({rows_, cols_, int64_t{1}})));
-  step_ = std::min(rows_, kPanelRows);
-  // A left-out pair is -inf in the panel and must stay -inf as a logit, so both parts of the factor
-  // must be positive: the panel takes the sign, and a scale of 0 is next to nothing.
+  const int64_t tiles = (cols_ + width_ - 1) / width_;
+  slots_ =
+      at_once == AtOnce::kRows ? tiles : std::min<int64_t>(tiles, torch::stable::get_num_threads());
+  // A left-out pair is -inf in the tile and must stay -inf as a logit, so both parts of the factor
+  // must be positive: the tile takes the sign, and a scale of 0 is next to nothing.
   sign_ = scale_ < 0 ? -1.0 : 1.0;
   const double magnitude = std::abs(scale_);
   const double factor = (magnitude < kSmallestFactor ? kSmallestFactor : magnitude) * kLog2E;
@@ -92,65 +93,67 @@ Panels::Panels(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
   factor_.low = static_cast<float>(factor - factor_.high);
 }
 
-float Panels::common_shift() const {
+float Tiling::common_shift() const {
   const double largest = largest_norm(x_) * largest_norm(y_) + std::abs(margin_);
   const double bound = std::abs(scale_) * largest * kLog2E;
   return static_cast<float>(std::ceil(std::max(0.0, bound + log2_longest_ - kLargestLog2Sum)));
 }
 
-double Panels::smallest_log2_sum() const { return log2_longest_ - 126.0 + 24.0; }
+double Tiling::smallest_log2_sum() const { return log2_longest_ - 126.0 + 24.0; }
 
-void Panels::keep_in(const Tensor& kept) {
+void Tiling::keep_in(const Tensor& kept) {
   STD_TORCH_CHECK(kept.dim() == 2 && kept.size(0) <= rows_ && kept.size(1) == cols_ &&
                       kept.scalar_type() == ScalarType::Float && kept.is_contiguous(),
                   "kept dot products must be float32 rows of the matrix");
   kept_ = kept;
+  kept_data_ = static_cast<float*>(kept_->mutable_data_ptr());
   kept_rows_ = kept.size(0);
 }
 
-void Panels::take_from(const Tensor& kept) {
+void Tiling::take_from(const Tensor& kept) {
   keep_in(torch::stable::contiguous(kept));
   filled_ = true;
 }
 
-void Panels::use(const Tensor& memory, int64_t first, int64_t count) {
-  panel_ = rows_of(memory, first, count);
-  data_ = static_cast<float*>(panel_.mutable_data_ptr());
+std::span<Tile> Tiling::lay_out(const Range& range) {
+  const bool in_kept = range.row < kept_rows_ && !filled_;
+  if (!in_kept) memory_.resize(slots_ * step_ * width_);
+  tiles_.resize(slots_);
+  to_put_back_.resize(slots_);
+  int64_t count = 0;
+  for (int64_t col = range.col; col < range.col + range.cols; col += width_, ++count) {
+    Tile& tile = tiles_[count];
+    static_cast<Range&>(tile) = {range.row, range.rows, col, std::min(width_, cols_ - col)};
+    tile.slot = count;
+    tile.data = in_kept ? kept_data_ + range.row * cols_ + range.rows * col
+                        : memory_.data() + count * step_ * width_;
+  }
+  return {tiles_.data(), static_cast<size_t>(count)};
 }
 
-void Panels::dots(int64_t first, int64_t count) {
-  const bool kept = first < kept_rows_;
-  if (kept && !filled_) {
-    use(*kept_, first, count);
-  } else {
-    if (!buffer_) buffer_ = matrix_in(memory_, step_, cols_, x_.tensor());
-    use(*buffer_, 0, count);
-  }
+void Tiling::dots(const Tile& tile) {
+  const int64_t size = tile.rows * tile.cols;
+  const bool kept = tile.row < kept_rows_;
   if (kept && filled_) {
-    const float* from = static_cast<const float*>(kept_->const_data_ptr()) + first * cols_;
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      std::copy(from + begin * cols_, from + end * cols_, data_ + begin * cols_);
-    });
+    std::copy_n(kept_data_ + tile.row * cols_ + tile.rows * tile.col, size, tile.data);
     return;
   }
-  products_->dots(first, count, panel_);
-  if (sign_ < 0) {
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      row_kernels().multiply(data_ + begin * cols_, (end - begin) * cols_, -1.0f);
-    });
-  }
+  if (kept) populate(tile.data, size * sizeof(float));
+  products_->dots(tile);
+  if (sign_ < 0) row_kernels().multiply(tile.data, size, -1.0f);
   if (!kept) return;
   const auto remember = [&](int64_t i, int64_t j) {
-    float* value = data_ + (i - first) * cols_ + j;
-    to_put_back_.emplace_back(value, *value);
+    to_put_back_[tile.slot].emplace_back(&tile.at(i, j), tile.at(i, j));
   };
-  rules_.for_each_masked(first, count, remember);
-  rules_.for_each_positive(first, count, remember);
+  rules_.for_each_masked(tile, remember);
+  rules_.for_each_positive(tile, remember);
 }
 
-void Panels::put_back() {
-  for (const auto& [to, value] : to_put_back_) *to = value;
-  to_put_back_.clear();
+void Tiling::put_back() {
+  for (auto& overwritten : to_put_back_) {
+    for (const auto& [to, value] : overwritten) *to = value;
+    overwritten.clear();
+  }
 }
 
 }  // namespace m3bind::cpu

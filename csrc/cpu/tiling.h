@@ -1,0 +1,130 @@
+// The similarity matrix of one call, a few tiles of it at a time: its dot products, with the rules
+// for pairs applied.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "float_rows.h"
+#include "pair_rules.h"
+#include "products.h"
+#include "row_kernels.h"
+#include "space.h"
+#include "tile.h"
+
+namespace m3bind::cpu {
+
+inline constexpr double kLog2E = 1.4426950408889634;
+
+// The one value of a tensor.
+double read_scalar(const Tensor& t);
+
+// Which tiles are in memory at a time.
+enum class AtOnce {
+  kFew,   // one for each of torch's threads
+  kRows,  // all of the same rows
+};
+
+// x, y and scale of one call, contiguous. Where both are bfloat16 and the processor multiplies
+// that, their products do; otherwise they are float32.
+class Tiling {
+ public:
+  Tiling(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
+         double margin, AtOnce at_once = AtOnce::kFew);
+  // Dot products alone: scale 1, and no rules for pairs.
+  Tiling(const Tensor& x, const Tensor& y) : Tiling(x, y, 1.0, PairRules(0), 0.0, AtOnce::kFew) {}
+
+  // `kept` [R, M] is where a forward pass leaves the dot products of the first R rows, tile after
+  // tile ...
+  void keep_in(const Tensor& kept);
+  // ... and a backward pass finds them.
+  void take_from(const Tensor& kept);
+
+  // f(tiles) on all tiles, those that are in memory at a time, which have the same rows: from top
+  // to bottom, and from left to right.
+  template <class F>
+  void for_each(const F& f) {
+    for (int64_t first = 0, count = 0; first < rows_; first += count) {
+      count = std::min(step_, (first < kept_rows_ ? kept_rows_ : rows_) - first);
+      products_->begin_rows(first, count);
+      for (int64_t col = 0; col < cols_; col += slots_ * width_) {
+        f(lay_out({first, count, col, std::min(slots_ * width_, cols_ - col)}));
+        put_back();
+      }
+    }
+  }
+  // Uninitialised tiles of these rows and columns, which are no more than slots() tiles.
+  std::span<Tile> lay_out(const Range& range);
+
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  double scale() const { return scale_; }
+  double margin() const { return margin_; }
+  double sign() const { return sign_; }  // a tile holds dot products times this
+  Factor factor() const { return factor_; }
+  const FloatRows& x() const { return x_; }
+  const FloatRows& y() const { return y_; }
+  const PairRules& rules() const { return rules_; }
+  Products& products() { return *products_; }
+
+  int64_t slots() const { return slots_; }  // tiles in memory
+  int64_t step() const { return step_; }    // rows of a tile, at most
+  RowTotals row_totals(int64_t kinds = 1) const { return {rows_, slots_, step_, kinds}; }
+  // Gives the tiles' memory back.
+  void finish() { memory_.resize(0); }
+
+  // One shift, in base 2, with which no sum of a row or column overflows; not finite where an input
+  // is not. Forward and backward use the same, so that the rounding of `logit - shift` cancels.
+  float common_shift() const;
+  // With the common shift, log2 of the smallest sum whose losses to underflow (at 2^-126) are below
+  // float32's rounding.
+  double smallest_log2_sum() const;
+
+  // Computes the dot products of a tile, with -inf where a pair is left out. Calls masked(row,
+  // column, value) on masked pairs. By any thread.
+  template <class F>
+  void compute(Tile& tile, const F& masked) {
+    dots(tile);
+    rules_.apply(tile, static_cast<float>(margin_ * sign_), masked);
+  }
+  void compute(Tile& tile) {
+    compute(tile, [](int64_t, int64_t, float) {});
+  }
+
+  // What a value of a tile is as a logit, and times log2(e).
+  double logit(float value) const { return value * std::abs(scale_); }
+  double log2_logit(float value) const { return logit(value) * kLog2E; }
+
+ private:
+  Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
+         AtOnce at_once);
+  Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
+         AtOnce at_once, bool narrow);
+  void dots(const Tile& tile);
+  void put_back();
+
+  FloatRows x_, y_;
+  std::unique_ptr<Products> products_;
+  PairRules rules_;
+  int64_t rows_, cols_, step_, width_, slots_;
+  double scale_, margin_, log2_longest_;
+  double sign_;
+  Factor factor_;
+
+  std::vector<Tile> tiles_;
+  Space<float> memory_;  // of the tiles that are not kept
+  std::optional<Tensor> kept_;
+  float* kept_data_ = nullptr;
+  bool filled_ = false;  // kept_ is there to be read
+  int64_t kept_rows_ = 0;
+  // What the rules overwrite in it, of each slot.
+  std::vector<std::vector<std::pair<float*, float>>> to_put_back_;
+};
+
+}  // namespace m3bind::cpu
