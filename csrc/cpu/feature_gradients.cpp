@@ -36,12 +36,12 @@ FeatureGradients::FeatureGradients(Tiling& tiling, bool need_x, bool need_y)
       need_y_(need_y),
       x_(tiling.x().new_rows(need_x ? tiling.rows() : 0)),
       y_(tiling.y().new_rows(0)) {
-  tiling.products().begin(x_, need_y, tiling.slots(), tiling.step());
+  tiling.products().begin_gradients(x_, need_y, tiling.slots());
 }
 
 void FeatureGradients::finish() {
-  tiling_.finish();
-  if (need_y_) y_ = tiling_.products().finish_y();
+  tiling_.give_back();
+  if (need_y_) y_ = tiling_.products().take_y();
   // Without tiles nobody wrote them.
   if (tiling_.cols() == 0) torch::stable::zero_(x_);
   if (tiling_.rows() == 0) torch::stable::zero_(y_);

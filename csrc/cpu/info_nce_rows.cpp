@@ -33,7 +33,7 @@ class RowsLoss {
 
   // Before derive(): computes all tiles of some rows, and adds up their losses.
   void sum(std::span<Tile> tiles) {
-    share(tiles, [&](Tile& tile) { tiling_.compute(tile); });
+    tiling_.share(tiles, [&](Tile& tile) { tiling_.compute(tile); });
     const Range& rows = tiles.front();
     shifts_.assign(rows.rows, shift_);
     common_ = std::isfinite(shift_);
@@ -102,7 +102,7 @@ class RowsLoss {
   // add(tile, sums of its rows, space for sums of its columns, which nobody reads)
   template <class F>
   void sum_up(std::span<Tile> tiles, const F& add) {
-    share(tiles, [&](Tile& tile) {
+    tiling_.share(tiles, [&](Tile& tile) {
       std::vector<float> unused(tile.cols);
       add(tile, sums_.of(tile), unused.data());
     });
@@ -113,11 +113,16 @@ class RowsLoss {
 
   // To the largest logit of each row.
   void raise_shifts(std::span<Tile> tiles) {
-    std::vector<float> unused(tiling_.cols());
+    maxima_.assign(tiles.size() * kTileRows, -kInf);
+    const auto of = [&](const Tile& tile) { return maxima_.data() + tile.slot * kTileRows; };
+    tiling_.share(tiles, [&](Tile& tile) {
+      std::vector<float> unused(tile.cols);
+      row_kernels().maxima(tile.data, tile.rows, tile.cols, tiling_.factor(), of(tile),
+                           unused.data());
+    });
     shifts_.assign(shifts_.size(), -kInf);
     for (const Tile& tile : tiles)
-      row_kernels().maxima(tile.data, tile.rows, tile.cols, tiling_.factor(), shifts_.data(),
-                           unused.data());
+      for (int64_t i = 0; i < tile.rows; ++i) shifts_[i] = std::max(shifts_[i], of(tile)[i]);
     for (float& shift : shifts_) shift = shift == -kInf ? 0 : shift;
   }
 
@@ -129,6 +134,7 @@ class RowsLoss {
   // Of the rows at hand:
   bool common_ = false;  // their shifts are all shift_
   std::vector<float> shifts_, weights_;
+  std::vector<float> maxima_;  // of each slot
   std::vector<double> row_sums_, by_positive_;
   double loss_ = 0;
 };
@@ -151,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_rows_fwd(const Tensor& x, co
                  std::vector<double>(tiling.cols()));
   tiling.for_each([&](std::span<Tile> tiles) {
     rows.sum(tiles);
-    share(tiles, [&](Tile& tile) {
+    tiling.share(tiles, [&](Tile& tile) {
       rows.derive(tile);
       if (loss) loss->take(tile);
       grads.take(tile);

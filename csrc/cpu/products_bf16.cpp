@@ -24,41 +24,35 @@ int64_t padded(int64_t n) { return (n + kWide - 1) / kWide * kWide; }
 
 class Bf16Products : public Products {
  public:
-  Bf16Products(const Tensor& x, const Tensor& y)
+  Bf16Products(const Tensor& x, const Tensor& y, int64_t width)
       : x_(x),
         y_(y),
         cols_(y.size(0)),
         features_(x.size(1)),
         inner_(padded(features_)),
+        width_(width),
         x_rows_(wide_rows(x_, x_space_)),
-        y_rows_(wide_rows(y_, y_space_)),
-        y_turned_(cols_ * inner_ / 2) {
-    over_tiles([&](int64_t first, int64_t width) {
-      transpose(reinterpret_cast<const uint32_t*>(y_rows_ + first * inner_), inner_ / 2, width,
-                inner_ / 2, y_turned_.data() + first * inner_ / 2, width);
-    });
+        y_rows_(wide_rows(y_, y_space_)) {}
+
+  void begin_rows(int64_t first, int64_t count, bool dots) override {
+    if (dots && y_turned_.empty()) turn_y();
+    if (grad_y_) turn_x(first, count);
   }
 
   void dots(const Tile& tile) override {
-    m3bind_brgemm_bf16(tile.rows, tile.cols, inner_, inner_, tile.cols, tile.cols, false,
-                       x_rows_ + tile.row * inner_, y_turned_.data() + tile.col * inner_ / 2,
-                       tile.data, true);
-    release();
+    over_blocks(0, tile.rows, [&](int64_t i, int64_t rows) {
+      m3bind_brgemm_bf16(rows, tile.cols, inner_, inner_, tile.cols, tile.cols, false,
+                         x_rows_ + (tile.row + i) * inner_,
+                         y_turned_.data() + tile.col * inner_ / 2, tile.data + i * tile.cols, true);
+    });
   }
 
-  void begin(const Tensor& grad_x, bool need_y, int64_t slots, int64_t rows) override {
+  void begin_gradients(const Tensor& grad_x, bool need_y, int64_t slots) override {
     grad_x_ = grad_x;
-    const int64_t width = std::min(tile_cols(cols_), cols_);
-    rounded_size_ = rows * padded(width);
-    packed_size_ = padded(rows) * width;
-    rounded_.resize(slots * rounded_size_);
-    packed_.resize(slots * packed_size_);
+    rounded_.resize(slots * kTileRows * padded(width_));
+    packed_.resize(slots * kTileRows * width_);
     if (grad_x.size(0) > 0) pack_y();
-    if (need_y) grad_y_.emplace(y_);
-  }
-
-  void begin_rows(int64_t first, int64_t count) override {
-    if (grad_y_) turn_x(first, count);
+    if (need_y) grad_y_.emplace(y_, width_);
   }
 
   // Of the gradient of y the transpose is summed: so the tile's pairs of rows are the packed
@@ -69,7 +63,6 @@ class Bf16Products : public Products {
     const int64_t inner = padded(tile.rows);
     m3bind_brgemm_bf16(features_, tile.cols, inner, inner, tile.cols, tile.cols, tile.row > 0,
                        x_turned_.data(), packed(tile), grad_y_->columns(tile), true);
-    release();
   }
 
   void add_to_x(std::span<const Tile> tiles) override {
@@ -77,24 +70,29 @@ class Bf16Products : public Products {
     const Tile& first = tiles.front();
     float* out = static_cast<float*>(grad_x_->mutable_data_ptr()) + first.row * features_;
     for_parts(first.rows, features_, [&](int64_t begin, int64_t end, int64_t d, int64_t width) {
-      for (const Tile& tile : tiles) {
-        const int64_t inner = padded(tile.cols);
-        m3bind_brgemm_bf16(end - begin, width, inner, inner, features_, features_, tile.col > 0,
-                           rounded(tile) + begin * inner,
-                           y_packed_.data() + tile.col / 2 * features_ + d,
-                           out + begin * features_ + d, true);
-      }
+      over_blocks(begin, end, [&](int64_t i, int64_t rows) {
+        for (const Tile& tile : tiles) {
+          const int64_t inner = padded(tile.cols);
+          m3bind_brgemm_bf16(rows, width, inner, inner, features_, features_, tile.col > 0,
+                             rounded(tile) + i * inner,
+                             y_packed_.data() + tile.col / 2 * features_ + d,
+                             out + i * features_ + d, true);
+        }
+      });
       release();
     });
   }
 
+  void end_of_thread() override { release(); }
+
   bool exact() const override { return false; }
 
-  Tensor finish_y() override {
+  void give_back() override {
     for (auto* done : {&y_turned_, &y_packed_, &x_turned_}) done->resize(0);
     for (auto* done : {&rounded_, &packed_}) done->resize(0);
-    return grad_y_->turn_back();
   }
+
+  Tensor take_y() override { return grad_y_->turn_back(); }
 
  private:
   // Rows [.., inner_] with zeros behind the features: the tensor's own where it has no need of any.
@@ -107,17 +105,26 @@ class Bf16Products : public Products {
     return space.data();
   }
 
+  // f(first, rows) on the blocks of [begin, end): of few sizes, as torch keeps the code of each.
+  template <class F>
+  static void over_blocks(int64_t begin, int64_t end, const F& f) {
+    const int64_t size = end - begin < kTileRows ? kBlockRows : kTileRows;
+    for (int64_t i = begin; i < end; i += size) f(i, std::min(size, end - i));
+  }
+
   // f(first column, columns) on the columns of every tile.
   template <class F>
   void over_tiles(const F& f) const {
-    const int64_t size = tile_cols(cols_);
-    torch::stable::parallel_for(0, (cols_ + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) f(t * size, std::min(size, cols_ - t * size));
+    const int64_t tiles = (cols_ + width_ - 1) / width_;
+    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) f(t * width_, std::min(width_, cols_ - t * width_));
     });
   }
 
-  Bf16* rounded(const Tile& tile) { return rounded_.data() + tile.slot * rounded_size_; }
-  Bf16* packed(const Tile& tile) { return packed_.data() + tile.slot * packed_size_; }
+  Bf16* rounded(const Tile& tile) {
+    return rounded_.data() + tile.slot * kTileRows * padded(width_);
+  }
+  Bf16* packed(const Tile& tile) { return packed_.data() + tile.slot * kTileRows * width_; }
 
   // The tile in bfloat16: rows [rows, padded columns], and packed [padded rows, columns].
   void round(const Tile& tile) {
@@ -151,9 +158,17 @@ class Bf16Products : public Products {
     });
   }
 
+  // [inner / 2, columns of the tile] pairs, tile after tile
+  void turn_y() {
+    y_turned_.resize(cols_ * inner_ / 2);
+    over_tiles([&](int64_t first, int64_t width) {
+      transpose(reinterpret_cast<const uint32_t*>(y_rows_ + first * inner_), inner_ / 2, width,
+                inner_ / 2, y_turned_.data() + first * inner_ / 2, width);
+    });
+  }
+
   void pack_y() {
-    const int64_t size = tile_cols(cols_);
-    y_packed_.resize((cols_ + size - 1) / size * size / 2 * features_);
+    y_packed_.resize((cols_ + width_ - 1) / width_ * padded(width_) / 2 * features_);
     over_tiles([&](int64_t first, int64_t width) {
       for (int64_t j = first; j < first + padded(width); j += 2)
         pack_pair(y_rows_, j, cols_, y_packed_.data() + j / 2 * features_);
@@ -170,11 +185,10 @@ class Bf16Products : public Products {
   }
 
   Tensor x_, y_;
-  int64_t cols_, features_, inner_;
+  int64_t cols_, features_, inner_, width_;
   std::vector<Bf16> x_space_, y_space_;  // of padded rows, where there are any
   const Bf16 *x_rows_, *y_rows_;
   Space<uint32_t> y_turned_, y_packed_, x_turned_;  // pairs
-  int64_t rounded_size_ = 0, packed_size_ = 0;      // of one tile
   Space<Bf16> rounded_, packed_;
   std::optional<Tensor> grad_x_;
   std::optional<TurnedRows> grad_y_;
@@ -182,8 +196,8 @@ class Bf16Products : public Products {
 
 }  // namespace
 
-std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y) {
-  return std::make_unique<Bf16Products>(x, y);
+std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y, int64_t width) {
+  return std::make_unique<Bf16Products>(x, y, width);
 }
 
 bool bf16_products_available() {

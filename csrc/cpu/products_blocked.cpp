@@ -1,5 +1,5 @@
-// float32 products in blocks, on processors with AVX-512: no operand is copied once a tile, and no
-// element of the matrix leaves the cache between its products.
+// float32 products in blocks, on processors with AVX-512: nothing as large as a tile is copied or
+// turned.
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
@@ -24,60 +24,57 @@ void over_parts(int64_t begin, int64_t end, int64_t size, const F& f) {
   for (int64_t first = begin; first < end; first += size) f(first, std::min(size, end - first));
 }
 
-// No operand or result of a block has the matrix' number of columns from row to row: torch keeps
-// the code of every combination of sizes that it has met.
+// Torch keeps the code of every combination of sizes that it has met. So no operand or result has
+// the matrix' number of columns from row to row, and where there are fewer rows than those of a
+// whole tile, a block has kBlockRows.
+int64_t block_rows(int64_t rows) { return rows < kTileRows ? kBlockRows : kTileRows; }
+
 class BlockedProducts : public Products {
  public:
-  BlockedProducts(const Tensor& x, const Tensor& y)
+  BlockedProducts(const Tensor& x, const Tensor& y, int64_t width)
       : held_x_(x),
         held_y_(y),
         x_(static_cast<const float*>(x.const_data_ptr())),
         y_(static_cast<const float*>(y.const_data_ptr())),
+        rows_(x.size(0)),
         cols_(y.size(0)),
         features_(x.size(1)),
-        y_turned_(cols_ * features_) {
-    const int64_t strips = (cols_ + kStrip - 1) / kStrip;
-    torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
-      over_parts(begin * kStrip, std::min(cols_, end * kStrip), kStrip,
-                 [&](int64_t j, int64_t width) {
-                   turn(y_ + j * features_, features_, width, features_,
-                        y_turned_.data() + j * features_, width);
-                 });
-    });
+        width_(width) {}
+
+  void begin_rows(int64_t first, int64_t count, bool dots) override {
+    // For rows that are the last, dots() turns what it reads.
+    if (dots && y_turned_.empty() && first + count < rows_) turn_y();
+    if (grad_y_) turn_x(first, count);
   }
 
   void dots(const Tile& tile) override {
+    Space<float> own(y_turned_.empty() ? kStrip * features_ : 0);
     over_parts(tile.col, tile.col + tile.cols, kStrip, [&](int64_t j, int64_t width) {
+      const float* strip = y_turned_.data() + j * features_;
+      if (y_turned_.empty()) {
+        turn(y_ + j * features_, features_, width, features_, own.data(), width);
+        strip = own.data();
+      }
       over_parts(0, tile.rows, kBlockRows, [&](int64_t i, int64_t rows) {
         over_parts(0, features_, kDotDepth, [&](int64_t d, int64_t depth) {
           m3bind_brgemm_float(rows, width, depth, features_, width, tile.cols, d > 0,
-                              x_ + (tile.row + i) * features_ + d,
-                              y_turned_.data() + j * features_ + d * width,
+                              x_ + (tile.row + i) * features_ + d, strip + d * width,
                               tile.data + i * tile.cols + (j - tile.col), false);
         });
       });
     });
   }
 
-  void begin(const Tensor& grad_x, bool need_y, int64_t, int64_t) override {
+  void begin_gradients(const Tensor& grad_x, bool need_y, int64_t) override {
     grad_x_ = grad_x;
-    if (need_y) grad_y_.emplace(held_y_);
-  }
-
-  void begin_rows(int64_t first, int64_t count) override {
-    if (!grad_y_) return;
-    x_turned_.resize(features_ * count);
-    for_row_blocks(count, [&](int64_t begin, int64_t end) {
-      turn(x_ + (first + begin) * features_, features_, end - begin, features_,
-           x_turned_.data() + begin, count);
-    });
+    if (need_y) grad_y_.emplace(held_y_, width_);
   }
 
   // Of the gradient of y the transpose is summed, so that nothing as large as a tile is turned.
   void take(const Tile& tile) override {
     if (!grad_y_) return;
     over_parts(0, tile.rows, kDepth, [&](int64_t i, int64_t depth) {
-      m3bind_brgemm_float(features_, tile.cols, depth, tile.rows, tile.cols, tile.cols,
+      m3bind_brgemm_float(features_, tile.cols, depth, kTileRows, tile.cols, tile.cols,
                           tile.row + i > 0, x_turned_.data() + i, tile.data + i * tile.cols,
                           grad_y_->columns(tile), false);
     });
@@ -88,25 +85,48 @@ class BlockedProducts : public Products {
     const Tile& first = tiles.front();
     float* out = static_cast<float*>(grad_x_->mutable_data_ptr()) + first.row * features_;
     for_parts(first.rows, features_, [&](int64_t begin, int64_t end, int64_t d, int64_t width) {
-      for (const Tile& tile : tiles)
-        m3bind_brgemm_float(end - begin, width, tile.cols, tile.cols, features_, features_,
-                            tile.col > 0, tile.data + begin * tile.cols,
-                            y_ + tile.col * features_ + d, out + begin * features_ + d, false);
+      over_parts(begin, end, block_rows(end - begin), [&](int64_t i, int64_t rows) {
+        for (const Tile& tile : tiles)
+          m3bind_brgemm_float(rows, width, tile.cols, tile.cols, features_, features_, tile.col > 0,
+                              tile.data + i * tile.cols, y_ + tile.col * features_ + d,
+                              out + i * features_ + d, false);
+      });
     });
   }
 
-  Tensor finish_y() override {
+  void give_back() override {
     y_turned_.resize(0);
     x_turned_.resize(0);
-    return grad_y_->turn_back();
   }
 
+  Tensor take_y() override { return grad_y_->turn_back(); }
+
  private:
+  void turn_y() {
+    y_turned_.resize(cols_ * features_);
+    torch::stable::parallel_for(0, (cols_ + kStrip - 1) / kStrip, 1,
+                                [&](int64_t begin, int64_t end) {
+                                  over_parts(begin * kStrip, std::min(cols_, end * kStrip), kStrip,
+                                             [&](int64_t j, int64_t width) {
+                                               turn(y_ + j * features_, features_, width, features_,
+                                                    y_turned_.data() + j * features_, width);
+                                             });
+                                });
+  }
+
+  void turn_x(int64_t first, int64_t count) {
+    x_turned_.resize(features_ * kTileRows);
+    for_row_blocks(count, [&](int64_t begin, int64_t end) {
+      turn(x_ + (first + begin) * features_, features_, end - begin, features_,
+           x_turned_.data() + begin, kTileRows);
+    });
+  }
+
   Tensor held_x_, held_y_;
   const float *x_, *y_;
-  int64_t cols_, features_;
-  Space<float> y_turned_;  // [features, columns of the strip], strip after strip
-  Space<float> x_turned_;  // [features, rows of the tiles at hand]
+  int64_t rows_, cols_, features_, width_;
+  Space<float> y_turned_;  // [features, columns of the strip], strip after strip; or none
+  Space<float> x_turned_;  // [features, kTileRows], of the rows at hand
   std::optional<Tensor> grad_x_;
   std::optional<TurnedRows> grad_y_;
 };
@@ -117,8 +137,8 @@ bool blocked_products_available() {
   return m3bind_brgemm_float != nullptr && capability().blocked_products;
 }
 
-std::unique_ptr<Products> blocked_products(const Tensor& x, const Tensor& y) {
-  return std::make_unique<BlockedProducts>(x, y);
+std::unique_ptr<Products> blocked_products(const Tensor& x, const Tensor& y, int64_t width) {
+  return std::make_unique<BlockedProducts>(x, y, width);
 }
 
 }  // namespace m3bind::cpu

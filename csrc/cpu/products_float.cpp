@@ -17,12 +17,12 @@ class FloatProducts : public Products {
     mm_out(matrix(tile), rows_of(x_, tile.row, tile.rows), torch::stable::transpose(columns, 0, 1));
   }
 
-  void begin(const Tensor& grad_x, bool need_y, int64_t, int64_t) override {
+  void begin_rows(int64_t, int64_t, bool) override {}
+
+  void begin_gradients(const Tensor& grad_x, bool need_y, int64_t) override {
     grad_x_ = grad_x;
     if (need_y) grad_y_ = torch::stable::new_zeros(y_, {y_.size(0), y_.size(1)});
   }
-
-  void begin_rows(int64_t, int64_t) override {}
 
   void take(const Tile& tile) override {
     if (!grad_y_) return;
@@ -38,7 +38,9 @@ class FloatProducts : public Products {
                                        rows_of(y_, tile.col, tile.cols));
   }
 
-  Tensor finish_y() override { return *grad_y_; }
+  void give_back() override {}
+
+  Tensor take_y() override { return *grad_y_; }
 
  private:
   Tensor matrix(const Tile& tile) const {
@@ -52,24 +54,17 @@ class FloatProducts : public Products {
 
 }  // namespace
 
-// Few columns are enough tiles for some threads all the same.
-int64_t tile_cols(int64_t cols) {
-  constexpr int64_t kFewColumns = 1024;
-  if (cols <= kFewColumns) return 64;
-  return blocked_products_available() ? 128 : 256;
-}
-
 std::unique_ptr<Products> float_products(const Tensor& x, const Tensor& y) {
   return std::make_unique<FloatProducts>(x, y);
 }
 
 #ifndef M3BIND_X86
 bool blocked_products_available() { return false; }
-std::unique_ptr<Products> blocked_products(const Tensor& x, const Tensor& y) {
+std::unique_ptr<Products> blocked_products(const Tensor& x, const Tensor& y, int64_t) {
   return float_products(x, y);
 }
 bool bf16_products_available() { return false; }
-std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y) {
+std::unique_ptr<Products> bf16_products(const Tensor& x, const Tensor& y, int64_t) {
   return float_products(x, y);
 }
 #endif

@@ -1,5 +1,5 @@
-// What torch's threads share: blocks of kBlockRows rows. The blocks, and with them every float sum,
-// are the same for any number of threads.
+// What torch's threads share beside tiles: blocks of kBlockRows rows, the same for any number of
+// threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -37,7 +37,7 @@ class Siglip {
   // Computes the losses alone.
   void forward() {
     tiling_.for_each([&](std::span<Tile> tiles) {
-      share(tiles, [&](Tile& tile) {
+      tiling_.share(tiles, [&](Tile& tile) {
         tiling_.compute(tile);
         std::vector<float> logits(tile.cols);
         for_rows(tile, [&](const Range& row, const float* dots, double* loss) {
@@ -56,7 +56,7 @@ class Siglip {
     RowTotals by_scale = tiling_.row_totals(), by_bias = tiling_.row_totals();
     AllApart apart(tiling_);
     tiling_.for_each([&](std::span<Tile> tiles) {
-      share(tiles, [&](Tile& tile) {
+      tiling_.share(tiles, [&](Tile& tile) {
         tiling_.compute(tile);
         std::vector<float> logits(tile.cols), dots;
         for_rows(tile, [&](const Range& row, float* s, double* loss) {

@@ -34,6 +34,14 @@ class DualTiling {
     });
   }
 
+  // f(student's tile) on each, by torch's threads.
+  template <class F>
+  void share(std::span<Tile> tiles, const F& f) {
+    student.share(tiles, [&](Tile& tile) {
+      f(tile);
+      teacher.products().end_of_thread();
+    });
+  }
   // By any thread.
   void compute(Tile& own, Tile& teachers) {
     student.compute(own);

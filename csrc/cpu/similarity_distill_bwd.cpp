@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
   std::optional<RoundingLoss> loss;
   if (!student.products().exact()) loss.emplace(student, rows.grad, cols.grad);
   tiling.for_each([&](std::span<Tile> tiles, std::span<Tile> teachers) {
-    share(tiles, [&](Tile& tile) {
+    tiling.share(tiles, [&](Tile& tile) {
       tiling.compute(tile, teachers[tile.slot]);
       gradient.apply(tiling, tile, teachers[tile.slot]);
       if (loss) loss->take(tile);
@@ -168,6 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
     if (loss) loss->merge(tiles);
     grads.merge(tiles);
   });
+  tiling.teacher.give_back();
   grads.finish();
   if (loss) loss->give_back(student, grads);
   grads.multiply(student.scale());

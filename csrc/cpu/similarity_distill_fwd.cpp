@@ -133,7 +133,7 @@ Sums sum_with_common_shift(DualTiling& tiling, bool kl, float shift) {
   Sums sums(tiling, shift);
   RowTotals rows = tiling.student.row_totals(kNumSums);
   tiling.for_each([&](std::span<Tile> tiles, std::span<Tile> teachers) {
-    share(tiles, [&](Tile& tile) {
+    tiling.share(tiles, [&](Tile& tile) {
       tiling.compute(tile, teachers[tile.slot]);
       sum_blocks(tiling, tile, teachers[tile.slot], sums.cols,
                  [&](const DualBlock& block, int64_t begin, const DivergenceSums<float>& cols) {
@@ -187,16 +187,15 @@ void add_with_own_shifts(DualTiling& tiling, Tile& own, Tile& teachers, bool kl,
 // that the common shift loses a whole row or column to underflow.
 Sums sum_with_own_shifts(DualTiling& tiling, bool kl) {
   Sums sums(tiling, kMinusInf);
-  const int64_t step = tiling.student.step();
-  Side parts(tiling.student.slots() * step, kMinusInf);
+  Side parts(tiling.student.slots() * kTileRows, kMinusInf);
   tiling.for_each([&](std::span<Tile> tiles, std::span<Tile> teachers) {
-    share(tiles, [&](Tile& tile) {
+    tiling.share(tiles, [&](Tile& tile) {
       add_with_own_shifts(tiling, tile, teachers[tile.slot], kl, sums.cols, parts,
-                          tile.slot * step);
+                          tile.slot * kTileRows);
     });
     for (const Tile& tile : tiles)
       for (int64_t i = 0; i < tile.rows; ++i)
-        sums.rows.merge(tile.row + i, parts, tile.slot * step + i, kl);
+        sums.rows.merge(tile.row + i, parts, tile.slot * kTileRows + i, kl);
   });
   return sums;
 }

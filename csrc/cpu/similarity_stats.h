@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_stats_bwd(
     bool totals, const Tensor& row_lse, const Tensor& col_lse, const Tensor& kept,
     const Tensor& grad_rows, const Tensor& grad_cols, bool need_x, bool need_y);
 
-// The same of prepared tiling; gradients in float32.
+// The same of a tiling that is made already; gradients in float32.
 std::tuple<Tensor, Tensor> statistics(Tiling& tiling, bool totals);
 struct StatsGradients {
   Tensor x, y;

@@ -138,7 +138,7 @@ StatsGradients stats_gradients(Tiling& tiling, const Direction& rows, const Dire
   std::optional<RoundingLoss> loss;
   if (!tiling.products().exact()) loss.emplace(tiling, rows.grad, cols.grad);
   tiling.for_each([&](std::span<Tile> tiles) {
-    share(tiles, [&](Tile& tile) {
+    tiling.share(tiles, [&](Tile& tile) {
       gradient.apply(tiling, tile);
       if (loss) loss->take(tile);
       grads.take(tile);

@@ -71,7 +71,7 @@ Sums sum_with_common_shift(Tiling& tiling, float shift) {
   Sums sums(tiling, shift);
   RowTotals row_sums = tiling.row_totals();
   tiling.for_each([&](std::span<Tile> tiles) {
-    share(tiles, [&](Tile& tile) {
+    tiling.share(tiles, [&](Tile& tile) {
       sums.compute(tiling, tile);
       sum_columns(tile, sums.cols.sum.data() + tile.col,
                   [&](int64_t begin, int64_t count, float* col_sums) {
@@ -106,11 +106,11 @@ void merge_shifted(double& sum, float& shift, double more, float own_shift) {
 Sums sum_with_own_shifts(Tiling& tiling) {
   Sums sums(tiling, kMinusInf);
   RowTotals row_sums = tiling.row_totals();
-  std::vector<float> row_shifts(tiling.slots() * tiling.step());
+  std::vector<float> row_shifts(tiling.slots() * kTileRows);
   tiling.for_each([&](std::span<Tile> tiles) {
-    share(tiles, [&](Tile& tile) {
+    tiling.share(tiles, [&](Tile& tile) {
       sums.compute(tiling, tile);
-      float* row_max = row_shifts.data() + tile.slot * tiling.step();
+      float* row_max = row_shifts.data() + tile.slot * kTileRows;
       std::fill_n(row_max, tile.rows, kMinusInf);
       std::vector<float> col_max(tile.cols, kMinusInf), row_shift(tile.rows);
       row_kernels().maxima(tile.data, tile.rows, tile.cols, tiling.factor(), row_max,
@@ -133,7 +133,7 @@ Sums sum_with_own_shifts(Tiling& tiling) {
       for (int64_t i = 0; i < tile.rows; ++i)
         merge_shifted(sums.rows.sum[tile.row + i], sums.rows.shift[tile.row + i],
                       std::exchange(row_sums.of(tile)[i], 0.0),
-                      row_shifts[tile.slot * tiling.step() + i]);
+                      row_shifts[tile.slot * kTileRows + i]);
     sums.merge(tiling, tiles);
   });
   sums.finish();

@@ -1,8 +1,6 @@
-// The similarity matrix in tiles: as much of it as stays in one processor's second-level cache from
-// its dot products to its part of the gradients.
+// The similarity matrix in tiles: as much of it as one thread's second-level cache holds from its
+// dot products to its part of the gradient of y.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -26,6 +24,9 @@ struct Positive {
   float dot;  // as the tile held it, less the margin
 };
 
+// Enough rows for GEMMs at full speed, and few enough for a tile to stay in the cache.
+inline constexpr int64_t kTileRows = 512;
+
 struct Tile : Range {
   float* data = nullptr;            // [rows, cols], contiguous
   int64_t slot = 0;                 // which of the tiles in memory
@@ -33,16 +34,6 @@ struct Tile : Range {
 
   float& at(int64_t i, int64_t j) const { return data[(i - row) * cols + (j - col)]; }
 };
-
-// f(tile) on each, by torch's threads. Tiles are the same for any number of threads, and so is what
-// is summed over a tile.
-template <class T, class F>
-void share(std::span<T> tiles, const F& f) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 1,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t t = begin; t < end; ++t) f(tiles[t]);
-                              });
-}
 
 // f(first row of the tile, rows, float sums [kinds * cols], 0 before) on blocks of kBlockRows rows:
 // the sums of a block are added to `to`, `stride` numbers from kind to kind.
@@ -61,19 +52,14 @@ void sum_columns(const Tile& tile, double* to, const F& f, int64_t kinds = 1, in
 // added up in the order of the tiles.
 class RowTotals {
  public:
-  RowTotals() = default;
-  RowTotals(int64_t rows, int64_t slots, int64_t rows_a_tile, int64_t kinds = 1)
-      : rows_(rows),
-        step_(rows_a_tile),
-        kinds_(kinds),
-        totals_(kinds * rows),
-        parts_(slots * kinds * rows_a_tile) {}
+  RowTotals(int64_t rows, int64_t slots, int64_t kinds)
+      : rows_(rows), kinds_(kinds), totals_(kinds * rows), parts_(slots * kinds * kTileRows) {}
 
   // What `tile` adds to its rows, of one kind; 0 before.
   double* of(const Tile& tile, int64_t kind = 0) {
-    return parts_.data() + (tile.slot * kinds_ + kind) * step_;
+    return parts_.data() + (tile.slot * kinds_ + kind) * kTileRows;
   }
-  // After every share() over tiles.
+  // After all tiles that are in memory.
   template <class T>
   void merge(std::span<T> tiles) {
     for (const Tile& tile : tiles) {
@@ -92,7 +78,7 @@ class RowTotals {
   }
 
  private:
-  int64_t rows_ = 0, step_ = 0, kinds_ = 1;
+  int64_t rows_, kinds_;
   std::vector<double> totals_, parts_;
 };
 

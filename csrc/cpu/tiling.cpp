@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <utility>
 
 #include "row_blocks.h"
@@ -13,8 +14,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Enough rows for GEMMs at full speed, and few enough for a tile to stay in the cache.
-constexpr int64_t kTileRows = 512;
 // Of fewer derivatives the rounding to bfloat16 does not average out, and there is no time to win.
 constexpr int64_t kFewPairs = 128 * 128;
 constexpr double kSmallestFactor = 1e-30;
@@ -25,6 +24,24 @@ bool narrow_products(const Tensor& x, const Tensor& y) {
                   "x and y must be matrices of the same number of features");
   return x.scalar_type() == ScalarType::BFloat16 && y.scalar_type() == ScalarType::BFloat16 &&
          x.size(0) * y.size(0) >= kFewPairs && bf16_products_available();
+}
+
+// Few columns are some tiles all the same, for threads to share.
+int64_t tile_cols(int64_t cols) {
+  constexpr int64_t kFew = 1024;
+  const int64_t width = cols <= kFew ? 64 : blocked_products_available() ? 128 : 256;
+  return std::max(int64_t{1}, std::min(cols, width));
+}
+
+int64_t tiles_at_once(AtOnce at_once, int64_t tiles) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return at_once == AtOnce::kRows ? tiles : std::min(tiles, threads);
+}
+
+std::unique_ptr<Products> products_of(const Tensor& x, const Tensor& y, int64_t width) {
+  if (x.scalar_type() == ScalarType::BFloat16) return bf16_products(x, y, width);
+  if (blocked_products_available() && x.size(1) > 0) return blocked_products(x, y, width);
+  return float_products(x, y);
 }
 
 Tensor prepared(const Tensor& t, bool narrow) {
@@ -67,22 +84,16 @@ Tiling::Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
                AtOnce at_once, bool narrow)
     : x_(prepared(x, narrow)),
       y_(prepared(y, narrow)),
-      products_((narrow ? bf16_products
-                 : blocked_products_available() && x_.features() > 0
-                     ? blocked_products
-                     : float_products)(x_.tensor(), y_.tensor())),
       rules_(std::move(rules)),
       rows_(x_.rows()),
       cols_(y_.rows()),
-      step_(std::min(rows_, kTileRows)),
-      width_(std::max(int64_t{1}, std::min(cols_, tile_cols(cols_)))),
+      width_(tile_cols(cols_)),
+      slots_(tiles_at_once(at_once, (cols_ + width_ - 1) / width_)),
       scale_(scale),
       margin_(margin) {
+  products_ = products_of(x_.tensor(), y_.tensor(), width_);
   rules_.check(rows_, cols_);
   log2_longest_ = std::log2(static_cast<double>(std::max({rows_, cols_, int64_t{1}})));
-  const int64_t tiles = (cols_ + width_ - 1) / width_;
-  slots_ =
-      at_once == AtOnce::kRows ? tiles : std::min<int64_t>(tiles, torch::stable::get_num_threads());
   // A left-out pair is -inf in the tile and must stay -inf as a logit, so both parts of the factor
   // must be positive: the tile takes the sign, and a scale of 0 is next to nothing.
   sign_ = scale_ < 0 ? -1.0 : 1.0;
@@ -116,8 +127,9 @@ void Tiling::take_from(const Tensor& kept) {
 }
 
 std::span<Tile> Tiling::lay_out(const Range& range) {
-  const bool in_kept = range.row < kept_rows_ && !filled_;
-  if (!in_kept) memory_.resize(slots_ * step_ * width_);
+  const bool kept = range.row < kept_rows_, in_kept = kept && !filled_;
+  if (range.col == 0) products_->begin_rows(range.row, range.rows, !kept || in_kept);
+  if (!in_kept) memory_.resize(slots_ * std::min(rows_, kTileRows) * width_);
   tiles_.resize(slots_);
   to_put_back_.resize(slots_);
   int64_t count = 0;
@@ -126,7 +138,7 @@ std::span<Tile> Tiling::lay_out(const Range& range) {
     static_cast<Range&>(tile) = {range.row, range.rows, col, std::min(width_, cols_ - col)};
     tile.slot = count;
     tile.data = in_kept ? kept_data_ + range.row * cols_ + range.rows * col
-                        : memory_.data() + count * step_ * width_;
+                        : memory_.data() + count * std::min(rows_, kTileRows) * width_;
   }
   return {tiles_.data(), static_cast<size_t>(count)};
 }

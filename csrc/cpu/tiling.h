@@ -2,6 +2,8 @@
 // for pairs applied.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -51,15 +53,25 @@ class Tiling {
   template <class F>
   void for_each(const F& f) {
     for (int64_t first = 0, count = 0; first < rows_; first += count) {
-      count = std::min(step_, (first < kept_rows_ ? kept_rows_ : rows_) - first);
-      products_->begin_rows(first, count);
+      count = std::min(kTileRows, (first < kept_rows_ ? kept_rows_ : rows_) - first);
       for (int64_t col = 0; col < cols_; col += slots_ * width_) {
         f(lay_out({first, count, col, std::min(slots_ * width_, cols_ - col)}));
         put_back();
       }
     }
   }
-  // Uninitialised tiles of these rows and columns, which are no more than slots() tiles.
+  // f(tile) on each, by torch's threads. Tiles are the same for any number of threads, and so is
+  // what is added up over a tile, but for products by torch's BLAS.
+  template <class F>
+  void share(std::span<Tile> tiles, const F& f) {
+    torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 1,
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t t = begin; t < end; ++t) f(tiles[t]);
+                                  products_->end_of_thread();
+                                });
+  }
+  // Uninitialised tiles of these rows and columns, no more than slots(): first those of the first
+  // column.
   std::span<Tile> lay_out(const Range& range);
 
   int64_t rows() const { return rows_; }
@@ -74,10 +86,12 @@ class Tiling {
   Products& products() { return *products_; }
 
   int64_t slots() const { return slots_; }  // tiles in memory
-  int64_t step() const { return step_; }    // rows of a tile, at most
-  RowTotals row_totals(int64_t kinds = 1) const { return {rows_, slots_, step_, kinds}; }
-  // Gives the tiles' memory back.
-  void finish() { memory_.resize(0); }
+  RowTotals row_totals(int64_t kinds = 1) const { return {rows_, slots_, kinds}; }
+  // After the last tile: gives back what memory nothing but tiles needs.
+  void give_back() {
+    memory_.resize(0);
+    products_->give_back();
+  }
 
   // One shift, in base 2, with which no sum of a row or column overflows; not finite where an input
   // is not. Forward and backward use the same, so that the rounding of `logit - shift` cancels.
@@ -112,7 +126,7 @@ class Tiling {
   FloatRows x_, y_;
   std::unique_ptr<Products> products_;
   PairRules rules_;
-  int64_t rows_, cols_, step_, width_, slots_;
+  int64_t rows_, cols_, width_, slots_;
   double scale_, margin_, log2_longest_;
   double sign_;
   Factor factor_;

@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "products.h"
 #include "space.h"
+#include "tile.h"
 #include "transpose.h"
 
 namespace m3bind::cpu {
@@ -26,24 +26,25 @@ inline void turn(const float* from, int64_t from_ld, int64_t rows, int64_t cols,
 
 class TurnedRows {
  public:
-  // Uninitialised, of the shape of `like` [M, D].
-  explicit TurnedRows(const Tensor& like)
-      : tensor_(torch::stable::new_empty(like, {like.size(0), like.size(1)},
+  // Uninitialised, of the shape of `like` [M, D], for tiles of `width` columns.
+  TurnedRows(const Tensor& like, int64_t width)
+      : width_(width),
+        tensor_(torch::stable::new_empty(like, {like.size(0), like.size(1)},
                                          torch::headeronly::ScalarType::Float)),
         data_(static_cast<float*>(tensor_.mutable_data_ptr())) {}
 
   // [D, columns of the tile]
   float* columns(const Tile& tile) const { return data_ + tile.col * tensor_.size(1); }
 
-  // The tensor, its rows as they should be.
-  const Tensor& turn_back() const {
-    const int64_t features = tensor_.size(1), width = tile_cols(tensor_.size(0));
-    const int64_t tiles = (tensor_.size(0) + width - 1) / width;
+  // Once: the tensor, its rows as they should be.
+  Tensor turn_back() {
+    const int64_t features = tensor_.size(1);
+    const int64_t tiles = (tensor_.size(0) + width_ - 1) / width_;
     torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      Space<float> space(width * features);
+      Space<float> space(width_ * features);
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t cols = std::min(width, tensor_.size(0) - t * width);
-        float* rows = data_ + t * width * features;
+        const int64_t cols = std::min(width_, tensor_.size(0) - t * width_);
+        float* rows = data_ + t * width_ * features;
         std::copy_n(rows, cols * features, space.data());
         turn(space.data(), cols, features, cols, rows, features);
       }
@@ -52,6 +53,7 @@ class TurnedRows {
   }
 
  private:
+  int64_t width_;
   Tensor tensor_;
   float* data_;
 };

@@ -1,8 +1,8 @@
 """info_nce_rows: one direction of the plain CLIP loss, x looks for y, with three matrix products.
 
 A row's normaliser needs its own logits only, so the gradient of a sum over rows is known as soon as
-a panel of them is: the forward pass forms it, and the backward pass multiplies it by what comes
-from above. The columns' direction is the same with x and y exchanged.
+its row is: the forward pass forms it, and the backward pass multiplies it by what comes from above.
+The columns' direction is the same with x and y exchanged.
 """
 
 from typing import Any
