@@ -50,11 +50,9 @@ class BlockedProducts : public Products {
   void dots(const Tile& tile) override {
     Space<float> own(y_turned_.empty() ? kStrip * features_ : 0);
     over_parts(tile.col, tile.col + tile.cols, kStrip, [&](int64_t j, int64_t width) {
-      const float* strip = y_turned_.data() + j * features_;
-      if (y_turned_.empty()) {
-        turn(y_ + j * features_, features_, width, features_, own.data(), width);
-        strip = own.data();
-      }
+      const bool turned = !y_turned_.empty();
+      if (!turned) turn(y_ + j * features_, features_, width, features_, own.data(), width);
+      const float* strip = turned ? y_turned_.data() + j * features_ : own.data();
       over_parts(0, tile.rows, kBlockRows, [&](int64_t i, int64_t rows) {
         over_parts(0, features_, kDotDepth, [&](int64_t d, int64_t depth) {
           m3bind_brgemm_float(rows, width, depth, features_, width, tile.cols, d > 0,
