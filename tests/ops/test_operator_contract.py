@@ -184,7 +184,7 @@ ANY_THREADS, SAME_THREADS = (1, 1, 2, 3, 25), (2, 2, 2)
 @pytest.mark.parametrize(
     ("dtype", "d"), [(torch.float32, 64), (torch.float32, 201), (torch.bfloat16, 201)], ids=str
 )
-@pytest.mark.parametrize("n", (100, 1501), ids=("two tiles", "tiles of three heights"))
+@pytest.mark.parametrize("n", (100, 1501), ids=("two tiles", "tiles of two heights"))
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_bit_equal_from_run_to_run_and_for_any_threads(operator, n, dtype, d):
     from m3bind import _C
