@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m3bind.dtypes import accumulation_dtype
 from m3bind.ops import arguments, pairs, soft
-from m3bind.ops.direction import Side, direction_loss
+from m3bind.ops.direction import Side, add_exponentials, direction_loss
 from m3bind.ops.ranks import Ranks
 from m3bind.ops.stats import rows_to_keep
 
@@ -189,6 +189,6 @@ def _add_negatives(
     else:
         logits = scale * torch.einsum("nd,nkd->nk", x, negatives)
         lse, total = logits.logsumexp(1), logits.sum(1)
-    rows.lse = torch.logaddexp(rows.lse, lse.to(rows.lse.dtype))
+    rows.lse = add_exponentials(rows.lse, lse.to(rows.lse.dtype))
     rows.total = rows.total + total
     rows.unmasked = rows.unmasked + ranks.negatives(negatives)

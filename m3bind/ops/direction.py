@@ -22,6 +22,13 @@ class Side:
     valid: Tensor | None = None  # [L] bool, where targets are soft
 
 
+def add_exponentials(a: Tensor, b: Tensor) -> Tensor:
+    """torch.logaddexp, but of nothing and nothing, -inf, with gradients of 0 instead of NaN."""
+    nothing = (a == -torch.inf) & (b == -torch.inf)
+    some = torch.logaddexp(a.masked_fill(nothing, 0), b.masked_fill(nothing, 0))
+    return some.masked_fill(nothing, -torch.inf)
+
+
 def direction_loss(
     side: Side,
     bias: Tensor | None,
@@ -45,7 +52,8 @@ def direction_loss(
         if label_smoothing or z_loss:
             lse = torch.logaddexp(lse, target).where(single, lse)
     if label_smoothing:
-        spread = lse - side.total / side.unmasked
+        total = side.total.where(valid, 0)  # that of no columns, 0 / 0, would give NaN gradients
+        spread = lse - total / side.unmasked
         loss = (1 - label_smoothing) * loss + label_smoothing * spread
     if z_loss:
         loss = loss + z_loss * (lse if bias is None else lse + bias) ** 2

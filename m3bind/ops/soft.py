@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from m3bind.ops.direction import Side
+from m3bind.ops.direction import Side, add_exponentials
 from m3bind.ops.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def add_targets(
     back = there & (ranks.own_rows(which.row_mask)[:, None] == which.col_mask[at])
     back = back & _first_of_equal(at.where(back, -1))
     masked = logits.where(back, -torch.inf)
-    rows.lse = torch.logaddexp(rows.lse, masked.logsumexp(1))
+    rows.lse = add_exponentials(rows.lse, masked.logsumexp(1))
     # A log-sum-exp over the rows of each column, shifted by a maximum that needs no gradient.
     lowest = masked.new_full((num_cols,), -torch.inf)
     peak = ranks.maximum(lowest.scatter_reduce(0, flat, masked.detach().flatten(), "amax"))
@@ -90,7 +90,7 @@ def add_targets(
     col_sum = by_column((masked - peak[at]).exp())
     some = col_sum > 0
     col_lse = ranks.own_columns(peak) + col_sum.where(some, 1).log()
-    cols.lse = torch.logaddexp(cols.lse, col_lse.where(some, -torch.inf))
+    cols.lse = add_exponentials(cols.lse, col_lse.where(some, -torch.inf))
     returned = logits.where(back, 0)
     rows.total, cols.total = rows.total + returned.sum(1), cols.total + by_column(returned)
     rows.unmasked = rows.unmasked + back.sum(1)

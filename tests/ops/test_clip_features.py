@@ -255,11 +255,22 @@ def test_soft_targets_that_name_a_masked_column_twice(backend):
         assert rows.item() == cols.item() == 0
 
 
+@pytest.mark.parametrize("smoothing", (0.0, 0.1), ids=str)
 @pytest.mark.parametrize("backend", ALL)
-def test_a_row_whose_only_column_is_masked_has_no_gradient(backend):
+def test_a_row_whose_only_column_is_masked_has_no_gradient(backend, smoothing):
     x, y = torch.randn(2, 5, requires_grad=True), torch.randn(1, 5)
     scale = torch.tensor(1.0, requires_grad=True)
     ids = (torch.tensor([0, 1]), torch.tensor([0]))
     masks = (torch.tensor([1, 0]), torch.tensor([0]))
-    clip_loss(x, y, scale, positive_ids=ids, mask_ids=masks, backend=backend).backward()
+    clip_loss(
+        x, y, scale, positive_ids=ids, mask_ids=masks, label_smoothing=smoothing, backend=backend
+    ).backward()
     assert x.grad[1].eq(0).all() and x.grad.isfinite().all() and scale.grad.isfinite()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_columns_without_any_row_have_no_gradient(backend):
+    x, y = torch.randn(0, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    scale = torch.tensor(1.0, requires_grad=True)
+    clip_loss(x, y, scale, label_smoothing=0.1, reduction="sum", backend=backend).backward()
+    assert y.grad.eq(0).all() and scale.grad == 0

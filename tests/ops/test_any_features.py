@@ -1,0 +1,127 @@
+"""Features in any combination, on few rows and fewer ids: rows and columns without a positive,
+without anything left, none at all."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from clip_oracle import needs_native, run
+from feature_oracle import feature_loss
+from properties import given, settings, st
+from siglip_oracle import float64_loss as siglip_truth
+from torch import Tensor
+
+from m3bind.ops import clip_loss, siglip_loss, similarity_distill
+
+ALL = ("reference", "chunked", pytest.param("cpp", marks=needs_native))
+POSITIVES = ("diagonal", "labels", "positive_ids", "soft_targets")
+SHAPES = {"n": st.integers(0, 7), "m": st.integers(0, 7), "d": st.integers(1, 9)}
+SEEDS = st.integers(0, 10**6)
+MASKS = st.sampled_from([None, 1, 3])  # kinds of ids
+DIRECTIONS = st.sampled_from(["both", "rows", "columns"])
+
+
+class Draw:
+    """Tensors by one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def integers(self, low: int, high: int, count: int) -> Tensor:
+        return torch.randint(low, high, (count,), generator=self.generator)
+
+    def ids(self, n: int, m: int, kinds: int) -> tuple[Tensor, Tensor]:
+        return self.integers(0, kinds, n), self.integers(0, kinds, m)
+
+    def masks(self, n: int, m: int, kinds: int | None) -> dict[str, Any]:
+        return {} if kinds is None else {"mask_ids": self.ids(n, m, kinds)}
+
+    def positives(self, n: int, m: int, kind: str) -> dict[str, Any]:
+        if kind == "labels":
+            return {"labels": self.integers(-2, m, n)}
+        if kind == "positive_ids" or n > m:
+            return {"positive_ids": self.ids(n, m, 3)}
+        if kind == "diagonal" or n == 0:
+            return {}
+        columns = torch.stack([torch.randperm(m, generator=self.generator)[:2] for _ in range(n)])
+        return {"soft_targets": (columns, self.normal(*columns.shape).clamp(min=0))}
+
+
+def check(loss: Any, truth: Any, x: Tensor, y: Tensor) -> None:
+    def with_all_gradients(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return truth(x, y, scale) + 0 * (x.sum() + y.sum() + scale)
+
+    want = run(with_all_gradients, x.double(), y.double(), 2.0)
+    got = run(loss, x, y, 2.0)
+    for name, value in want.items():
+        assert (got[name] - value).norm() <= 2e-5 * value.norm() + 2e-5, name
+
+
+@given(
+    **SHAPES, kind=st.sampled_from(POSITIVES), kinds=MASKS,
+    negatives=st.sampled_from([None, (3,), (-1, 2)]), seed=SEEDS, directions=DIRECTIONS,
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]), z_loss=st.sampled_from([0.0, 0.01]),
+    margin=st.sampled_from([0.0, 0.2]),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("backend", ALL)
+def test_clip_loss(backend, n, m, d, kind, kinds, negatives, seed, margin, **options):
+    draw = Draw(seed)
+    x, y = draw.normal(n, d), draw.normal(m, d)
+    options |= draw.positives(n, m, kind) | draw.masks(n, m, kinds) | {"reduction": "sum"}
+    if "soft_targets" not in options:
+        options["margin"] = margin
+    exact = dict(options)
+    if negatives:
+        options["negatives"] = draw.normal(*(n if size < 0 else size for size in negatives), d)
+        exact["negatives"] = options["negatives"].double()
+    check(partial(clip_loss, **options, backend=backend), partial(feature_loss, **exact), x, y)
+
+
+@given(**SHAPES, kind=st.sampled_from(POSITIVES[:3]), kinds=MASKS, seed=SEEDS)
+@settings(max_examples=50, deadline=None)
+@pytest.mark.parametrize("backend", ALL)
+def test_siglip_loss(backend, n, m, d, kind, kinds, seed):
+    draw = Draw(seed)
+    x, y = draw.normal(n, d), draw.normal(m, d)
+    options = draw.positives(n, m, kind) | draw.masks(n, m, kinds)
+    options |= {"logit_bias": -1.0, "reduction": "sum"}
+    exact = dict(options)
+    exact["bias"] = exact.pop("logit_bias")
+    check(partial(siglip_loss, **options, backend=backend), partial(siglip_truth, **exact), x, y)
+
+
+@given(**SHAPES, kind=st.sampled_from(["kl", "ce"]), kinds=MASKS, seed=SEEDS, directions=DIRECTIONS)
+@settings(max_examples=50, deadline=None)
+@pytest.mark.parametrize("backend", ALL)
+def test_similarity_distill(backend, n, m, d, kind, kinds, seed, directions):
+    draw = Draw(seed)
+    x, y, teacher_x, teacher_y = (draw.normal(*shape) for shape in [(n, d), (m, d), (n, 5), (m, 5)])
+    options = draw.masks(n, m, kinds) | {"directions": directions}
+
+    def truth(x: Tensor, y: Tensor, scale: Tensor) -> Any:
+        teacher = 3 * teacher_x.double() @ teacher_y.double().T
+        rows, cols = options.get("mask_ids", (torch.arange(n), torch.arange(n, n + m)))
+        left = rows[:, None] != cols
+        sides = {"rows": (scale * x @ y.T, teacher, left)}
+        sides["columns"] = tuple(t.T for t in sides["rows"])
+        wanted = sides if directions == "both" else (directions,)
+        total = 0
+        for name in wanted:
+            for student, taught, here in zip(*sides[name], strict=True):
+                if here.any():
+                    log_q, log_p = student[here].log_softmax(0), taught[here].log_softmax(0)
+                    total += (log_p.exp() * ((log_p if kind == "kl" else 0) - log_q)).sum()
+        return total / len(wanted)
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return similarity_distill(
+            x, y, scale, teacher_x, teacher_y, 3.0, kind=kind, reduction="sum", backend=backend,
+            **options,
+        )  # fmt: skip
+
+    check(loss, truth, x, y)
