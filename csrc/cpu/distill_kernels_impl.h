@@ -8,7 +8,7 @@ inline Vec exp2_less_one(Vec minus_d) {
                                      9.6181291076e-3f, 5.5504108665e-2f, 2.4022650696e-1f,
                                      6.9314718056e-1f};
   Vec p = splat(kCoefficients[0]);
-  for (int k = 1; k < 7; ++k) p = fma(p, minus_d, splat(kCoefficients[k]));
+  for (int k = 1; k < 7; ++k) p = multiply_add(p, minus_d, splat(kCoefficients[k]));
   return p * minus_d;
 }
 
@@ -167,7 +167,7 @@ inline float derive_dual_row(float* s, const float* t, int64_t cols, const F& de
     const int64_t count = cols - j < kLanes ? cols - j : kLanes;
     const Vec dots = load_dots(s + j, count);
     const Vec grad = derivatives(dots, load_dots(t + j, count), j, count);
-    sum = fma(grad, select(dots == -kInf, Vec{}, dots), sum);
+    sum = multiply_add(grad, select(dots == -kInf, Vec{}, dots), sum);
     if (count == kLanes)
       store(s + j, grad);
     else
@@ -190,7 +190,7 @@ void gradient_dual_shifted(const DualBlock& p, float shift, const ShareWeights& 
       const Vec student = row_student + load_up_to(cols.student + j, count);
       const Vec teacher = row_teacher + load_up_to(cols.teacher + j, count);
       const Vec change = row_change + load_up_to(cols.change + j, count);
-      return select(near(d), e_t * fma(exp2_less_one(-d), student, change),
+      return select(near(d), e_t * multiply_add(exp2_less_one(-d), student, change),
                     e_s * student - e_t * teacher);
     };
     by_dot[i] += derive_dual_row(p.student + i * p.cols, p.teacher + i * p.cols, p.cols, share);

@@ -1,5 +1,8 @@
 #include "feature_gradients.h"
 
+#include <utility>
+#include <vector>
+
 #include "row_blocks.h"
 #include "row_kernels.h"
 
@@ -10,10 +13,20 @@ float* row(const Tensor& t, int64_t i) {
   return static_cast<float*>(t.mutable_data_ptr()) + i * t.size(1);
 }
 
-void add_row(const Tensor& to, int64_t i, const FloatRows& from, int64_t j, float factor,
-             std::vector<float>& space) {
-  if (to.size(0) > 0)
-    row_kernels().add_multiple(row(to, i), from.read(j, 1, space), to.size(1), factor);
+// to[at(a).first] += a.grad * from[at(a).second] for all of them. A block of rows takes its own, in
+// their order.
+template <class F>
+void add_rows(const Tensor& to, const FloatRows& from, const std::vector<Apart>& all, const F& at) {
+  std::vector<std::vector<Apart>> of_block(blocks_of(to.size(0)));
+  if (of_block.empty()) return;
+  for (const Apart& a : all) of_block[at(a).first / kBlockRows].push_back(a);
+  for_row_blocks(to.size(0), [&](int64_t begin, int64_t) {
+    std::vector<float> space;
+    for (const Apart& a : of_block[begin / kBlockRows]) {
+      const auto [i, j] = at(a);
+      row_kernels().add_multiple(row(to, i), from.read(j, 1, space), to.size(1), a.grad);
+    }
+  });
 }
 
 void multiply_rows(const Tensor& t, float factor) {
@@ -48,11 +61,8 @@ void FeatureGradients::finish() {
 }
 
 void FeatureGradients::add(const AllApart& apart) {
-  std::vector<float> space;
-  for (const Apart& a : apart.all()) {
-    add_row(x_, a.row, tiling_.y(), a.col, a.grad, space);
-    add_row(y_, a.col, tiling_.x(), a.row, a.grad, space);
-  }
+  add_rows(x_, tiling_.y(), apart.all(), [](const Apart& a) { return std::pair(a.row, a.col); });
+  add_rows(y_, tiling_.x(), apart.all(), [](const Apart& a) { return std::pair(a.col, a.row); });
 }
 
 void FeatureGradients::multiply(double factor) {

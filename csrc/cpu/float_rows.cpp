@@ -1,26 +1,9 @@
 #include "float_rows.h"
 
-#include <algorithm>
-
+#include "row_blocks.h"
 #include "row_kernels.h"
 
 namespace m3bind::cpu {
-namespace {
-
-constexpr int64_t kBlock = 64;  // rows read at a time
-
-// f(row, its features) on every row.
-template <class F>
-void for_rows(const FloatRows& t, const F& f) {
-  std::vector<float> space;
-  for (int64_t first = 0; first < t.rows(); first += kBlock) {
-    const int64_t count = std::min(kBlock, t.rows() - first);
-    const float* rows = t.read(first, count, space);
-    for (int64_t i = 0; i < count; ++i) f(first + i, rows + i * t.features());
-  }
-}
-
-}  // namespace
 
 const float* FloatRows::read(int64_t first, int64_t count, std::vector<float>& space) const {
   const int64_t begin = first * features(), size = count * features();
@@ -32,18 +15,23 @@ const float* FloatRows::read(int64_t first, int64_t count, std::vector<float>& s
 }
 
 std::vector<double> FloatRows::sum(const std::vector<double>* weights) const {
-  std::vector<double> total(features());
-  for_rows(*this, [&](int64_t i, const float* row) {
-    const double weight = weights == nullptr ? 1.0 : (*weights)[i];
-    row_kernels().add_wide(total.data(), row, features_, weight);
+  std::vector<double> parts(blocks_of(rows_) * features_), total(features_);
+  for_row_blocks(rows_, [&](int64_t begin, int64_t end) {
+    double* part = parts.data() + begin / kBlockRows * features_;
+    for_rows(begin, end, [&](int64_t i, const float* row) {
+      row_kernels().add_wide(part, row, features_, weights == nullptr ? 1.0 : (*weights)[i]);
+    });
   });
+  for (size_t at = 0; at < parts.size(); ++at) total[at % features_] += parts[at];
   return total;
 }
 
 std::vector<double> FloatRows::dots(const std::vector<double>& with) const {
-  std::vector<double> out(rows());
-  for_rows(*this, [&](int64_t i, const float* row) {
-    for (int64_t d = 0; d < features(); ++d) out[i] += row[d] * with[d];
+  std::vector<double> out(rows_);
+  for_row_blocks(rows_, [&](int64_t begin, int64_t end) {
+    for_rows(begin, end, [&](int64_t i, const float* row) {
+      for (int64_t d = 0; d < features_; ++d) out[i] += row[d] * with[d];
+    });
   });
   return out;
 }

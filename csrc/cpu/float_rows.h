@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -27,6 +28,17 @@ class FloatRows {
 
   // Rows [first, first + count), which may lie in `space`.
   const float* read(int64_t first, int64_t count, std::vector<float>& space) const;
+  // f(row, its features) on rows [begin, end).
+  template <class F>
+  void for_rows(int64_t begin, int64_t end, const F& f) const {
+    constexpr int64_t kAtOnce = 8;  // widened rows that stay in the first-level cache
+    std::vector<float> space;
+    for (int64_t first = begin; first < end; first += kAtOnce) {
+      const int64_t count = std::min(kAtOnce, end - first);
+      const float* rows = read(first, count, space);
+      for (int64_t i = 0; i < count; ++i) f(first + i, rows + i * features_);
+    }
+  }
   // The sum of all rows [D], or of rows times weights [N].
   std::vector<double> sum(const std::vector<double>* weights = nullptr) const;
   // The dot product of every row with a vector [D].

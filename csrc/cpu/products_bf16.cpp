@@ -40,7 +40,7 @@ class Bf16Products : public Products {
   }
 
   void dots(const Tile& tile) override {
-    over_blocks(0, tile.rows, [&](int64_t i, int64_t rows) {
+    over_row_blocks(0, tile.rows, [&](int64_t i, int64_t rows) {
       m3bind_brgemm_bf16(rows, tile.cols, inner_, inner_, tile.cols, tile.cols, false,
                          x_rows_ + (tile.row + i) * inner_,
                          y_turned_.data() + tile.col * inner_ / 2, tile.data + i * tile.cols, true);
@@ -70,7 +70,7 @@ class Bf16Products : public Products {
     const Tile& first = tiles.front();
     float* out = static_cast<float*>(grad_x_->mutable_data_ptr()) + first.row * features_;
     for_parts(first.rows, features_, [&](int64_t begin, int64_t end, int64_t d, int64_t width) {
-      over_blocks(begin, end, [&](int64_t i, int64_t rows) {
+      over_row_blocks(begin, end, [&](int64_t i, int64_t rows) {
         for (const Tile& tile : tiles) {
           const int64_t inner = padded(tile.cols);
           m3bind_brgemm_bf16(rows, width, inner, inner, features_, features_, tile.col > 0,
@@ -103,13 +103,6 @@ class Bf16Products : public Products {
     for (int64_t i = 0; i < t.size(0); ++i)
       std::copy_n(rows + i * features_, features_, space.data() + i * inner_);
     return space.data();
-  }
-
-  // f(first, rows) on the blocks of [begin, end): of few sizes, as torch keeps the code of each.
-  template <class F>
-  static void over_blocks(int64_t begin, int64_t end, const F& f) {
-    const int64_t size = end - begin < kTileRows ? kBlockRows : kTileRows;
-    for (int64_t i = begin; i < end; i += size) f(i, std::min(size, end - i));
   }
 
   // f(first column, columns) on the columns of every tile.

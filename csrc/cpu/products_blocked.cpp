@@ -18,17 +18,6 @@ constexpr int64_t kStrip = 64;      // columns of a tile at a time, for its dot 
 constexpr int64_t kDotDepth = 128;  // features at a time: long sums in float32 are inexact
 constexpr int64_t kDepth = 256;     // summands at a time in the gradients
 
-// f(first, count) on every part of `size`, in order.
-template <class F>
-void over_parts(int64_t begin, int64_t end, int64_t size, const F& f) {
-  for (int64_t first = begin; first < end; first += size) f(first, std::min(size, end - first));
-}
-
-// Torch keeps the code of every combination of sizes that it has met. So no operand or result has
-// the matrix' number of columns from row to row, and where there are fewer rows than those of a
-// whole tile, a block has kBlockRows.
-int64_t block_rows(int64_t rows) { return rows < kTileRows ? kBlockRows : kTileRows; }
-
 class BlockedProducts : public Products {
  public:
   BlockedProducts(const Tensor& x, const Tensor& y, int64_t width)
@@ -83,7 +72,7 @@ class BlockedProducts : public Products {
     const Tile& first = tiles.front();
     float* out = static_cast<float*>(grad_x_->mutable_data_ptr()) + first.row * features_;
     for_parts(first.rows, features_, [&](int64_t begin, int64_t end, int64_t d, int64_t width) {
-      over_parts(begin, end, block_rows(end - begin), [&](int64_t i, int64_t rows) {
+      over_row_blocks(begin, end, [&](int64_t i, int64_t rows) {
         for (const Tile& tile : tiles)
           m3bind_brgemm_float(rows, width, tile.cols, tile.cols, features_, features_, tile.col > 0,
                               tile.data + i * tile.cols, y_ + tile.col * features_ + d,

@@ -104,7 +104,7 @@ inline float derive_row(float* p, int64_t cols, const F& derivatives) {
   Vec sum = {};
   const auto derive = [&](Vec dots, int64_t j, int64_t count) {
     const Vec grad = derivatives(dots, j, count);
-    sum = fma(grad, dots == -kInf ? Vec{} : dots, sum);
+    sum = multiply_add(grad, dots == -kInf ? Vec{} : dots, sum);
     return grad;
   };
   int64_t j = 0;
@@ -149,7 +149,7 @@ void row_dots(const float* a, const float* b, int64_t rows, int64_t cols, double
     const float* q = b + i * cols;
     Vec total = {};
     int64_t j = 0;
-    for (; j + kLanes <= cols; j += kLanes) total = fma(load(p + j), load(q + j), total);
+    for (; j + kLanes <= cols; j += kLanes) total = multiply_add(load(p + j), load(q + j), total);
     if (j < cols) total += load_part(p + j, cols - j, 0) * load_part(q + j, cols - j, 0);
     out[i] = reduce_add(total);
   }
@@ -165,10 +165,10 @@ void add_multiple(float* sums, const float* values, int64_t count, float factor)
   const Vec times = splat(factor);
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes)
-    store(sums + j, fma(load(values + j), times, load(sums + j)));
+    store(sums + j, multiply_add(load(values + j), times, load(sums + j)));
   if (j == count) return;
   const Vec last = load_part(sums + j, count - j, 0);
-  store_part(sums + j, fma(load_part(values + j, count - j, 0), times, last), count - j);
+  store_part(sums + j, multiply_add(load_part(values + j, count - j, 0), times, last), count - j);
 }
 
 void add_wide(double* sums, const float* values, int64_t count, double factor) {

@@ -27,8 +27,8 @@ void multiply(const float* a, const float* b, int64_t features, float* out) {
 #pragma GCC unroll 14
       for (int i = 0; i < kCount; ++i) {
         const Vec query = splat(a[d * kQueries + i]);
-        sums[i][0] = fma(query, first, sums[i][0]);
-        sums[i][1] = fma(query, second, sums[i][1]);
+        sums[i][0] = multiply_add(query, first, sums[i][0]);
+        sums[i][1] = multiply_add(query, second, sums[i][1]);
       }
     }
 #pragma GCC unroll 14

@@ -38,8 +38,9 @@ inline Vec exp_minus(Vec a) {
   // ln(2) in two parts: a whole number up to 126 times the first is exact.
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   const Vec bounded = a > kLargest ? splat(kLargest) : a;
-  const Vec whole = fma(bounded, splat(kLog2E), splat(kRounding)) - kRounding;
-  const Vec rest = fma(whole, splat(-kLn2Low), fma(whole, splat(-kLn2High), bounded));
+  const Vec whole = multiply_add(bounded, splat(kLog2E), splat(kRounding)) - kRounding;
+  const Vec rest =
+      multiply_add(whole, splat(-kLn2Low), multiply_add(whole, splat(-kLn2High), bounded));
   return a > kLargest ? Vec{} : exp2_parts(-whole, rest * -kLog2E);
 }
 
@@ -50,7 +51,7 @@ inline Vec log1p(Vec e) {
   constexpr float kCoefficients[] = {0.0198514629f, -0.0569595322f, 0.106036551f,
                                      -0.153055921f, 0.196759388f,   -0.249541342f,
                                      0.333299637f,  -0.499999017f,  1.0f};
-  for (const float c : kCoefficients) p = fma(p, e, splat(c));
+  for (const float c : kCoefficients) p = multiply_add(p, e, splat(c));
   return p * e;
 }
 

@@ -28,7 +28,7 @@ bool narrow_products(const Tensor& x, const Tensor& y) {
 
 // Few columns are some tiles all the same, for threads to share.
 int64_t tile_cols(int64_t cols) {
-  constexpr int64_t kFew = 1024;
+  constexpr int64_t kFew = 512;
   const int64_t width = cols <= kFew ? 64 : blocked_products_available() ? 128 : 256;
   return std::max(int64_t{1}, std::min(cols, width));
 }
@@ -51,9 +51,9 @@ Tensor prepared(const Tensor& t, bool narrow) {
 double largest_norm(const FloatRows& t) {
   std::vector<double> squares(t.rows());
   for_row_blocks(t.rows(), [&](int64_t begin, int64_t end) {
-    std::vector<float> space;
-    const float* rows = t.read(begin, end - begin, space);
-    row_kernels().row_dots(rows, rows, end - begin, t.features(), squares.data() + begin);
+    t.for_rows(begin, end, [&](int64_t i, const float* row) {
+      row_kernels().row_dots(row, row, 1, t.features(), squares.data() + i);
+    });
   });
   double largest = 0;
   for (const double square : squares) {

@@ -42,13 +42,26 @@ inline void store_part(float* p, Vec v, int64_t count) {
   for (int64_t l = 0; l < count; ++l) p[l] = v[l];
 }
 
-// a * b + c, rounded once where the processor can: the compiler alone fuses here and not there, and
-// a logit of 100 would be off by 5e-6 where it does not.
+// a * b + c as if rounded once: a logit of 100 would be off by 5e-6 where its product is rounded.
+// (The compiler alone fuses here and not there.)
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
+#elif defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA)
+  for (int64_t l = 0; l < kLanes; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
+  return c;
+#else
+  const auto wide = [](Vec v) { return __builtin_convertvector(v, DoubleVec); };
+  return __builtin_convertvector(wide(a) * wide(b) + wide(c), Vec);
+#endif
+}
+
+// a * b + c by the fastest way, for sums and polynomials.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX2__) || defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA)
+  return fma(a, b, c);
 #else
   return a * b + c;
 #endif
@@ -91,7 +104,7 @@ inline Vec exp2_parts(Vec whole, Vec f) {
   constexpr float kCoefficients[] = {0.0013399930903688073f, 0.009618489071726799f,
                                      0.05550328642129898f,   0.24022646248340607f,
                                      0.6931471824645996f,    1.0f};
-  for (const float c : kCoefficients) p = fma(p, f, splat(c));
+  for (const float c : kCoefficients) p = multiply_add(p, f, splat(c));
   const IntVec bits = (__builtin_convertvector(whole, IntVec) + 127) << 23;
   return p * reinterpret_cast<Vec>(bits);
 }

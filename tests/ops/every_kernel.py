@@ -45,6 +45,20 @@ def distill() -> None:
             assert not value.any(), scale
 
 
+def large_logits() -> None:
+    """Hundreds, and exact: nothing may round them on their way to an exponential."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(-9, 10, (60, 5), generator=generator).float() for _ in range(2))
+    assert (x @ y.T).max() > 200
+    got = run(lambda *a: clip_loss(*a, backend="cpp"), x, y, 1.0)
+    alike = errors(got, truth(x, y, 1.0))
+    given = x, y, x + 0.5, y
+    got = distill_oracle.run(similarity_distill, given, 1.0, 1.0, backend="cpp")
+    apart = errors(got, distill_oracle.truth(given, 1.0, 1.0))
+    for error in (alike, apart):
+        assert max(error[name] for name in ("loss", "x", "y")) < 1e-6, error
+
+
 def search() -> int:
     queries, gallery = integers(37, 300, seed=0), integers(203, 300, seed=1)
     queries[3, 5] = gallery[100, 7] = torch.nan
@@ -66,4 +80,5 @@ if __name__ == "__main__":
     clip()
     siglip()
     distill()
+    large_logits()
     print(_C.cpu_capability, search())

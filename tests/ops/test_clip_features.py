@@ -265,7 +265,9 @@ def test_a_row_whose_only_column_is_masked_has_no_gradient(backend, smoothing):
     clip_loss(
         x, y, scale, positive_ids=ids, mask_ids=masks, label_smoothing=smoothing, backend=backend
     ).backward()
-    assert x.grad[1].eq(0).all() and x.grad.isfinite().all() and scale.grad.isfinite()
+    # Smoothing adds all columns alike, and takes the masked ones back.
+    assert x.grad[1].norm() <= 1e-6 * smoothing
+    assert x.grad.isfinite().all() and scale.grad.isfinite()
 
 
 @pytest.mark.parametrize("backend", ALL)
