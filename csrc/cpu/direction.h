@@ -3,16 +3,12 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <utility>
 #include <vector>
 
-#include "tiling.h"
+#include "base2.h"
 
 namespace m3bind::cpu {
-
-// Weights above this could make inf * 0 out of an exponential that underflows.
-inline constexpr double kLargestWeight = 1e37;
 
 // One direction's LSE (base 2) and the upstream gradients of its statistics.
 struct Direction {
@@ -21,15 +17,12 @@ struct Direction {
   // Of natural LSEs; without upstream gradients.
   explicit Direction(std::vector<double> natural)
       : lse(std::move(natural)), grad(lse.size()), positive(lse.size()), total(lse.size()) {
-    for (double& v : lse) {
-      // Where nothing was summed every logit is -inf, and any finite shift gives zeros.
-      v = v == -std::numeric_limits<double>::infinity() ? 0.0 : v * kLog2E;
-    }
+    for (double& v : lse) v = in_base2(v);
   }
 
   // grad * softmax at one logit
   double weight(int64_t i, double log2_logit) const {
-    return grad[i] == 0 ? 0 : grad[i] * std::exp2(log2_logit - lse[i]);
+    return grad[i] == 0 ? 0 : grad[i] * exp2_from(lse[i], log2_logit);
   }
 
   // grad * 2^(shift - lse), so that times 2^(logit - shift) it is grad * softmax. Empty where an
@@ -50,7 +43,7 @@ struct Direction {
   std::vector<float> own_weights() const {
     std::vector<float> out(lse.size());
     for (size_t i = 0; i < lse.size(); ++i)
-      out[i] = static_cast<float>(grad[i] * std::exp2(static_cast<float>(lse[i]) - lse[i]));
+      out[i] = static_cast<float>(grad[i] * exp2_from(lse[i], static_cast<float>(lse[i])));
     return out;
   }
 };

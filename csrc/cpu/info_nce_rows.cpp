@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_rows_fwd(const Tensor& x, co
   if (loss) loss->give_back(tiling, grads);
   grads.multiply(weight * tiling.scale());
   return {number(x, rows.loss() / divisor), grads.x(), grads.y(),
-          number(x, weight * tiling.sign() * rows.by_dot())};
+          number(x, weight * rows.by_dot() / tiling.unit())};
 }
 
 }  // namespace m3bind::cpu

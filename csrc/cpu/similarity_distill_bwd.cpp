@@ -1,19 +1,16 @@
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <span>
 #include <vector>
 
+#include "base2.h"
 #include "rounding_loss.h"
 #include "similarity_distill.h"
 #include "whole_tensors.h"
 
 namespace m3bind::cpu {
 namespace {
-
-// Weights above this could make inf * 0 out of an exponential that underflows.
-constexpr double kLargestWeight = 1e37;
 
 // The upstream gradients of one direction, with the shifts of the exponentials folded in.
 struct Weights {
@@ -31,15 +28,11 @@ struct Direction {
   Direction(const Tensor& lse, const Tensor& grads) : grad(read(grads)) {
     const std::vector<double> both = read(lse);
     STD_TORCH_CHECK(both.size() == 2 * grad.size(), "two LSEs for each upstream gradient");
-    const auto base2 = [](double v) {
-      // Where everything is masked every logit is -inf, and any finite shift gives zeros.
-      return v == -std::numeric_limits<double>::infinity() ? 0.0 : v * kLog2E;
-    };
     const auto middle = both.begin() + static_cast<std::ptrdiff_t>(grad.size());
     student_lse.resize(grad.size());
     teacher_lse.resize(grad.size());
-    std::transform(both.begin(), middle, student_lse.begin(), base2);
-    std::transform(middle, both.end(), teacher_lse.begin(), base2);
+    std::transform(both.begin(), middle, student_lse.begin(), in_base2);
+    std::transform(middle, both.end(), teacher_lse.begin(), in_base2);
   }
 
   int64_t count() const { return static_cast<int64_t>(grad.size()); }
@@ -64,7 +57,7 @@ struct Direction {
   // g * 2^(own shift - LSE): makes up for the rounding of the LSEs to their own shifts.
   Weights own_weights() const {
     Weights out;
-    const auto rounding = [](double lse) { return std::exp2(static_cast<float>(lse) - lse); };
+    const auto rounding = [](double lse) { return exp2_from(lse, static_cast<float>(lse)); };
     for (int64_t i = 0; i < count(); ++i) {
       out.student.push_back(static_cast<float>(grad[i] * rounding(student_lse[i])));
       out.teacher.push_back(static_cast<float>(grad[i] * rounding(teacher_lse[i])));
@@ -174,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
   grads.multiply(student.scale());
   return {
       torch::stable::to(grads.x(), x.scalar_type()), torch::stable::to(grads.y(), y.scalar_type()),
-      torch::stable::to(number(x, student.sign() * gradient.by_dot()), logit_scale.scalar_type())};
+      torch::stable::to(number(x, gradient.by_dot() / student.unit()), logit_scale.scalar_type())};
 }
 
 }  // namespace m3bind::cpu

@@ -82,7 +82,7 @@ class Gradient {
       }
       if (totals_)
         by_dot[p.row - tile.row] -=
-            (rows_.total[p.row] + cols_.total[p.col]) * tiling.margin() * tiling.sign();
+            (rows_.total[p.row] + cols_.total[p.col]) * tiling.margin() * tiling.unit();
     }
     // The totals' gradient is added to all pairs alike (see add_totals), so taken back here.
     if (totals_)
@@ -150,7 +150,7 @@ StatsGradients stats_gradients(Tiling& tiling, const Direction& rows, const Dire
   grads.finish();
   grads.add(gradient.apart());
   if (loss) loss->give_back(tiling, grads);
-  double by_scale = tiling.sign() * gradient.by_dot();
+  double by_scale = gradient.by_dot() / tiling.unit();
   if (totals) {
     by_scale += add_totals(grads.x(), tiling.x(), tiling.y(), rows.total, cols.total);
     by_scale += add_totals(grads.y(), tiling.y(), tiling.x(), cols.total, rows.total);

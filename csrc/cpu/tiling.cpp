@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <utility>
 
@@ -16,8 +17,9 @@ using torch::headeronly::ScalarType;
 
 // Of fewer derivatives the rounding to bfloat16 does not average out, and there is no time to win.
 constexpr int64_t kFewPairs = 128 * 128;
-constexpr double kSmallestFactor = 1e-30;
 constexpr double kLargestLog2Sum = 126.0;  // float32 overflows at 128
+// Of a shift that is larger, float32's rounding is.
+constexpr double kLargestShift = 1L << 30;
 
 bool narrow_products(const Tensor& x, const Tensor& y) {
   STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1),
@@ -74,7 +76,9 @@ double read_scalar(const Tensor& t) {
 
 Tiling::Tiling(const Tensor& x, const Tensor& y, const Tensor& logit_scale, PairRules rules,
                double margin, AtOnce at_once)
-    : Tiling(x, y, read_scalar(logit_scale), std::move(rules), margin, at_once) {}
+    : Tiling(x, y, read_scalar(logit_scale), std::move(rules), margin, at_once) {
+  choose_factor();
+}
 
 Tiling::Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
                AtOnce at_once)
@@ -94,20 +98,31 @@ Tiling::Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
   products_ = products_of(x_.tensor(), y_.tensor(), width_);
   rules_.check(rows_, cols_);
   log2_longest_ = std::log2(static_cast<double>(std::max({rows_, cols_, int64_t{1}})));
+}
+
+void Tiling::choose_factor() {
+  const double dot = largest_norm(x_) * largest_norm(y_) + std::abs(margin_);
+  double factor = std::abs(scale_) * kLog2E;
+  largest_ = factor * dot;
+  unit_ = scale_ < 0 ? -1.0 : 1.0;
   // A left-out pair is -inf in the tile and must stay -inf as a logit, so both parts of the factor
   // must be positive: the tile takes the sign, and a scale of 0 is next to nothing.
-  sign_ = scale_ < 0 ? -1.0 : 1.0;
-  const double magnitude = std::abs(scale_);
-  const double factor = (magnitude < kSmallestFactor ? kSmallestFactor : magnitude) * kLog2E;
+  constexpr float kSmallest = std::numeric_limits<float>::min();
+  const float rounded = static_cast<float>(factor);
+  if (largest_ > kLargestShift && std::isfinite(rounded)) {
+    // The tile takes the scale, too: logits are rounded, and the largest less itself is 0.
+    unit_ *= rounded;
+    factor_ = {1.0f, kSmallest};
+    return;
+  }
+  factor = std::max(factor, dot > 1e20 ? std::max(1e-10 / dot, 1e-37) : 1e-30);
   factor_.high = static_cast<float>(factor);
   if (factor_.high >= factor) factor_.high = std::nextafter(factor_.high, 0.0f);
-  factor_.low = static_cast<float>(factor - factor_.high);
+  factor_.low = std::max(static_cast<float>(factor - factor_.high), kSmallest);
 }
 
 float Tiling::common_shift() const {
-  const double largest = largest_norm(x_) * largest_norm(y_) + std::abs(margin_);
-  const double bound = std::abs(scale_) * largest * kLog2E;
-  return static_cast<float>(std::ceil(std::max(0.0, bound + log2_longest_ - kLargestLog2Sum)));
+  return static_cast<float>(std::ceil(std::max(0.0, largest_ + log2_longest_ - kLargestLog2Sum)));
 }
 
 double Tiling::smallest_log2_sum() const { return log2_longest_ - 126.0 + 24.0; }
@@ -152,7 +167,7 @@ void Tiling::dots(const Tile& tile) {
   }
   if (kept) populate(tile.data, size * sizeof(float));
   products_->dots(tile);
-  if (sign_ < 0) row_kernels().multiply(tile.data, size, -1.0f);
+  if (unit_ != 1) row_kernels().multiply(tile.data, size, static_cast<float>(unit_));
   if (!kept) return;
   const auto remember = [&](int64_t i, int64_t j) {
     to_put_back_[tile.slot].emplace_back(&tile.at(i, j), tile.at(i, j));

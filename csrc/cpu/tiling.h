@@ -78,7 +78,7 @@ class Tiling {
   int64_t cols() const { return cols_; }
   double scale() const { return scale_; }
   double margin() const { return margin_; }
-  double sign() const { return sign_; }  // a tile holds dot products times this
+  double unit() const { return unit_; }  // a tile holds dot products times this
   Factor factor() const { return factor_; }
   const FloatRows& x() const { return x_; }
   const FloatRows& y() const { return y_; }
@@ -105,14 +105,14 @@ class Tiling {
   template <class F>
   void compute(Tile& tile, const F& masked) {
     dots(tile);
-    rules_.apply(tile, static_cast<float>(margin_ * sign_), masked);
+    rules_.apply(tile, static_cast<float>(margin_ * unit_), masked);
   }
   void compute(Tile& tile) {
     compute(tile, [](int64_t, int64_t, float) {});
   }
 
   // What a value of a tile is as a logit, and times log2(e).
-  double logit(float value) const { return value * std::abs(scale_); }
+  double logit(float value) const { return value * (scale_ / unit_); }
   double log2_logit(float value) const { return logit(value) * kLog2E; }
 
  private:
@@ -120,6 +120,7 @@ class Tiling {
          AtOnce at_once);
   Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
          AtOnce at_once, bool narrow);
+  void choose_factor();
   void dots(const Tile& tile);
   void put_back();
 
@@ -128,8 +129,10 @@ class Tiling {
   PairRules rules_;
   int64_t rows_, cols_, width_, slots_;
   double scale_, margin_, log2_longest_;
-  double sign_;
-  Factor factor_;
+  // Of logits:
+  double largest_ = 0;  // times log2(e): none is larger
+  double unit_ = 1;
+  Factor factor_{};  // from a tile to what is exponentiated
 
   std::vector<Tile> tiles_;
   Space<float> memory_;  // of the tiles that are not kept

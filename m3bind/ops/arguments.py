@@ -160,15 +160,20 @@ def integer(op: str, name: str, value: int, low: int, high: int) -> int:
 
 
 def below(op: str, name: str, value: Tensor, bound: int) -> None:
-    """Every value names one of `bound` columns. On a GPU the kernel itself asserts it."""
-    inside = (value < bound).all()
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(inside, f"{op}: {name} must be below {bound}, the number of columns")
-    elif not inside:
+    """Every value names one of `bound` columns."""
+    if not _holds(value < bound, f"{op}: {name} must be below {bound}, the number of columns"):
         raise ValueError(
             f"{op}: {name} contains {int(value.max())}, but there are {bound} columns; pass 0 to "
             f"{bound - 1}, or -100 for none"
         )
+
+
+def _holds(each: Tensor, message: str) -> bool:
+    """Whether all are true. On a GPU, and where it is compiled, a kernel asserts it."""
+    if each.device.type == "cpu" and not torch.compiler.is_compiling():
+        return bool(each.all())
+    torch._assert_async(each.all(), message)
+    return True
 
 
 def negatives(op: str, value: Tensor, x: Tensor) -> Tensor:
@@ -213,6 +218,14 @@ def soft_targets(
         )
     if num_columns is not None:
         below(op, "columns of soft_targets", columns, num_columns)
+    # NaN goes on, into the loss.
+    if not _holds(
+        (columns < 0) | ~(weights < 0), f"{op}: weights of soft_targets must be at least 0"
+    ):
+        least = float(weights.where(columns >= 0, 0).nan_to_num().min())
+        raise ValueError(
+            f"{op}: weights of soft_targets contain {least:g}; pass numbers of at least 0"
+        )
     return columns, weights.detach()
 
 

@@ -51,7 +51,7 @@ def clip_loss(
             other samples of the same patient, a row against itself.
         negatives: further columns for the rows' direction alone, the same for all rows or K a row.
         soft_targets: the columns that each row aims at, distinct (below 0: none), and their
-            weights, which each direction scales to a sum of 1. No gradient to the weights.
+            weights of at least 0, which each direction scales to a sum of 1; no gradient to them.
         label_smoothing: the part of the target that is spread over all columns in the denominator.
         z_loss: adds `z_loss * logsumexp(logits) ** 2`, per direction.
         margin: lowers the cosine of the positives: logit_scale * (cos - margin).
@@ -72,7 +72,8 @@ def clip_loss(
         backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
-        float32 (float64 for float64 features). Double backward: backend="reference" only.
+        float32 (float64 for float64 features). Double backward, forward mode:
+            backend="reference" only.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, an unknown or unavailable

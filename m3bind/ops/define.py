@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from m3bind import backends
 
@@ -63,10 +64,22 @@ def _register(name: str, save: Callable[..., None], backward: Callable[..., Any]
     function: Any = type(f"m3bind_{name}", (torch.autograd.Function,), methods)
 
     def run(*inputs: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(inputs)
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
         return function.apply(*inputs) if wanted else below(*inputs)
 
     torch.library.impl(f"m3bind::{name}", "Autograd")(run)
+
+
+def _refuse_tangents(inputs: tuple[Any, ...]) -> None:
+    """Below autograd they would be lost, and the derivative 0 without a word."""
+    for value in inputs:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                "m3bind: fused operators have no forward-mode derivative (torch.func.jvp, jacfwd); "
+                "pass backend='reference' for one"
+            )
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:

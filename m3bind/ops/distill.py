@@ -63,8 +63,8 @@ def similarity_distill(
         backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
-        float32 (float64 where the student's or the teacher's features are). Double backward:
-        backend="reference" only.
+        float32 (float64 where the student's or the teacher's features are). Double backward,
+        forward mode: backend="reference" only.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, an unknown or unavailable

@@ -58,8 +58,9 @@ def siglip_loss(
         backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
-        float32 (float64 for float64 features). Double backward: backend="reference" only. What is
-        below the smallest normal number of that dtype (a pair of logit -88 in float32) may be 0.
+        float32 (float64 for float64 features). Double backward, forward mode:
+        backend="reference" only. What is below the smallest normal number of that dtype (a pair of
+        logit -88 in float32) may be 0.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, an unknown or unavailable

@@ -60,12 +60,14 @@ def add_targets(
 ) -> None:
     """Puts the targets into both sides, and into the denominators where a mask took them out."""
     stats = rows.lse.dtype
-    there = (columns >= 0) & (weights > 0)
+    num_cols = ranks.totals(x, y)[1]
+    if num_cols == 0:  # no tensor of them can be indexed, not even by a column that does not count
+        columns, weights = columns[:, :0], weights[:, :0]
+    there = (columns >= 0) & ~(weights <= 0)  # NaN goes on, into the loss
     at = columns.clamp(min=0)
     logits = scale.to(stats) * ranks.listed_dots(x, y, at).to(stats)
     weights = weights.to(stats).where(there, 0)
     flat = at.flatten()
-    num_cols = ranks.totals(x, y)[1]
 
     def by_column(values: Tensor) -> Tensor:
         own = values.new_zeros(num_cols).index_add(0, flat, values.flatten())
@@ -75,7 +77,7 @@ def add_targets(
         (rows, weights.sum(1), (weights * logits).sum(1)),
         (cols, by_column(weights), by_column(weights * logits)),
     ):
-        side.valid = total > 0
+        side.valid = ~(total <= 0)
         side.target = aimed / total.where(side.valid, 1)
     if which.row_mask is None or which.col_mask is None:
         return

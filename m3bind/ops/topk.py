@@ -49,8 +49,8 @@ def similarity_topk(
 
     Returns:
         values, float32 (float64 for float64 features), descending, and indices; where fewer than k
-        rows are left, -inf and -1. Values are differentiable. Double backward: backend="reference"
-        only.
+        rows are left, -inf and -1. Values are differentiable. Double backward, forward
+        mode: backend="reference" only.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, an unknown or unavailable

@@ -29,7 +29,7 @@ def clip_loss(
     acc = accumulation_dtype(x.dtype)
     logits = logits_of(x, y, logit_scale)
     targets = targets_of(x, y, labels, positive_ids, soft_targets).to(acc)
-    positive = targets > 0
+    positive = ~(targets <= 0)
     logits = logits - logit_scale.to(acc) * margin * positive.to(acc)
     if logit_bias is not None:
         logits = logits + logit_bias.to(acc)
@@ -64,6 +64,8 @@ def targets_of(
     if soft_targets is not None:
         indices, weights = soft_targets
         weights = torch.where(indices >= 0, weights, 0)
+        if y.shape[0] == 0:
+            indices, weights = indices[:, :0], weights[:, :0]
         empty = weights.new_zeros(x.shape[0], y.shape[0])
         return empty.scatter_add(1, indices.clamp(min=0), weights)
     if positive_ids is not None:
@@ -89,7 +91,7 @@ def _direction(
 ) -> tuple[Tensor, Tensor]:  # [N], [N] bool
     """The loss of every row, 0 where it has no target, and which rows have one."""
     total = targets.sum(1)
-    valid = total > 0
+    valid = ~(total <= 0)  # NaN goes on, into the loss
     even = kept.to(logits.dtype)
     even = even / even.sum(1, keepdim=True).clamp(min=1)
     wanted = targets / total.where(valid, 1)[:, None]
@@ -97,7 +99,9 @@ def _direction(
     # A row without a target may have nothing left: its log-sum-exp has no gradient to be NaN.
     lse = logits.masked_fill(~kept & valid[:, None], -torch.inf).logsumexp(1)
     lse = lse.where(valid, 0)
-    loss = (wanted * (lse[:, None] - logits)).masked_fill(~kept, 0).sum(1) + z_loss * lse**2
+    loss = (wanted * (lse[:, None] - logits)).masked_fill(~kept, 0).sum(1)
+    if z_loss:
+        loss = loss + z_loss * lse**2
     return loss.where(valid, 0), valid
 
 

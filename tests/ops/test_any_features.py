@@ -1,6 +1,7 @@
 """Features in any combination, on few rows and fewer ids: rows and columns without a positive,
 without anything left, none at all."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from properties import given, settings, st
 from siglip_oracle import float64_loss as siglip_truth
 from torch import Tensor
 
-from m3bind.ops import clip_loss, siglip_loss, similarity_distill
+from m3bind.ops import clip_loss, siglip_loss, similarity_distill, similarity_lse
 
 ALL = ("reference", "chunked", pytest.param("cpp", marks=needs_native))
 POSITIVES = ("diagonal", "labels", "positive_ids", "soft_targets")
@@ -43,12 +44,13 @@ class Draw:
     def positives(self, n: int, m: int, kind: str) -> dict[str, Any]:
         if kind == "labels":
             return {"labels": self.integers(-2, m, n)}
+        if kind == "soft_targets":
+            order = torch.rand(n, m + 2, generator=self.generator).argsort(1)[:, :2]
+            columns = order.where(order < m, -100)  # distinct, some of them none
+            return {"soft_targets": (columns, self.normal(n, 2).clamp(min=0))}
         if kind == "positive_ids" or n > m:
             return {"positive_ids": self.ids(n, m, 3)}
-        if kind == "diagonal" or n == 0:
-            return {}
-        columns = torch.stack([torch.randperm(m, generator=self.generator)[:2] for _ in range(n)])
-        return {"soft_targets": (columns, self.normal(*columns.shape).clamp(min=0))}
+        return {}
 
 
 def check(loss: Any, truth: Any, x: Tensor, y: Tensor) -> None:
@@ -125,3 +127,33 @@ def test_similarity_distill(backend, n, m, d, kind, kinds, seed, directions):
         )  # fmt: skip
 
     check(loss, truth, x, y)
+
+
+@pytest.mark.parametrize("power", (6, 9, 9.5, 10, 12, 15, 20, 30))
+@pytest.mark.parametrize("backend", ALL)
+def test_logits_whose_rounding_is_larger_than_what_is_exponentiated(backend, power):
+    draw = Draw(0)
+    x, y = (torch.nn.functional.normalize(draw.normal(8, 16), dim=1) for _ in range(2))
+    teacher = x, y.flip(0)
+    halves = torch.arange(8) // 2
+    losses = [
+        lambda *a, **k: clip_loss(*a, **k),
+        lambda *a, **k: clip_loss(*a, directions="rows", **k),
+        lambda *a, **k: clip_loss(*a, label_smoothing=0.1, margin=0.2, mask_ids=halves, **k),
+        lambda *a, **k: torch.cat(similarity_lse(*a, **k)).sum(),
+        lambda *a, **k: similarity_distill(*a, *(t.to(a[0].dtype) for t in teacher), 3.0, **k),
+    ]
+    for loss in losses:
+        for scale in (10.0**power, -(10.0**power)):
+            rounded = torch.tensor(scale)
+            want = run(partial(loss, backend="reference"), x.double(), y.double(), rounded.double())
+            got = run(partial(loss, backend=backend), x, y, rounded)
+            for name, value in want.items():
+                assert (got[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_no_scale_and_the_largest_features(backend):
+    draw = Draw(0)
+    x, y = 1e15 * draw.normal(4, 8), 1e15 * draw.normal(4, 8)
+    assert clip_loss(x, y, 0.0, backend=backend).item() == pytest.approx(math.log(4))

@@ -211,6 +211,10 @@ BAD_CALLS = {
         {"soft_targets": (torch.zeros(6, 1).long(), torch.ones(6, 1)), "margin": 0.1},
         "a margin needs positives",
     ),
+    "soft weights": (
+        {"soft_targets": (torch.zeros(6, 1).long(), torch.full((6, 1), -0.5))},
+        r"contain -0.5; pass numbers of at least 0",
+    ),
     "smoothing": ({"label_smoothing": 1.5}, "label_smoothing=1.5; pass a number from 0 to 1"),
     "z": ({"z_loss": -1.0}, "z_loss=-1.0; pass a number of at least 0"),
     "directions": ({"directions": "x"}, "both, rows, columns"),
@@ -276,3 +280,13 @@ def test_columns_without_any_row_have_no_gradient(backend):
     scale = torch.tensor(1.0, requires_grad=True)
     clip_loss(x, y, scale, label_smoothing=0.1, reduction="sum", backend=backend).backward()
     assert y.grad.eq(0).all() and scale.grad == 0
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_soft_target_that_is_not_a_number_goes_into_the_loss(backend):
+    x, y = unit_pairs(3, 4, seed=0)
+    weights = torch.tensor([[0.5, torch.nan], [1.0, 0.0], [torch.nan, -1.0]])
+    targets = torch.tensor([[0, 1], [2, 0], [-100, -100]]), weights
+    rows, cols = clip_loss(x, y, 5.0, soft_targets=targets, reduction="none", backend=backend)
+    assert rows.isnan().tolist() == [True, False, False] and rows[2] == 0
+    assert cols.isnan().tolist() == [False, True, False]

@@ -58,6 +58,25 @@ def test_gradgradcheck_of_the_reference_and_refusal_of_the_fused(operator):
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+def test_forward_mode_of_the_reference_and_refusal_of_the_fused(operator):
+    owed = OPERATORS[operator]
+    leaves = owed.make(5, 3, dtype=torch.float64)
+    for backend in ("reference", "chunked"):
+        call, given = derivable(owed, leaves, backend=backend)
+        given = tuple(t.detach() for t in given)
+        along = tuple(torch.ones_like(t) for t in given)
+        if backend == "reference":
+            rates = torch.func.jvp(call, given, along)[1]
+            step = [t + 1e-6 for t in given], [t - 1e-6 for t in given]
+            ahead, behind = (call(*moved) for moved in step)
+            for rate, one, other in zip(rates, ahead, behind, strict=True):
+                torch.testing.assert_close(rate, (one - other) / 2e-6, rtol=1e-6, atol=1e-6)
+        else:
+            with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+                torch.func.jvp(call, given, along)
+
+
 # What is plain PyTorch compiles wherever the others do.
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("backend", (*FAST, pytest.param("reference", marks=pytest.mark.slow)))
