@@ -109,7 +109,7 @@ def samples(
 
     found = fetch(out)
     say(f"{len(found)} real files, with their licences: {out}")
-    say(f"next: m3bind prepare {out / 'manifest.csv'} shards")
+    say(f"next: m3bind prepare {out / 'manifest.csv'} shards/samples")
 
 
 @app.command()

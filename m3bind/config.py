@@ -2,6 +2,8 @@
 are in range. `m3bind.settings` reads them."""
 
 import dataclasses
+import math
+import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,11 @@ PLACEMENTS = ("replicated", "split")
 # Fewer texts have nothing to be told apart from, or no distribution over the others.
 LEAST_CENTRE_BATCH = {"infonce": 2, "relational": 3}
 
+# Of threads, processes and batches held ready: more than any machine has use for.
+MOST_THREADS = 1024
+MOST_PREFETCHED = 64
+MOST_SEED = 2**32 - 1  # of DALI and NumPy
+
 Problem = tuple[str, Any, str]  # key, value, what it should be
 
 
@@ -30,7 +37,7 @@ class LoraConfig:
     targets: list[str] | None = None
 
     def problems(self) -> Iterator[Problem]:
-        yield from _below(self, r=1)
+        yield from _outside(self, r=1, alpha=0)
         if not 0 <= self.dropout < 1:
             yield "dropout", self.dropout, "must be at least 0 and below 1"
 
@@ -74,7 +81,7 @@ class TextTowerConfig:
     frozen_bf16: bool = False
 
     def problems(self) -> Iterator[Problem]:
-        yield from _below(self, max_tokens=2, train_layers=0)
+        yield from _outside(self, max_tokens=2, train_layers=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,7 +98,7 @@ class ExpertConfig:
     seed: int | None = None
 
     def problems(self) -> Iterator[Problem]:
-        yield from _below(self, head_hidden=0)
+        yield from _outside(self, head_hidden=0, seed=(0, MOST_SEED))
         image = self.image
         if image.cache and self.lora is not None and image.source != "small" and not image.freeze:
             yield "image.cache", True, "must be false where lora trains the trunk (or freeze it)"
@@ -128,15 +135,16 @@ class TrainConfig:
     prefetch: int = 2
 
     def problems(self) -> Iterator[Problem]:
-        yield from _below(
-            self, steps=1, batch_size=1, accumulate=1, weight_decay=0, warmup=0, clip=0,
-            validate_every=1, log_every=1, checkpoint_every=1, num_threads=1, prefetch=1,
+        yield from _outside(
+            self, steps=1, batch_size=2, accumulate=1, weight_decay=0, warmup=0, clip=(0, math.inf),
+            validate_every=1, log_every=1, checkpoint_every=1, num_threads=(1, MOST_THREADS),
+            prefetch=(1, MOST_PREFETCHED),
         )  # fmt: skip
         for modality, rows in self.batch_sizes.items():
-            if rows < 1:
-                yield f"batch_sizes.{modality}", rows, "must be at least 1"
-        if not self.lr > 0:
-            yield "lr", self.lr, "must be above 0"
+            if rows < 2:  # one sample has nothing to be told apart from
+                yield f"batch_sizes.{modality}", rows, "must be at least 2"
+        if not 0 < self.lr < math.inf:
+            yield "lr", self.lr, "must be a number above 0"
         yield from _not_among(self, parallel=PARALLEL)
 
     def batch_of(self, modality: str) -> int:
@@ -164,7 +172,7 @@ class AlignConfig(TrainConfig):
 
     def problems(self) -> Iterator[Problem]:
         yield from TrainConfig.problems(self)
-        yield from _below(self, agreement_weight=0, centre_batch=1, preserve_weight=0)
+        yield from _outside(self, agreement_weight=0, centre_batch=1, preserve_weight=0)
         yield from _not_among(self, agreement=AGREEMENTS, placement=PLACEMENTS)
         least = LEAST_CENTRE_BATCH.get(self.agreement, 1)
         if self.centre_batch < least:
@@ -187,7 +195,10 @@ class DistillConfig(TrainConfig):
     def problems(self) -> Iterator[Problem]:
         yield from TrainConfig.problems(self)
         yield from _not_among(self, placement=PLACEMENTS)
-        yield from _below(self, cosine_weight=0, contrast_weight=0, similarity_weight=0)
+        weights = ("cosine_weight", "contrast_weight", "similarity_weight")
+        yield from _outside(self, **dict.fromkeys(weights, 0))
+        if not any(getattr(self, name) for name in weights):
+            yield weights[0], 0.0, f"{', '.join(weights)}: at least one must be above 0"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -199,7 +210,7 @@ class EvalConfig:
     permutations: int = 200
 
     def problems(self) -> Iterator[Problem]:
-        yield from _below(self, seeds=1, permutations=1)
+        yield from _outside(self, seeds=1, permutations=1)
         if not self.shots or min(self.shots) < 1:
             yield "shots", self.shots, "must be a list of positive numbers"
 
@@ -215,7 +226,9 @@ class PhantomConfig:
     workers: int | None = None
 
     def problems(self) -> Iterator[Problem]:
-        yield from _below(self, train=1, val=1, test=1, seed=0, workers=1)
+        yield from _outside(
+            self, train=1, val=1, test=1, seed=(0, MOST_SEED), workers=(1, MOST_THREADS)
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -235,7 +248,7 @@ class Config:
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
 
     def problems(self) -> Iterator[Problem]:
-        yield from _below(self, seed=0, width=1, threads=1)
+        yield from _outside(self, seed=(0, MOST_SEED), width=1, threads=(1, MOST_THREADS))
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -264,11 +277,17 @@ def find_problems(config: Any, prefix: str = "") -> Iterator[Problem]:
             yield from find_problems(getattr(config, part.name), f"{prefix}{part.name}.")
 
 
-def _below(config: Any, **least: float) -> Iterator[Problem]:
-    for key, bound in least.items():
+def _outside(config: Any, **limits: float | tuple[float, float]) -> Iterator[Problem]:
+    """Values that are not from `low` (to `high`, where a limit names both), or not finite."""
+    for key, limit in limits.items():
         value = getattr(config, key)
-        if value is not None and not value >= bound:  # so written, NaN is caught too
-            yield key, value, f"must be at least {bound}"
+        low, high = limit if isinstance(limit, tuple) else (limit, sys.float_info.max)
+        if value is None or low <= value <= high:
+            continue
+        if not value > high:  # so written, NaN is among them
+            yield key, value, f"must be at least {low}"
+        else:
+            yield key, value, "must be finite" if value == math.inf else f"must be at most {high}"
 
 
 def _not_among(config: Any, **choices: tuple[str, ...]) -> Iterator[Problem]:

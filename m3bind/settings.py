@@ -48,7 +48,8 @@ def _plain(node: Any, source: str) -> dict[str, Any]:
     try:
         return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     except OmegaConfBaseException as error:
-        raise M3BindError(f"{source}: {str(error).splitlines()[0]}") from None
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise M3BindError(f"{source}: {key}{str(error).splitlines()[0]}") from None
 
 
 def _parse_override(override: str, merged: Any, schema: type) -> Any:

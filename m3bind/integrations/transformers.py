@@ -32,18 +32,25 @@ def contrastive_loss(model: torch.nn.Module, **batch: Any) -> Tensor:
 
     Args:
         model: a CLIPModel, MetaClip2Model, ChineseCLIPModel, AltCLIPModel (symmetric InfoNCE),
-            SiglipModel or Siglip2Model (pairwise sigmoid), or of a class derived from them. Not a
-            wrapper: under DistributedDataParallel use `apply`, so that its hooks run.
+            SiglipModel or Siglip2Model (pairwise sigmoid), or of a class derived from them with
+            their forward. Not a wrapper: under DistributedDataParallel use `apply`, so that its
+            hooks run.
         batch: what the model's processor returns.
 
     The towers run as in the model's own forward. Logits are formed in float32, where a 16-bit
     model forms them in 16 bit. As in transformers, each process sees its own batch alone.
 
     Raises:
-        ValueError: another kind of model.
+        ValueError: another kind of model, or one with a forward of its own.
     """
     batch.pop("return_loss", None)
-    return _forward(model, batch, _kind(type(model)))["loss"]
+    kind = _kind(type(model))
+    if type(model).forward is not kind.base.forward:
+        raise ValueError(
+            f"contrastive_loss: {type(model).__name__} has a forward of its own, which would not "
+            f"run; use apply(), and call the model with return_loss=True"
+        )
+    return _forward(model, batch, kind)["loss"]
 
 
 def apply() -> Patch:
@@ -63,6 +70,7 @@ def apply() -> Patch:
 class _Kind:
     """What tells the models apart."""
 
+    base: Any  # the class of transformers
     loss: Callable[[Any, Tensor, Tensor], Any]
     image_inputs: frozenset[str]
     text_inputs: frozenset[str]
@@ -72,6 +80,7 @@ def _kind(model_class: Any) -> _Kind:
     for base in model_class.__mro__:
         if base.__module__.startswith("transformers.") and base.__name__ in SOFTMAX + SIGMOID:
             return _Kind(
+                base,
                 _softmax_loss if base.__name__ in SOFTMAX else _sigmoid_loss,
                 _inputs(model_class.get_image_features),
                 _inputs(model_class.get_text_features),

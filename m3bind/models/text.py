@@ -76,14 +76,15 @@ def build_text_tower(config: TextTowerConfig, lora: LoraConfig | None) -> TextTo
         from m3bind.models.minilm import MiniLM
 
         return MiniLM(config, lora)
-    if config.cache or config.frozen_bf16:
+    known = family in ("open_clip", "hf") and name
+    if known and (config.cache or config.frozen_bf16):
         option = "cache" if config.cache else "frozen_bf16"
         raise ValueError(f"text.{option} works for source 'minilm' only, not {config.source!r}")
-    if family == "open_clip" and name:
+    if known and family == "open_clip":
         from m3bind.models.open_clip_towers import OpenClipText
 
         return OpenClipText(name, config, lora)
-    if family == "hf" and name:
+    if known:
         from m3bind.models.hf_towers import HfText
 
         return HfText(name, config, lora)

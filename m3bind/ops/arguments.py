@@ -1,6 +1,7 @@
 """Checks and conversions that every operator's wrapper does before it calls a backend."""
 
 import math
+import numbers
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -67,7 +68,7 @@ def scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """A scale or bias, as a number or a tensor [] or [1] (FSDP2), as a 0-D tensor beside `like`."""
     acc = accumulation_dtype(like.dtype)
     if not isinstance(value, Tensor):
-        if not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
             raise ValueError(
                 f"{op}: {name} must be a number or a tensor, not {type(value).__name__}"
             )

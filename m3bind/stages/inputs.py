@@ -46,6 +46,15 @@ class Inputs(Trained):
     ) -> dict[str, Loader | FeatureLoader]:
         """Endless batches of each modality: this rank's part of them."""
         found = {m: self._training(e, settings, placement) for m, e in experts.items()}
+        for modality, loader in found.items():
+            if loader.batch_size > loader.num_samples:
+                log.warning(
+                    "%s: a batch of %d samples, of which there are %d: copies are not contrasted "
+                    "with each other, and cost the same; lower batch_size",
+                    modality,
+                    loader.batch_size,
+                    loader.num_samples,
+                )
         meet_after("image features")
         return found
 

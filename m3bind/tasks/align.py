@@ -20,6 +20,7 @@ from m3bind.tasks.common import (
     Losses,
     Report,
     Task,
+    copies,
     draw_key,
     draw_sections,
     prefixed,
@@ -150,7 +151,8 @@ class Align(Task):
             image = expert.encode_image(batch.images)
             scale = expert.scale()
             report[f"scale/{modality}"] = float(scale.detach())
-            clip = distributed.clip_loss(image, text, scale, group=group)
+            ids = copies(batch, group)
+            clip = distributed.clip_loss(image, text, scale, mask_ids=ids, group=group)
             assert isinstance(clip, Tensor)
             losses[f"clip/{modality}"] = clip
             if self.originals:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from m3bind.data.reports import sample_section, sections
@@ -19,6 +20,7 @@ class HasImagesAndReports(Protocol):
 
     images: Tensor
     reports: list[str]
+    meta: list[dict[str, Any]]
 
 
 Batches = Mapping[str, HasImagesAndReports]
@@ -71,13 +73,31 @@ def draw_sections(
         sample_section(report, random.Random(f"{key}/{modality}/{first + row}"))
         for row, report in enumerate(reports)
     ]
-    own = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in drawn]
+    own = [_number(text) for text in drawn]
     earlier = {name for part in gathered_objects(own, group)[: rank(group)] for name in part}
     for row, (name, report) in enumerate(zip(own, reports, strict=True)):
         if name in earlier:
             drawn[row] = sections(report).whole
         earlier.add(name)
     return drawn
+
+
+def copies(batch: HasImagesAndReports, group: Any = None) -> Tensor | None:
+    """`mask_ids` of a batch that holds a sample more than once: one across the end of an epoch, or
+    larger than the split. Copies are not each other's negatives. None where there are none, on all
+    ranks of ``group``.
+    """
+    own = [_number(sample["id"]) for sample in batch.meta]
+    whole = [name for part in gathered_objects(own, group) for name in part]
+    if len(set(whole)) == len(whole):
+        return None
+    return torch.tensor(own, device=batch.images.device)
+
+
+def _number(text: str) -> int:
+    """Of 64 bits, the same in every process."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from m3bind.distributed import clip_loss, mean, similarity_distill
 from m3bind.models.expert import Expert
 from m3bind.models.text import TextEncoder
 from m3bind.parallel import Placement, size
-from m3bind.tasks.common import Batches, Losses, Report, Task, draw_key, draw_sections, take
+from m3bind.tasks.common import Batches, Losses, Report, Task, copies, draw_key, draw_sections, take
 
 
 class Distill(Task):
@@ -71,7 +71,8 @@ class Distill(Task):
             report[f"cosine/{modality}"] = float(cosine.detach())
             terms["cosine"].append(1 - cosine)
             if self.config.contrast_weight > 0:
-                contrast = clip_loss(image, student, scale, group=group)
+                ids = copies(batches[modality], group)
+                contrast = clip_loss(image, student, scale, mask_ids=ids, group=group)
                 assert isinstance(contrast, Tensor)
                 terms["contrast"].append(contrast)
             if self.config.similarity_weight > 0:

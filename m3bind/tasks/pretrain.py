@@ -6,7 +6,7 @@ from torch import Tensor
 
 from m3bind.distributed import clip_loss
 from m3bind.models.expert import Expert
-from m3bind.tasks.common import Batches, Losses, Report, Task, draw_key, draw_sections, take
+from m3bind.tasks.common import Batches, Losses, Report, Task, copies, draw_key, draw_sections, take
 
 
 class Pretrain(Task):
@@ -23,7 +23,7 @@ class Pretrain(Task):
         scale = self.expert.scale()
         image = self.expert.encode_image(batch.images)
         text = self.expert.encode_text(texts)
-        loss = clip_loss(image, text, scale)
+        loss = clip_loss(image, text, scale, mask_ids=copies(batch))
         assert isinstance(loss, Tensor)
         return {"clip": loss}, {"scale": float(scale.detach())}
 

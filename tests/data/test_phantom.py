@@ -226,7 +226,13 @@ def test_somebodys_files_are_not_touched(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [({"train": 0}, "train=0"), ({"modalities": ["mri"]}, "mri")]
+    ("wrong", "message"),
+    [
+        ({"train": 0}, "train=0"),
+        ({"modalities": ["mri"]}, "mri"),
+        ({"workers": 0}, "workers 0 must be at least 1"),
+        ({"seed": -1}, "seed -1 must be from 0"),
+    ],
 )
 def test_wrong_sizes_and_modalities(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -83,14 +83,15 @@ def expert(name: str) -> Expert:
 
 
 def batch(name: str) -> SimpleNamespace:
-    """The whole one, with two reports of one impression."""
+    """The whole one, with two reports of one impression; of xray the last sample is the first."""
     rng, rows = random.Random(name), ROWS[name]
     reports = [
         f"FINDINGS: {rng.choice(WORDS)} {rng.choice(WORDS)} {i}.\nIMPRESSION: {WORDS[i % 4]}."
         for i in range(rows)
     ]
     images = torch.randn(rows, 1, 4, 4, generator=seeded(name, "images"))
-    return SimpleNamespace(images=images, reports=reports)
+    meta = [{"id": str(i % (rows - (name == "xray")))} for i in range(rows)]
+    return SimpleNamespace(images=images, reports=reports, meta=meta)
 
 
 def task_of(kind: str, placement: Placement) -> nn.Module:
@@ -122,7 +123,7 @@ def step(
     own = {name: batch(name) for name in placement.own}
     for name, whole in own.items():
         part = placement.share(ROWS[name])
-        own[name] = SimpleNamespace(images=whole.images[part], reports=whole.reports[part])
+        own[name] = SimpleNamespace(**{key: value[part] for key, value in vars(whole).items()})
     if evaluate is not None:
         engine.whole(lambda: evaluate(task))
     rng = random.Random(1)

@@ -1,6 +1,7 @@
 """open_clip trains with m3bind's losses inside `integrations.open_clip.apply()`, and only there."""
 
 import json
+import pickle
 import sys
 import types
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from m3bind import losses
-from m3bind.integrations.open_clip import NAMES, apply
+from m3bind.integrations.open_clip import apply
 
+NAMES = ("ClipLoss", "SigLipLoss", "DistillClipLoss")
 THEIRS = {name: getattr(open_clip.loss, name) for name in (*NAMES, "CoCaLoss")}
 MODEL = {
     "embed_dim": 16,
@@ -21,6 +23,13 @@ MODEL = {
     },
     "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
 }  # fmt: skip
+
+
+def in_place_of(value, name):
+    """Whether a class is ours, and to those that ask one of open_clip's."""
+    return issubclass(value, getattr(losses, name)) and issubclass(value, THEIRS[name])
+
+
 KINDS = {"clip": "ClipLoss", "siglip": "SigLipLoss", "distill": "DistillClipLoss"}
 
 
@@ -83,7 +92,7 @@ def test_two_steps_of_training_agree(folder, kind):
     theirs, want, want_gradients = train(folder, kind)
     with apply():
         ours, got, got_gradients = train(folder, kind)
-    assert (theirs, ours) == (THEIRS[KINDS[kind]], getattr(losses, KINDS[kind]))
+    assert theirs is THEIRS[KINDS[kind]] and in_place_of(ours, KINDS[kind])
     assert want[0] != want[1]  # the first step has changed the model
     for mine, reference in zip(got, want, strict=True):
         assert mine == pytest.approx(reference, rel=1e-5)
@@ -114,7 +123,7 @@ def test_every_binding_is_replaced_and_restored():
     with apply():
         for (module, name), value in bindings().items():
             if name in NAMES:
-                assert value is getattr(losses, name), (module, name)
+                assert in_place_of(value, name), (module, name)
             elif name == "CoCaLoss":
                 assert value is not THEIRS[name] and issubclass(value, THEIRS[name])
     assert bindings() == BEFORE
@@ -130,12 +139,12 @@ def test_nested_and_entered_again():
     with apply() as patch:
         with apply():
             with patch:
-                assert open_clip.ClipLoss is losses.ClipLoss
-            assert open_clip.ClipLoss is losses.ClipLoss
-        assert open_clip.ClipLoss is losses.ClipLoss
+                assert in_place_of(open_clip.ClipLoss, "ClipLoss")
+            assert in_place_of(open_clip.ClipLoss, "ClipLoss")
+        assert in_place_of(open_clip.ClipLoss, "ClipLoss")
     assert bindings() == BEFORE
     with patch:
-        assert open_clip.factory.ClipLoss is losses.ClipLoss
+        assert in_place_of(open_clip.factory.ClipLoss, "ClipLoss")
     assert bindings() == BEFORE
 
 
@@ -143,7 +152,7 @@ def test_a_plain_call_lasts_until_undo_in_any_order():
     first, second = apply(), apply()
     first.undo()
     first.undo()
-    assert open_clip.loss.SigLipLoss is losses.SigLipLoss
+    assert in_place_of(open_clip.loss.SigLipLoss, "SigLipLoss")
     second.undo()
     assert bindings() == BEFORE
 
@@ -183,8 +192,8 @@ def add_tasks(monkeypatch):
 def test_tasks_make_and_take_our_losses(monkeypatch):
     module = add_tasks(monkeypatch)
     with apply():
-        assert type(module.CLIPTask(None).loss) is losses.ClipLoss
-        assert type(module.SigLIPTask(None).loss) is losses.SigLipLoss
+        assert in_place_of(type(module.CLIPTask(None).loss), "ClipLoss")
+        assert in_place_of(type(module.SigLIPTask(None).loss), "SigLipLoss")
     assert type(module.CLIPTask(None).loss) is THEIRS["ClipLoss"]
     assert type(module.SigLIPTask(None).loss) is THEIRS["SigLipLoss"]
 
@@ -192,7 +201,7 @@ def test_tasks_make_and_take_our_losses(monkeypatch):
 def test_a_module_that_is_imported_meanwhile_is_restored_too(monkeypatch):
     with apply():
         module = add_tasks(monkeypatch)
-        assert module.SigLipLoss is losses.SigLipLoss
+        assert in_place_of(module.SigLipLoss, "SigLipLoss")
     assert module.SigLipLoss is THEIRS["SigLipLoss"]
 
 
@@ -207,8 +216,7 @@ def test_coca_keeps_its_caption_loss(output_dict):
         try:
             loss_fn = open_clip.create_loss(arguments("coca", gather_with_grad=True))
             assert loss_fn.gather_with_grad and loss_fn.caption_loss_weight == 2.0
-            uses_ours = any(type(part) is losses.ClipLoss for part in loss_fn.modules())
-            assert uses_ours == patched
+            assert isinstance(loss_fn, losses.ClipLoss) == patched
             results.append(
                 loss_fn(image, text, logits, labels, torch.tensor(9.0), output_dict=output_dict)
             )
@@ -223,3 +231,29 @@ def test_ranks_that_are_not_there_are_refused():
         loss = open_clip.create_loss(arguments(world_size=2))
     with pytest.raises(ValueError, match="ClipLoss: world_size=2, but"):
         loss(torch.ones(4, 8), torch.ones(4, 8), torch.tensor(1.0))
+
+
+def test_your_own_subclass_finds_what_open_clips_has():
+    with apply():
+
+        class Hard(open_clip.loss.ClipLoss):
+            def forward(self, image, text, scale):
+                rows, _ = self.get_logits(image, text, scale)
+                labels = self.get_ground_truth(rows.device, len(rows))
+                return torch.nn.functional.cross_entropy(rows, labels)
+
+        x, y = torch.randn(5, 3), torch.randn(5, 3)
+        want = torch.nn.functional.cross_entropy(2.0 * x @ y.T, torch.arange(5))
+        assert Hard()(x, y, 2.0).item() == pytest.approx(want.item())
+        assert isinstance(open_clip.loss.CoCaLoss(2.0, 1.0), open_clip.loss.ClipLoss)
+        distill = open_clip.loss.DistillClipLoss()
+        assert isinstance(distill, open_clip.loss.ClipLoss)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickle_is_read_as_the_class_of_its_name(name):
+    with apply():
+        made = pickle.dumps(getattr(open_clip.loss, name)(rank=3, world_size=4))
+        assert in_place_of(type(pickle.loads(made)), name)
+    read = pickle.loads(made)
+    assert type(read) is THEIRS[name] and (read.rank, read.world_size) == (3, 4)

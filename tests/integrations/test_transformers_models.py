@@ -213,6 +213,21 @@ def test_half_precision_has_float32_logits():
     torch.testing.assert_close(output.loss.double(), want, rtol=1e-6, atol=1e-6)
 
 
+def test_a_forward_that_would_not_run_is_refused():
+    class Doubled(transformers.CLIPModel):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.loss = 2 * output.loss
+            return output
+
+    model, batch = Doubled(make_model("CLIPModel").config).eval(), make_batch("CLIPModel")
+    with pytest.raises(ValueError, match=r"Doubled has a forward of its own, .* use apply"):
+        integration.contrastive_loss(model, **batch)
+    want = model(**batch, return_loss=True).loss
+    with integration.apply():
+        torch.testing.assert_close(model(**batch, return_loss=True).loss, want)
+
+
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="the model is a Linear; pass one of CLIPModel"):
         integration.contrastive_loss(torch.nn.Linear(2, 2))

@@ -173,7 +173,11 @@ def test_open_clip_weights_of_another_model_are_refused(
 def batches(modalities: list[str]) -> dict[str, SimpleNamespace]:
     generator = torch.Generator().manual_seed(0)
     return {
-        m: SimpleNamespace(images=torch.randn(4, 3, 32, 32, generator=generator), reports=REPORTS)
+        m: SimpleNamespace(
+            images=torch.randn(4, 3, 32, 32, generator=generator),
+            reports=REPORTS,
+            meta=[{"id": str(row)} for row in range(4)],
+        )
         for m in modalities
     }
 

@@ -56,6 +56,10 @@ def stub_expert(name: str) -> Expert:
 def batches(*names: str) -> dict[str, SimpleNamespace]:
     generator = torch.Generator().manual_seed(0)
     return {
-        n: SimpleNamespace(images=torch.randn(3, 1, 4, 4, generator=generator), reports=REPORTS)
+        n: SimpleNamespace(
+            images=torch.randn(3, 1, 4, 4, generator=generator),
+            reports=REPORTS,
+            meta=[{"id": str(row)} for row in range(3)],
+        )
         for n in names
     }

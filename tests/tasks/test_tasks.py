@@ -38,6 +38,19 @@ class TestPretrain:
         assert float(losses["clip"].detach()) == pytest.approx(expected, rel=1e-4)
         assert report["scale"] == pytest.approx(1 / 0.07, rel=1e-5)
 
+    def test_a_copy_of_a_sample_is_no_negative_of_it(self) -> None:
+        expert, batch = stub_expert("xray"), batches("xray")
+        batch["xray"].meta[2] = {"id": "0"}
+        batch["xray"].images[2] = batch["xray"].images[0]
+        losses, _ = Pretrain(expert)(batch, random.Random(3))
+        drawn = draw_sections(REPORTS, draw_key(random.Random(3)), "xray")
+        with torch.no_grad():
+            image = expert.encode_image(batch["xray"].images)
+            logits = image @ expert.encode_text(drawn).T / 0.07
+        logits[0, 2] = logits[2, 0] = -torch.inf
+        sides = [torch.nn.functional.cross_entropy(s, torch.arange(3)) for s in (logits, logits.T)]
+        assert losses["clip"].item() == pytest.approx(sum(sides).item() / 2, rel=1e-4)
+
     def test_everything_of_the_expert_trains(self) -> None:
         expert = stub_expert("xray")
         task = Pretrain(expert)

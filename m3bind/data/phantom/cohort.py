@@ -148,6 +148,10 @@ def make_cohort(
     for split, count in counts.items():
         if count < 1:
             raise ValueError(f"{split}={count}: each split needs at least one patient a modality")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers {workers} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} must be from 0 to {2**32 - 1}")
     known = table().modalities
     chosen = list(known) if modalities is None else list(modalities)
     unknown = [m for m in chosen if m not in known]
