@@ -16,9 +16,9 @@ inline double in_base2(double natural) {
   return natural == -std::numeric_limits<double>::infinity() ? 0.0 : natural * kLog2E;
 }
 
-// 2^(a - lse); 1 where only the rounding of `lse` to base 2 tells them apart.
-inline double exp2_from(double lse, double a) {
-  const double difference = a - lse;
+// 2^(logit - lse); 1 where only the rounding of `lse` to base 2 tells them apart.
+inline double softmax_base2(double logit, double lse) {
+  const double difference = logit - lse;
   return std::abs(difference) < std::abs(lse) * 0x1p-51 ? 1.0 : std::exp2(difference);
 }
 

@@ -22,7 +22,7 @@ struct Direction {
 
   // grad * softmax at one logit
   double weight(int64_t i, double log2_logit) const {
-    return grad[i] == 0 ? 0 : grad[i] * exp2_from(lse[i], log2_logit);
+    return grad[i] == 0 ? 0 : grad[i] * softmax_base2(log2_logit, lse[i]);
   }
 
   // grad * 2^(shift - lse), so that times 2^(logit - shift) it is grad * softmax. Empty where an
@@ -43,7 +43,7 @@ struct Direction {
   std::vector<float> own_weights() const {
     std::vector<float> out(lse.size());
     for (size_t i = 0; i < lse.size(); ++i)
-      out[i] = static_cast<float>(grad[i] * exp2_from(lse[i], static_cast<float>(lse[i])));
+      out[i] = static_cast<float>(grad[i] * softmax_base2(static_cast<float>(lse[i]), lse[i]));
     return out;
   }
 };

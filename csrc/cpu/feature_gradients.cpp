@@ -17,8 +17,8 @@ float* row(const Tensor& t, int64_t i) {
 // their order.
 template <class F>
 void add_rows(const Tensor& to, const FloatRows& from, const std::vector<Apart>& all, const F& at) {
+  if (to.size(0) == 0) return;
   std::vector<std::vector<Apart>> of_block(blocks_of(to.size(0)));
-  if (of_block.empty()) return;
   for (const Apart& a : all) of_block[at(a).first / kBlockRows].push_back(a);
   for_row_blocks(to.size(0), [&](int64_t begin, int64_t) {
     std::vector<float> space;

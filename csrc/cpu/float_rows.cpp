@@ -22,7 +22,8 @@ std::vector<double> FloatRows::sum(const std::vector<double>* weights) const {
       row_kernels().add_wide(part, row, features_, weights == nullptr ? 1.0 : (*weights)[i]);
     });
   });
-  for (size_t at = 0; at < parts.size(); ++at) total[at % features_] += parts[at];
+  for (int64_t block = 0; block < blocks_of(rows_); ++block)
+    for (int64_t d = 0; d < features_; ++d) total[d] += parts[block * features_ + d];
   return total;
 }
 

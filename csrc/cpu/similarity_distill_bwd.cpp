@@ -57,7 +57,7 @@ struct Direction {
   // g * 2^(own shift - LSE): makes up for the rounding of the LSEs to their own shifts.
   Weights own_weights() const {
     Weights out;
-    const auto rounding = [](double lse) { return exp2_from(lse, static_cast<float>(lse)); };
+    const auto rounding = [](double lse) { return softmax_base2(static_cast<float>(lse), lse); };
     for (int64_t i = 0; i < count(); ++i) {
       out.student.push_back(static_cast<float>(grad[i] * rounding(student_lse[i])));
       out.teacher.push_back(static_cast<float>(grad[i] * rounding(teacher_lse[i])));

@@ -54,8 +54,8 @@ struct Sums {
         rows.surplus[p.row] += tiling.scale() * tiling.margin();
         cols.surplus[p.col] += tiling.scale() * tiling.margin();
         // It was left out of both sums, though only one of them must not hold it.
-        if (p.bits == kOneRow) rows.late.emplace_back(p.row, logit * kLog2E);
-        if (p.bits == kOneColumn) cols.late.emplace_back(p.col, logit * kLog2E);
+        if (p.bits == kOneRow) rows.late.emplace_back(p.row, tiling.log2_logit(p.dot));
+        if (p.bits == kOneColumn) cols.late.emplace_back(p.col, tiling.log2_logit(p.dot));
       }
     }
   }

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <utility>
 
@@ -18,7 +17,7 @@ using torch::headeronly::ScalarType;
 // Of fewer derivatives the rounding to bfloat16 does not average out, and there is no time to win.
 constexpr int64_t kFewPairs = 128 * 128;
 constexpr double kLargestLog2Sum = 126.0;  // float32 overflows at 128
-// Of a shift that is larger, float32's rounding is.
+// Beyond it float32 rounds a shift by 64 and more, and 2^(logit - shift) would overflow.
 constexpr double kLargestShift = 1L << 30;
 
 bool narrow_products(const Tensor& x, const Tensor& y) {
@@ -102,27 +101,33 @@ Tiling::Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
 
 void Tiling::choose_factor() {
   const double dot = largest_norm(x_) * largest_norm(y_) + std::abs(margin_);
-  double factor = std::abs(scale_) * kLog2E;
-  largest_ = factor * dot;
-  unit_ = scale_ < 0 ? -1.0 : 1.0;
+  to_log2_logit_ = std::abs(scale_) * kLog2E;
+  largest_log2_logit_ = to_log2_logit_ * dot;
   // A left-out pair is -inf in the tile and must stay -inf as a logit, so both parts of the factor
-  // must be positive: the tile takes the sign, and a scale of 0 is next to nothing.
-  constexpr float kSmallest = std::numeric_limits<float>::min();
-  const float rounded = static_cast<float>(factor);
-  if (largest_ > kLargestShift && std::isfinite(rounded)) {
-    // The tile takes the scale, too: logits are rounded, and the largest less itself is 0.
+  // must be positive: the tile takes the sign.
+  unit_ = scale_ < 0 ? -1.0 : 1.0;
+  const float rounded = static_cast<float>(to_log2_logit_);
+  if (largest_log2_logit_ > kLargestShift && std::isfinite(rounded)) {
+    // The tile takes the scale, too. With these parts of 1 a value less itself is 0.
     unit_ *= rounded;
-    factor_ = {1.0f, kSmallest};
+    to_log2_logit_ = 1;
+    factor_ = {1 - 0x1p-24f, 0x1p-24f};
     return;
   }
-  factor = std::max(factor, dot > 1e20 ? std::max(1e-10 / dot, 1e-37) : 1e-30);
+  if (dot > 0x1p66) {  // and of features that large, their size
+    unit_ *= 0x1p-66;
+    to_log2_logit_ *= 0x1p66;
+  }
+  constexpr double kNextToNothing = 1e-30;  // for a scale of 0
+  const double factor = std::max(to_log2_logit_, kNextToNothing);
   factor_.high = static_cast<float>(factor);
   if (factor_.high >= factor) factor_.high = std::nextafter(factor_.high, 0.0f);
-  factor_.low = std::max(static_cast<float>(factor - factor_.high), kSmallest);
+  factor_.low = static_cast<float>(factor - factor_.high);
 }
 
 float Tiling::common_shift() const {
-  return static_cast<float>(std::ceil(std::max(0.0, largest_ + log2_longest_ - kLargestLog2Sum)));
+  return static_cast<float>(
+      std::ceil(std::max(0.0, largest_log2_logit_ + log2_longest_ - kLargestLog2Sum)));
 }
 
 double Tiling::smallest_log2_sum() const { return log2_longest_ - 126.0 + 24.0; }

@@ -112,8 +112,8 @@ class Tiling {
   }
 
   // What a value of a tile is as a logit, and times log2(e).
-  double logit(float value) const { return value * (scale_ / unit_); }
-  double log2_logit(float value) const { return logit(value) * kLog2E; }
+  double logit(float value) const { return log2_logit(value) / kLog2E; }
+  double log2_logit(float value) const { return value * to_log2_logit_; }
 
  private:
   Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
@@ -129,10 +129,9 @@ class Tiling {
   PairRules rules_;
   int64_t rows_, cols_, width_, slots_;
   double scale_, margin_, log2_longest_;
-  // Of logits:
-  double largest_ = 0;  // times log2(e): none is larger
-  double unit_ = 1;
-  Factor factor_{};  // from a tile to what is exponentiated
+  double largest_log2_logit_ = 0;  // a bound
+  double unit_ = 1, to_log2_logit_ = kLog2E;
+  Factor factor_{};  // to_log2_logit_ in two parts, for the exponentials
 
   std::vector<Tile> tiles_;
   Space<float> memory_;  // of the tiles that are not kept

@@ -42,8 +42,8 @@ inline void store_part(float* p, Vec v, int64_t count) {
   for (int64_t l = 0; l < count; ++l) p[l] = v[l];
 }
 
-// a * b + c as if rounded once: a logit of 100 would be off by 5e-6 where its product is rounded.
-// (The compiler alone fuses here and not there.)
+// a * b + c, rounded once (by way of float64, all but once): a logit of 100 would be off by 5e-6
+// where its product is rounded. (The compiler alone fuses here and not there.)
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);

@@ -223,7 +223,7 @@ def soft_targets(
     if not _holds(
         (columns < 0) | ~(weights < 0), f"{op}: weights of soft_targets must be at least 0"
     ):
-        least = float(weights.where(columns >= 0, 0).nan_to_num().min())
+        least = float(weights.where((columns >= 0) & (weights < 0), 0).min())
         raise ValueError(
             f"{op}: weights of soft_targets contain {least:g}; pass numbers of at least 0"
         )

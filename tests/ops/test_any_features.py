@@ -15,7 +15,8 @@ from torch import Tensor
 
 from m3bind.ops import clip_loss, siglip_loss, similarity_distill, similarity_lse
 
-ALL = ("reference", "chunked", pytest.param("cpp", marks=needs_native))
+FAST = ("chunked", pytest.param("cpp", marks=needs_native))
+ALL = ("reference", *FAST)
 POSITIVES = ("diagonal", "labels", "positive_ids", "soft_targets")
 SHAPES = {"n": st.integers(0, 7), "m": st.integers(0, 7), "d": st.integers(1, 9)}
 SEEDS = st.integers(0, 10**6)
@@ -129,9 +130,12 @@ def test_similarity_distill(backend, n, m, d, kind, kinds, seed, directions):
     check(loss, truth, x, y)
 
 
-@pytest.mark.parametrize("power", (6, 9, 9.5, 10, 12, 15, 20, 30))
+HUGE = [sign * 10.0**power for power in (6, 9, 9.5, 10, 12, 15, 20, 30, 36) for sign in (1, -1)]
+
+
+@pytest.mark.parametrize("scale", HUGE)
 @pytest.mark.parametrize("backend", ALL)
-def test_logits_whose_rounding_is_larger_than_what_is_exponentiated(backend, power):
+def test_logits_whose_rounding_is_larger_than_what_is_exponentiated(backend, scale):
     draw = Draw(0)
     x, y = (torch.nn.functional.normalize(draw.normal(8, 16), dim=1) for _ in range(2))
     teacher = x, y.flip(0)
@@ -144,16 +148,48 @@ def test_logits_whose_rounding_is_larger_than_what_is_exponentiated(backend, pow
         lambda *a, **k: similarity_distill(*a, *(t.to(a[0].dtype) for t in teacher), 3.0, **k),
     ]
     for loss in losses:
-        for scale in (10.0**power, -(10.0**power)):
-            rounded = torch.tensor(scale)
-            want = run(partial(loss, backend="reference"), x.double(), y.double(), rounded.double())
-            got = run(partial(loss, backend=backend), x, y, rounded)
-            for name, value in want.items():
-                assert (got[name] - value).norm() <= 1e-5 * value.norm(), name
+        rounded = torch.tensor(scale)
+        want = run(partial(loss, backend="reference"), x.double(), y.double(), rounded.double())
+        got = run(partial(loss, backend=backend), x, y, rounded)
+        for name, value in want.items():
+            assert (got[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
+@pytest.mark.parametrize("scale", HUGE)
+@pytest.mark.parametrize("backend", FAST)
+def test_equals_share_what_is_left_at_any_scale(backend, scale):
+    """Each row has an equal; integers have exact dot products, of which equals have the same."""
+    one = Draw(0).integers(-3, 4, 4 * 16).reshape(4, 16).float()
+    x = one.repeat_interleave(2, 0)
+    y = x if scale > 0 else -x
+    for options in ({}, {"directions": "rows"}, {"memory_budget": 0}):
+        got = clip_loss(x, y, scale, backend=backend, **options)
+        assert got.item() == pytest.approx(math.log(2), rel=1e-5), options
+
+
+@pytest.mark.parametrize("scale", HUGE)
+@pytest.mark.parametrize("backend", FAST)
+def test_several_captions_of_an_image_at_any_scale(backend, scale):
+    draw = Draw(1)
+    x = torch.nn.functional.normalize(draw.normal(12, 16), dim=1)
+    y = x.repeat_interleave(3, 0) + 0.05 * draw.normal(36, 16)
+    y = torch.nn.functional.normalize(y, dim=1) * (1 if scale > 0 else -1)
+    for margin in (0.0, 0.3):
+        loss = partial(
+            clip_loss, positive_ids=(torch.arange(12), torch.arange(36) // 3), margin=margin
+        )
+        rounded = torch.tensor(scale)
+        want = run(partial(loss, backend="reference"), x.double(), y.double(), rounded.double())
+        got = run(partial(loss, backend=backend), x, y, rounded)
+        for name, value in want.items():
+            bound = 1e-5 * value.norm() + (1e-6 * abs(scale) if name in "xy" else 1e-6)
+            bound += 1e-6 * abs(scale) if name == "loss" else 0
+            assert (got[name] - value).norm() <= bound, (margin, name)
+
+
+@pytest.mark.parametrize("size", (1e15, 1e17, 1e18, 5e18))
 @pytest.mark.parametrize("backend", ALL)
-def test_no_scale_and_the_largest_features(backend):
+def test_no_scale_and_the_largest_features(backend, size):
     draw = Draw(0)
-    x, y = 1e15 * draw.normal(4, 8), 1e15 * draw.normal(4, 8)
+    x, y = (size * torch.nn.functional.normalize(draw.normal(4, 8), dim=1) for _ in range(2))
     assert clip_loss(x, y, 0.0, backend=backend).item() == pytest.approx(math.log(4))
