@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from m3bind import backends
 
@@ -56,18 +58,29 @@ def _register(name: str, save: Callable[..., None], backward: Callable[..., Any]
             return operator(*inputs)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = below(*inputs)
+        if torch._C._are_functorch_transforms_active():
+            # Nothing is recorded here, at this level of torch.func: those around it record.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = below(*inputs)
+        else:
+            output = below(*inputs)
         save(ctx, inputs, output)
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"m3bind_{name}", (torch.autograd.Function,), methods)
+    function: Any = type(f"m3bind_{name}", (_SingleLevelFunction,), methods)
 
     def run(*inputs: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(inputs)
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-        return function.apply(*inputs) if wanted else below(*inputs)
+        if not wanted:
+            return below(*inputs)
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(*inputs)
+        # torch.func calls this once for each of its levels, with that level's tensors.
+        with enable_single_level_autograd_function():
+            return function.apply(*inputs)
 
     torch.library.impl(f"m3bind::{name}", "Autograd")(run)
 

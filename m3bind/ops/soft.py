@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class _ListedDots(torch.autograd.Function):
     """`(x[:, None] * y[columns]).sum(2)`, without the [N, K, D] that it would keep."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, y: Tensor, columns: Tensor) -> Tensor:
         return torch.stack([(x * y[at]).sum(1) for at in columns.unbind(1)], 1)

@@ -77,6 +77,39 @@ def test_forward_mode_of_the_reference_and_refusal_of_the_fused(operator):
                 torch.func.jvp(call, given, along)
 
 
+@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+@pytest.mark.parametrize("backend", FAST)
+def test_transforms_of_torch_func(backend, operator):
+    """Gradients, of many at once, and of an operator over many; a second one is refused."""
+    owed = OPERATORS[operator]
+    found = []
+    for dtype, chosen in ((torch.float64, "reference"), (torch.float32, backend)):
+        call, given = derivable(owed, owed.make(5, 3, dtype=dtype), backend=chosen)
+
+        def total(*inputs, call=call):
+            return sum(t.sum() for t in call(*inputs))
+
+        def many(*inputs, total=total):
+            return torch.func.vmap(total)(*(torch.stack([t, t / 2]) for t in inputs)).sum()
+
+        given = tuple(t.detach() for t in given)
+        every = tuple(range(len(given)))
+        grad = torch.func.grad(total, every)
+        halves = tuple(torch.stack([t, t / 2]) for t in given)
+        found.append(
+            (
+                *grad(*given),
+                *torch.func.vmap(grad)(*halves),
+                *torch.func.grad(many, every)(*given),
+                *torch.func.jacrev(total, every)(*given),
+            )
+        )
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="double backward; pass backend='reference'"):
+        torch.func.grad(lambda *t: sum(g.sum() for g in grad(*t)))(*given)
+
+
 # What is plain PyTorch compiles wherever the others do.
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("backend", (*FAST, pytest.param("reference", marks=pytest.mark.slow)))
