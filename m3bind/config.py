@@ -278,7 +278,7 @@ def find_problems(config: Any, prefix: str = "") -> Iterator[Problem]:
 
 
 def _outside(config: Any, **limits: float | tuple[float, float]) -> Iterator[Problem]:
-    """Values that are not from `low` (to `high`, where a limit names both), or not finite."""
+    """Values that are not from `low` to `high` (where a limit names one alone, not finite)."""
     for key, limit in limits.items():
         value = getattr(config, key)
         low, high = limit if isinstance(limit, tuple) else (limit, sys.float_info.max)

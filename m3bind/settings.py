@@ -62,8 +62,8 @@ def _parse_override(override: str, merged: Any, schema: type) -> Any:
         raise M3BindError(f"override {override!r}: expected key=value, such as align.steps=50")
     try:
         parsed = OmegaConf.from_dotlist([override])
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise M3BindError(f"override {override!r}: {str(error).splitlines()[0]}") from None
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise M3BindError(f"override {key}: {str(error).splitlines()[0]}") from None
     plain = _plain(parsed, f"override {override!r}")
     _check_keys(plain, schema, f"override {override!r}")
     # A file may name any expert; an override that names a new one is a slip of the pen.
@@ -86,6 +86,8 @@ def _merge(base: Any, more: Any, source: str) -> Any:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
         raise M3BindError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
+    except (OverflowError, ValueError):
+        raise M3BindError(f"{source}: a number is too large; write one that float64 has") from None
 
 
 def _check_keys(given: Any, expected: Any, source: str, prefix: str = "") -> None:

@@ -34,7 +34,8 @@ typed. A cell stands for all cases of that test in that backend: the dtypes it r
 where the test names none; `-` where the test has no such case. {machine}
 
 Double backward and forward mode are in `reference` alone: the other backends refuse them with one
-clear error.
+clear error. Of torch.func, grad, vjp, jacrev and vmap (one call after the other, of which torch
+warns) work in all; jvp, jacfwd, linearize and hessian are forward mode.
 """
 
 _found: dict[str, dict[str, dict[str, set[str]]]] = defaultdict(

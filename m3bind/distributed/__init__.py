@@ -55,7 +55,7 @@ are filled up to the longest where they are gathered, and travel as they are whe
 
 A rank that is lost ends the others with a RuntimeError within the group's timeout. They look for
 five more seconds, in the store by which they met, for the one to name. torch.compile leaves these
-calls out of its graphs. There is no double backward.
+calls out of its graphs. There is no double backward and no forward mode.
 """
 
 from m3bind.distributed.clip import clip_loss

@@ -45,7 +45,7 @@ def contrastive_loss(model: torch.nn.Module, **batch: Any) -> Tensor:
     """
     batch.pop("return_loss", None)
     kind = _kind(type(model))
-    if type(model).forward is not kind.base.forward:
+    if "forward" in vars(model) or type(model).forward is not kind.base.forward:
         raise ValueError(
             f"contrastive_loss: {type(model).__name__} has a forward of its own, which would not "
             f"run; use apply(), and call the model with return_loss=True"
@@ -70,7 +70,7 @@ def apply() -> Patch:
 class _Kind:
     """What tells the models apart."""
 
-    base: Any  # the class of transformers
+    base: Any  # the class of transformers whose forward and loss it has
     loss: Callable[[Any, Tensor, Tensor], Any]
     image_inputs: frozenset[str]
     text_inputs: frozenset[str]

@@ -73,7 +73,7 @@ def clip_loss(
 
     Returns:
         float32 (float64 for float64 features). Double backward, forward mode:
-            backend="reference" only.
+        backend="reference" only.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, an unknown or unavailable

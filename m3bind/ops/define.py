@@ -59,7 +59,8 @@ def _register(name: str, save: Callable[..., None], backward: Callable[..., Any]
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            # Nothing is recorded here, at this level of torch.func: those around it record.
+            # An autograd function turns both off: right for its own level, which is passed by
+            # below, and wrong for the levels of torch.func around it.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 output = below(*inputs)
         else:
@@ -68,7 +69,9 @@ def _register(name: str, save: Callable[..., None], backward: Callable[..., Any]
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"m3bind_{name}", (_SingleLevelFunction,), methods)
+    function: Any = type(f"m3bind_{name}", (torch.autograd.Function,), methods)
+    # torch.func calls `run` once for each of its levels, with that level's tensors.
+    of_level: Any = type(f"m3bind_{name}_of_level", (_SingleLevelFunction,), methods)
 
     def run(*inputs: Any) -> Any:
         if forward_ad._current_level >= 0:
@@ -78,9 +81,8 @@ def _register(name: str, save: Callable[..., None], backward: Callable[..., Any]
             return below(*inputs)
         if not torch._C._are_functorch_transforms_active():
             return function.apply(*inputs)
-        # torch.func calls this once for each of its levels, with that level's tensors.
         with enable_single_level_autograd_function():
-            return function.apply(*inputs)
+            return of_level.apply(*inputs)
 
     torch.library.impl(f"m3bind::{name}", "Autograd")(run)
 

@@ -250,10 +250,30 @@ def test_your_own_subclass_finds_what_open_clips_has():
         assert isinstance(distill, open_clip.loss.ClipLoss)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_pickle_is_read_as_the_class_of_its_name(name):
+def test_a_subclass_that_changes_the_logits_gets_them():
+    x, y, scale = torch.randn(5, 3), torch.randn(5, 3), torch.tensor(2.0)
+    want = open_clip.loss.ClipLoss()(x, y, 2 * scale)
     with apply():
-        made = pickle.dumps(getattr(open_clip.loss, name)(rank=3, world_size=4))
-        assert in_place_of(type(pickle.loads(made)), name)
-    read = pickle.loads(made)
-    assert type(read) is THEIRS[name] and (read.rank, read.world_size) == (3, 4)
+
+        class Doubled(open_clip.loss.ClipLoss):
+            def get_logits(self, *args, **kwargs):
+                return tuple(2 * side for side in super().get_logits(*args, **kwargs))
+
+        torch.testing.assert_close(Doubled()(x, y, scale), want)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_pickles_under_and_outside_of_a_patch(name):
+    needed = (2.0, 1.0) if name == "CoCaLoss" else ()
+    theirs = pickle.dumps(THEIRS[name](*needed, rank=0, world_size=1))
+    with apply():
+        made = getattr(open_clip.loss, name)(*needed, rank=0, world_size=1)
+        inside = pickle.dumps(made)
+        read = pickle.loads(theirs)
+        assert type(read) is type(pickle.loads(inside)) is type(made)
+    for again in (pickle.loads(inside), pickle.loads(pickle.dumps(made)), read):
+        assert type(again) is type(made) and again.world_size == 1
+        if name == "ClipLoss":
+            x, y = torch.randn(5, 3), torch.randn(5, 3)
+            torch.testing.assert_close(again(x, y, 2.0), THEIRS[name]()(x, y, 2.0))
+    assert type(pickle.loads(theirs)) is THEIRS[name]

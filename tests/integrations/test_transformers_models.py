@@ -1,5 +1,6 @@
 """transformers' image-text models: the fused loss and its gradients are the model's own."""
 
+import functools
 import inspect
 
 import pytest
@@ -226,6 +227,10 @@ def test_a_forward_that_would_not_run_is_refused():
     want = model(**batch, return_loss=True).loss
     with integration.apply():
         torch.testing.assert_close(model(**batch, return_loss=True).loss, want)
+    wrapped = make_model("CLIPModel")
+    wrapped.forward = functools.partial(wrapped.forward)
+    with pytest.raises(ValueError, match="has a forward of its own"):
+        integration.contrastive_loss(wrapped, **batch)
 
 
 def test_other_models_are_refused():

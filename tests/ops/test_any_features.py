@@ -1,5 +1,7 @@
-"""Features in any combination, on few rows and fewer ids: rows and columns without a positive,
-without anything left, none at all."""
+"""Features in any combination, few rows and fewer ids, and logits of any size.
+
+Rows and columns without a positive, without anything left, none at all.
+"""
 
 import math
 from functools import partial

@@ -110,6 +110,18 @@ def test_transforms_of_torch_func(backend, operator):
         torch.func.grad(lambda *t: sum(g.sum() for g in grad(*t)))(*given)
 
 
+@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+def test_compiled_autograd_of_an_eager_forward(operator):
+    owed = OPERATORS[operator]
+    call, given = derivable(owed, owed.make(5, 3, dtype=torch.float64), backend="chunked")
+    want = torch.autograd.grad(sum(t.sum() for t in call(*given)), given)
+    total = sum(t.sum() for t in call(*given))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        total.backward()
+    for leaf, grad in zip(given, want, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)
+
+
 # What is plain PyTorch compiles wherever the others do.
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("backend", (*FAST, pytest.param("reference", marks=pytest.mark.slow)))

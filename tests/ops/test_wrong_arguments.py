@@ -28,6 +28,8 @@ CLIP = {
     "device": (lambda x, y: clip_loss(x, y.to("meta"), 1.0), "x is on cpu, y on meta"),
     "scale": (lambda x, y: clip_loss(x, y, torch.ones(2)), r"logit_scale has shape \(2,\)"),
     "scale type": (lambda x, y: clip_loss(x, y, "1"), "logit_scale must be a number"),
+    "scale size": (lambda x, y: clip_loss(x, y, 10**40), "logit_scale: the number is too large"),
+    "scale beyond": (lambda x, y: clip_loss(x, y, 10**400), "logit_scale: the number is too large"),
     "reduction": (lambda x, y: clip_loss(x, y, 1.0, reduction="avg"), "one of mean, sum, none"),
     "backend": (lambda x, y: clip_loss(x, y, 1.0, backend="fast"), "reference, chunked, cpp"),
     "triton": (lambda x, y: clip_loss(x, y, 1.0, backend="triton"), "cannot run clip_loss: "),
