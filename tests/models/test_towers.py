@@ -104,6 +104,21 @@ def test_no_two_experts_start_alike_and_each_is_reproducible() -> None:
     assert not torch.equal(a.image_head.weight, other.image_head.weight)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TextTowerConfig(source="zzz", cache=True), "'zzz' is not known"),
+        (
+            TextTowerConfig(source="hf:somewhere", cache=True),
+            "text.cache works for source 'minilm'",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_text_tower(text: TextTowerConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_expert(ExpertConfig(text=text), "xray", width=64)
+
+
 def test_building_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
