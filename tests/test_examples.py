@@ -16,7 +16,7 @@ SAYS = {
     "hf_clip.py": "logits None",
     "inf_cl_names.py": "one call takes",
     "large_batch.py": "saw at most 64 rows at once",
-    "open_clip_training.py": "inside:  <class 'm3bind.losses.ClipLoss'>",
+    "open_clip_training.py": "inside:  <class 'm3bind.integrations.open_clip.ClipLoss'>",
     "own_loss.py": "kept for the backward pass: 64 numbers a row",
     "plain_loop.py": "were never in memory",
     "retrieval.py": "where its rank says so: True",
