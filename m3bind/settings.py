@@ -86,8 +86,8 @@ def _merge(base: Any, more: Any, source: str) -> Any:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
         raise M3BindError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
-    except (OverflowError, ValueError):
-        raise M3BindError(f"{source}: a number is too large; write one that float64 has") from None
+    except (OverflowError, ValueError) as error:  # of a number with hundreds of digits
+        raise M3BindError(f"{source}: {str(error).splitlines()[0]}") from None
 
 
 def _check_keys(given: Any, expected: Any, source: str, prefix: str = "") -> None:

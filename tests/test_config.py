@@ -103,7 +103,7 @@ def test_each_mistake_is_one_line_with_file_key_and_value(tmp_path, text, expect
         ("align.steps", ["key=value"]),
         ("align.steps=x", ["align.steps", "'x'"]),
         ("align.steps=0", ["align.steps = 0", "at least 1"]),
-        (f"align.lr=1{400 * '0'}", ["too large"]),
+        (f"align.lr=1{400 * '0'}", ["align.lr", "int too large"]),
         (f"align.steps=1{5000 * '0'}", ["align.steps", "4300 digits"]),
     ],
 )

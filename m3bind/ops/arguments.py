@@ -72,10 +72,9 @@ def scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
             raise ValueError(
                 f"{op}: {name} must be a number or a tensor, not {type(value).__name__}"
             )
-        try:
-            return torch.full((), float(value), dtype=acc, device=like.device)
-        except (OverflowError, RuntimeError):  # beyond float64, beyond float32
-            raise ValueError(f"{op}: {name}: the number is too large for {acc}") from None
+        if torch.finfo(acc).max < abs(value) < math.inf:
+            raise ValueError(f"{op}: {name}: the number is too large for {acc}")
+        return torch.full((), float(value), dtype=acc, device=like.device)
     if value.numel() != 1 or not value.is_floating_point():
         raise ValueError(
             f"{op}: {name} has shape {tuple(value.shape)} and is {value.dtype}; "

@@ -1,6 +1,7 @@
 """Features of frozen trunks: kept on disk, handed out as the image loader hands out images."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from m3bind.data.features import FeatureLoader, Features
 from m3bind.data.loader import Batch
 from m3bind.errors import M3BindError
+from m3bind.stages.inputs import Inputs
+from m3bind.tasks.common import copies
 
 
 def features(count: int = 11, width: int = 3, fingerprint: str = "f") -> Features:
@@ -64,6 +67,15 @@ def test_training_goes_through_all_samples_each_epoch_in_a_new_order() -> None:
     assert found == epochs(0) and found != epochs(1)
     few = FeatureLoader(features(9), 30, train=True)
     assert [len(batch) for batch in itertools.islice(few, 2)] == [30, 30]
+
+
+@pytest.mark.parametrize(("batch", "told"), [(11, False), (12, True)])
+def test_a_batch_larger_than_its_split_is_told(caplog, batch, told) -> None:
+    loader = FeatureLoader(features(), batch, train=True)
+    stage = SimpleNamespace(_training=lambda *_: loader)
+    assert Inputs._training_batches(stage, {"ct": None}, None, None) == {"ct": loader}
+    assert ("ct: a batch of 12 samples, of which there are 11" in caplog.text) == told
+    assert (copies(next(iter(loader))) is not None) == told
 
 
 def test_a_stream_is_taken_up_where_it_stood() -> None:
