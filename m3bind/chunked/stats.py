@@ -51,7 +51,7 @@ def _panel(
         positive = row_class[:, None] == col_class
         single_col, single_row = (row_class & 1 > 0)[:, None], col_class & 2 > 0
         if margin:
-            dots = dots - margin * positive
+            dots = dots - margin * positive.to(dots.dtype)
     if row_mask is not None and col_mask is not None:
         masked = row_mask[:, None] == col_mask
         if positive is not None:

@@ -165,8 +165,9 @@ def integer(op: str, name: str, value: int, low: int, high: int) -> int:
 def below(op: str, name: str, value: Tensor, bound: int) -> None:
     """Every value names one of `bound` columns."""
     if not _holds(value < bound, f"{op}: {name} must be below {bound}, the number of columns"):
+        largest = int(plain(value).max())
         raise ValueError(
-            f"{op}: {name} contains {int(value.max())}, but there are {bound} columns; pass 0 to "
+            f"{op}: {name} contains {largest}, but there are {bound} columns; pass 0 to "
             f"{bound - 1}, or -100 for none"
         )
 
@@ -174,9 +175,16 @@ def below(op: str, name: str, value: Tensor, bound: int) -> None:
 def _holds(each: Tensor, message: str) -> bool:
     """Whether all are true. On a GPU, and where it is compiled, a kernel asserts it."""
     if each.device.type == "cpu" and not torch.compiler.is_compiling():
-        return bool(each.all())
+        return bool(plain(each).all())
     torch._assert_async(each.all(), message)
     return True
+
+
+def plain(value: Tensor) -> Tensor:
+    """The tensor itself, of all calls at once, where torch.func.vmap makes one of many."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
 
 
 def negatives(op: str, value: Tensor, x: Tensor) -> Tensor:
@@ -225,7 +233,7 @@ def soft_targets(
     if not _holds(
         (columns < 0) | ~(weights < 0), f"{op}: weights of soft_targets must be at least 0"
     ):
-        least = float(weights.where((columns >= 0) & (weights < 0), 0).min())
+        least = float(plain(weights.where((columns >= 0) & (weights < 0), 0)).min())
         raise ValueError(
             f"{op}: weights of soft_targets contain {least:g}; pass numbers of at least 0"
         )

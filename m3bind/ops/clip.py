@@ -72,8 +72,7 @@ def clip_loss(
         backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
-        float32 (float64 for float64 features). Double backward, forward mode:
-        backend="reference" only.
+        float32 (float64 for float64 features). Second derivatives: backend="reference" only.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, an unknown or unavailable

@@ -10,6 +10,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from m3bind import backends
+from m3bind.ops.tangents import Moves
+
+_ONLY_LEVEL = 0  # torch does not nest those of forward mode
 
 
 def define(
@@ -26,8 +29,6 @@ def define(
     takes all arguments, as `fake` does, and runs in backends that have no `<name>` of their own.
     """
     arguments, arrow, results = signature.partition(") ->")
-    qualified = f"m3bind::{name}"
-    torch.library.define(qualified, f"{arguments}, str backend{arrow}{results}")
 
     def run(*args: Any) -> Any:
         *inputs, backend = args
@@ -36,19 +37,55 @@ def define(
             return composite(*args)
         return getattr(implementation, name)(*inputs)
 
+    define_plain(name, f"{arguments}, str backend{arrow}{results}", run, fake)
+
+
+def define_plain(
+    name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Registers `m3bind::<name>`, which is the same in every backend."""
+    qualified = f"m3bind::{name}"
+    torch.library.define(qualified, signature)
     torch.library.impl(qualified, "CompositeExplicitAutograd")(run)
     torch.library.register_fake(qualified)(fake)
+    operator = getattr(torch.ops.m3bind, name).default
+
+    def one_by_one(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        calls = [
+            [t if dim is None else t.select(dim, i) for t, dim in zip(inputs, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        ]
+        if not calls:
+            raise ValueError(f"{qualified}: torch.func.vmap over no calls; pass at least one")
+        found = [operator(*call) for call in calls]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        return tuple(torch.stack(each) for each in zip(*found, strict=True)), (0,) * len(found[0])
+
+    torch.library.register_vmap(qualified, one_by_one)
 
 
 def differentiate(
-    name: str, save: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]
+    name: str,
+    save: Callable[..., None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    tangents: Callable[[tuple[Any, ...], Moves, Any], tuple[Tensor, ...]],
 ) -> None:
-    """Makes `m3bind::<name>_bwd`, which has no gradient itself, that of `m3bind::<name>_fwd`."""
-    _register(f"{name}_fwd", save, backward)
-    _register(f"{name}_bwd", lambda *_: None, _refuse)
+    """Makes `m3bind::<name>_bwd`, which has no derivative itself, that of `m3bind::<name>_fwd`.
+
+    `tangents` is its forward mode: of the inputs, their tangents and the output, the tangents of
+    the first outputs; the others have none.
+    """
+    _register(f"{name}_fwd", save, backward, tangents)
+    _register(f"{name}_bwd", lambda *_: None, _refuse, _refuse)
 
 
-def _register(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+def _register(
+    name: str,
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+    tangents: Callable[..., Any],
+) -> None:
     """torch.library.register_autograd without what it does at every call: looking at each argument
     in the schema takes longer than a small batch's matrix products."""
     operator = getattr(torch.ops.m3bind, name).default
@@ -74,8 +111,12 @@ def _register(name: str, save: Callable[..., None], backward: Callable[..., Any]
     of_level: Any = type(f"m3bind_{name}_of_level", (_SingleLevelFunction,), methods)
 
     def run(*inputs: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(inputs)
+        # A compiled torch.func.jvp sets no level that forward_ad knows.
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            primals, moves = _unpacked(inputs)
+            if any(move is not None for move in moves):
+                output = run(*primals)
+                return _dual(output, tangents(primals, moves, output))
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
         if not wanted:
             return below(*inputs)
@@ -87,17 +128,28 @@ def _register(name: str, save: Callable[..., None], backward: Callable[..., Any]
     torch.library.impl(f"m3bind::{name}", "Autograd")(run)
 
 
-def _refuse_tangents(inputs: tuple[Any, ...]) -> None:
-    """Below autograd they would be lost, and the derivative 0 without a word."""
-    for value in inputs:
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            raise RuntimeError(
-                "m3bind: fused operators have no forward-mode derivative (torch.func.jvp, jacfwd); "
-                "pass backend='reference' for one"
-            )
+def _unpacked(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Moves]:
+    """The inputs without their tangents, and these."""
+    duals = [
+        forward_ad.unpack_dual(t, level=_ONLY_LEVEL) if isinstance(t, Tensor) else (t, None)
+        for t in inputs
+    ]
+    primals, moves = zip(*duals, strict=True)
+    return primals, moves
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
+def _dual(output: Any, moves: tuple[Tensor, ...]) -> Any:
+    """The output with its tangents."""
+    outputs = output if isinstance(output, tuple) else (output,)
+    moved = tuple(
+        forward_ad.make_dual(value, move.to(value.dtype), level=_ONLY_LEVEL)
+        for value, move in zip(outputs, moves, strict=False)
+    )
+    return (*moved, *outputs[len(moved) :]) if isinstance(output, tuple) else moved[0]
+
+
+def _refuse(*_: Any) -> Any:
     raise RuntimeError(
-        "m3bind: fused operators have no double backward; pass backend='reference' for one"
+        "m3bind: fused operators have no second derivatives (double backward, torch.func.hessian); "
+        "pass backend='reference' for them"
     )

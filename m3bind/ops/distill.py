@@ -17,6 +17,7 @@ from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids
 from m3bind.ops.define import define, differentiate
 from m3bind.ops.pairs import Pairs
 from m3bind.ops.ranks import ONE_RANK, Ranks
+from m3bind.ops.tangents import Moves, of_both, with_moves
 
 KINDS = ("kl", "ce")
 
@@ -63,8 +64,8 @@ def similarity_distill(
         backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
-        float32 (float64 where the student's or the teacher's features are). Double backward,
-        forward mode: backend="reference" only.
+        float32 (float64 where the student's or the teacher's features are). Second derivatives:
+        backend="reference" only.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, an unknown or unavailable
@@ -183,6 +184,22 @@ def _backward(
     )
 
 
+def _tangents(inputs: tuple[Any, ...], moves: Moves, _: Any) -> tuple[Tensor, Tensor]:
+    x, y, scale, *others, kl, backend = inputs
+    dx, dy, dscale, *_ = moves
+    x, dx, y, dy = with_moves((x, dx), (y, dy))
+
+    def gradients(x: Tensor, y: Tensor, scale: Tensor, of_x: bool) -> Tensor:
+        given = (x, y, scale, *others)
+        *losses, row_lse, col_lse = torch.ops.m3bind.similarity_distill_fwd(*given, kl, backend)
+        grads = [torch.full_like(losses[0], of_x), torch.full_like(losses[1], not of_x)]
+        return torch.ops.m3bind.similarity_distill_bwd(
+            *given, row_lse, col_lse, *grads, of_x, not of_x, backend
+        )[0 if of_x else 1]
+
+    return of_both(x, dx, y, dy, scale, dscale, gradients)
+
+
 _INPUTS = (
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor teacher_x, Tensor teacher_y,"
     " Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask"
@@ -200,4 +217,4 @@ define(
     " bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     _bwd_fake,
 )
-differentiate("similarity_distill", _save, _backward)
+differentiate("similarity_distill", _save, _backward, _tangents)

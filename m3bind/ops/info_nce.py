@@ -15,6 +15,7 @@ from m3bind.dtypes import accumulation_dtype
 from m3bind.ops import pairs, stats
 from m3bind.ops.define import define, differentiate
 from m3bind.ops.direction import SOFTPLUS_LINEAR
+from m3bind.ops.tangents import Moves, in_sums, of_total
 
 
 def info_nce(
@@ -104,6 +105,17 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | No
     return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 4)
 
 
+def _tangents(inputs: tuple[Any, ...], moves: Moves, _: Any) -> tuple[Tensor]:
+    x, y, scale, margin, mean, _, backend = inputs
+    x, y = in_sums(x), in_sums(y)
+    loss, *saved = torch.ops.m3bind.info_nce_fwd(x, y, scale, margin, mean, 0, backend)
+    need = (moves[0] is not None, moves[1] is not None)
+    grads = torch.ops.m3bind.info_nce_bwd(
+        x, y, scale, margin, mean, *saved, torch.ones_like(loss), *need, backend
+    )
+    return (of_total(grads, moves[:3]),)
+
+
 _INPUTS = "(Tensor x, Tensor y, Tensor logit_scale, float margin, bool mean"
 define(
     "similarity_stats",
@@ -120,4 +132,4 @@ define(
     stats.bwd_fake,
     _bwd,
 )
-differentiate("info_nce", _save, _backward)
+differentiate("info_nce", _save, _backward, _tangents)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from m3bind.dtypes import accumulation_dtype
-from m3bind.ops.define import define, differentiate
+from m3bind.ops.define import define, define_plain, differentiate
+from m3bind.ops.tangents import Moves, in_sums, of_total
 
 
 def info_nce_rows(
@@ -68,6 +69,15 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | No
     return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 5)
 
 
+def _tangents(inputs: tuple[Any, ...], moves: Moves, _: Any) -> tuple[Tensor]:
+    x, y, scale, margin, mean, _, _, backend = inputs
+    x, y = in_sums(x), in_sums(y)
+    need = (moves[0] is not None, moves[1] is not None)
+    loss, *grads = torch.ops.m3bind.info_nce_rows_fwd(x, y, scale, margin, mean, *need, backend)
+    grads = torch.ops.m3bind.info_nce_rows_bwd(torch.ones_like(loss), x, y, scale, *grads)
+    return (of_total(grads, moves[:3]),)
+
+
 define(
     "similarity_stats",
     "info_nce_rows_fwd",
@@ -75,11 +85,11 @@ define(
     " -> (Tensor loss, Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     _fwd_fake,
 )
-torch.library.define(
-    "m3bind::info_nce_rows_bwd",
+define_plain(
+    "info_nce_rows_bwd",
     "(Tensor grad, Tensor x, Tensor y, Tensor logit_scale, Tensor grad_x, Tensor grad_y,"
     " Tensor grad_scale) -> (Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd,
 )
-torch.library.impl("m3bind::info_nce_rows_bwd", "CompositeExplicitAutograd")(_bwd)
-torch.library.register_fake("m3bind::info_nce_rows_bwd")(_bwd)
-differentiate("info_nce_rows", _save, _backward)
+differentiate("info_nce_rows", _save, _backward, _tangents)

@@ -34,8 +34,8 @@ def similarity_lse(
         backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
-        float32 (float64 for float64 features); -inf where nothing is left to sum. Double backward,
-        forward mode: backend="reference" only.
+        float32 (float64 for float64 features); -inf where nothing is left to sum. Second
+        derivatives: backend="reference" only.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown or unavailable backend.

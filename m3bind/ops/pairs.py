@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ONE_COLUMN, ONE_ROW = 1, 2  # bits of a class, see m3bind.ops.stats
@@ -89,9 +90,7 @@ def dense(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:
     if col_ids.shape[0] == 0:
         return torch.full_like(row_ids, -1), col_ids
     ordered, order = col_ids.sort()
-    new = torch.ones_like(ordered)
-    new[1:] = ordered[1:] != ordered[:-1]
-    number = new.cumsum(0) - 1
+    number = F.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
     at = torch.searchsorted(ordered, row_ids).clamp(max=col_ids.shape[0] - 1)
     return number[at].where(ordered[at] == row_ids, -1), torch.empty_like(number).scatter(
         0, order, number

@@ -10,7 +10,8 @@ from typing import Protocol
 from torch import Tensor
 
 from m3bind import reference
-from m3bind.ops import pairs, soft, stats
+from m3bind.ops import pairs, stats
+from m3bind.ops.listed import listed_dots
 
 Losses = list[tuple[Tensor, Tensor]]  # of each direction: the losses, and which of them count
 
@@ -93,7 +94,7 @@ class OneRank:
         which = pairs.Pairs()
         return stats.similarity_stats(x, y, logit_scale, which, totals=totals, backend=backend)[0]
 
-    listed_dots = staticmethod(soft.listed_dots)
+    listed_dots = staticmethod(listed_dots)
 
     def column_sums(self, values: Tensor) -> Tensor:
         return values

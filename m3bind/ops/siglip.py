@@ -9,14 +9,16 @@ reduction="none", the backward pass computes the logits again (`siglip`, 4 GEMMs
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3bind import backends, reference
 from m3bind.dtypes import accumulation_dtype, statistics_dtype
 from m3bind.ops import arguments, pairs
 from m3bind.ops.contrastive import REDUCTIONS, Ids, Terms
-from m3bind.ops.define import define, differentiate
+from m3bind.ops.define import define, define_plain, differentiate
 from m3bind.ops.ranks import ONE_RANK
+from m3bind.ops.tangents import Moves, in_sums, nonzero, of_rows, of_total, with_moves
 
 _DIAGONAL = pairs.Pairs()  # to these operators no classes mean that row i and column i are positive
 
@@ -58,9 +60,8 @@ def siglip_loss(
         backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
-        float32 (float64 for float64 features). Double backward, forward mode:
-        backend="reference" only. What is below the smallest normal number of that dtype (a pair of
-        logit -88 in float32) may be 0.
+        float32 (float64 for float64 features). Second derivatives: backend="reference" only. What
+        is below the smallest normal number of that dtype (a pair of logit -88 in float32) may be 0.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, an unknown or unavailable
@@ -183,6 +184,33 @@ def _total_backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tenso
     return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 8)
 
 
+def _tangents(inputs: tuple[Any, ...], moves: Moves, _: Any) -> tuple[Tensor]:
+    x, y, scale, bias, *held, backend = inputs
+    dx, dy, dscale, dbias, *_ = moves
+    x, dx, y, dy = with_moves((x, dx), (y, dy))
+    if dbias is not None:  # a feature of y that is 0 and moves
+        x, dx = F.pad(x, (0, 1), value=1.0), F.pad(dx, (0, 1))
+        by_scale = (dbias / nonzero(scale)).expand(dy.shape[0], 1)
+        y, dy = F.pad(y, (0, 1)), torch.cat([dy, by_scale], 1)
+
+    def gradient(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        ones = x.new_ones(x.shape[0], dtype=statistics_dtype(x.device))
+        given = (x, y, scale, bias, *held, ones, True, False, backend)
+        return torch.ops.m3bind.siglip_bwd(*given)[0]
+
+    return (of_rows(x, dx, y, dy, scale, dscale, gradient),)
+
+
+def _total_tangents(inputs: tuple[Any, ...], moves: Moves, _: Any) -> tuple[Tensor]:
+    x, y, *rest, mean, _, _, backend = inputs
+    x, y = in_sums(x), in_sums(y)
+    need = (moves[0] is not None, moves[1] is not None)
+    total, *grads = torch.ops.m3bind.siglip_total_fwd(x, y, *rest, mean, *need, backend)
+    ones = torch.ones_like(total)
+    grads = torch.ops.m3bind.siglip_total_bwd(ones, x, y, *rest[:2], *grads)
+    return (of_total(grads, moves[:4]),)
+
+
 define("siglip", "siglip_fwd", _INPUTS + ") -> Tensor", _fwd_fake)
 define(
     "siglip",
@@ -191,7 +219,7 @@ define(
     " Tensor grad_scale, Tensor grad_bias)",
     _bwd_fake,
 )
-differentiate("siglip", _save, _backward)
+differentiate("siglip", _save, _backward, _tangents)
 define(
     "siglip",
     "siglip_total_fwd",
@@ -200,12 +228,12 @@ define(
     " Tensor grad_scale, Tensor grad_bias)",
     _total_fwd_fake,
 )
-torch.library.define(
-    "m3bind::siglip_total_bwd",
+define_plain(
+    "siglip_total_bwd",
     "(Tensor grad, Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias,"
     " Tensor grad_x, Tensor grad_y, Tensor grad_scale, Tensor grad_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    _total_bwd,
+    _total_bwd,
 )
-torch.library.impl("m3bind::siglip_total_bwd", "CompositeExplicitAutograd")(_total_bwd)
-torch.library.register_fake("m3bind::siglip_total_bwd")(_total_bwd)
-differentiate("siglip_total", _total_save, _total_backward)
+differentiate("siglip_total", _total_save, _total_backward, _total_tangents)

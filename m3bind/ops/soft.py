@@ -1,8 +1,9 @@
 """Soft targets: a few weighted columns a row, in O(N * K * D) time and O(N * K) memory."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3bind.ops.direction import Side, add_exponentials
@@ -12,40 +13,10 @@ if TYPE_CHECKING:
     from m3bind.ops.ranks import Ranks
 
 
-class _ListedDots(torch.autograd.Function):
-    """`(x[:, None] * y[columns]).sum(2)`, without the [N, K, D] that it would keep."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, y: Tensor, columns: Tensor) -> Tensor:
-        return torch.stack([(x * y[at]).sum(1) for at in columns.unbind(1)], 1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, y, columns = ctx.saved_tensors
-        grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
-        for at, weight in zip(columns.unbind(1), grad.unbind(1), strict=True):
-            grad_x = grad_x + weight[:, None] * y[at]
-            grad_y = grad_y.index_add(0, at, weight[:, None] * x)
-        return grad_x, grad_y, None
-
-
-def listed_dots(x: Tensor, y: Tensor, columns: Tensor) -> Tensor:  # [N, K]
-    if columns.shape[1] == 0 or y.shape[0] == 0:
-        return x.new_zeros(columns.shape)
-    return _ListedDots.apply(x, y, columns)
-
-
 def _first_of_equal(columns: Tensor) -> Tensor:  # [N, K] bool
     """Whether nothing before it in its row is equal: a column enters a denominator once."""
     ordered, order = columns.sort(dim=1, stable=True)
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    new = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
     return torch.empty_like(new).scatter(1, order, new)
 
 
@@ -86,7 +57,9 @@ def add_targets(
     back = there & (ranks.own_rows(which.row_mask)[:, None] == which.col_mask[at])
     back = back & _first_of_equal(at.where(back, -1))
     masked = logits.where(back, -torch.inf)
-    rows.lse = add_exponentials(rows.lse, masked.logsumexp(1))
+    some = back.any(1)  # a log-sum-exp of nothing would move by NaN in forward mode
+    row_lse = masked.where(some[:, None], 0).logsumexp(1)
+    rows.lse = add_exponentials(rows.lse, row_lse.where(some, -torch.inf))
     # A log-sum-exp over the rows of each column, shifted by a maximum that needs no gradient.
     lowest = masked.new_full((num_cols,), -torch.inf)
     peak = ranks.maximum(lowest.scatter_reduce(0, flat, masked.detach().flatten(), "amax"))

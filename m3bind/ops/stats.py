@@ -20,12 +20,14 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3bind import backends
 from m3bind.dtypes import accumulation_dtype, statistics_dtype
 from m3bind.ops.define import define, differentiate
 from m3bind.ops.pairs import Pairs
+from m3bind.ops.tangents import Moves, of_both, with_moves
 
 MEMORY_BUDGET = 64.0  # MiB, of dot products
 BLOCK = 64  # rows and columns of what is kept
@@ -123,6 +125,63 @@ def _backward(
     )
 
 
+def _tangents(inputs: tuple[Any, ...], moves: Moves, _: Any) -> tuple[Tensor, Tensor]:
+    x, y, scale, *held, margin, totals, _, backend = inputs
+    dx, dy, dscale, *_ = moves
+    x, dx, y, dy = with_moves((x, dx), (y, dy))
+    wanted = range(3 if totals else 2)
+
+    def gradients(x: Tensor, y: Tensor, scale: Tensor, of_x: bool) -> Tensor:
+        given = (x, y, scale, *held, margin, totals)
+        rows, cols, kept = torch.ops.m3bind.similarity_stats_fwd(*given, 0, backend)
+        found = []
+        for i in wanted:
+            one = (torch.arange(3, device=rows.device) == i).to(rows.dtype)[:, None]
+            grads = one * torch.full_like(rows, of_x), one * torch.full_like(cols, not of_x)
+            grads = torch.ops.m3bind.similarity_stats_bwd(
+                *given, rows[0], cols[0], kept, *grads, of_x, not of_x, backend
+            )
+            found.append(grads[0 if of_x else 1])
+        return torch.stack(found)
+
+    both = of_both(x, dx, y, dy, scale, dscale, gradients)
+    if margin and dscale is not None and held[0] is not None:
+        shares = _positive_shares(x, y, scale, held, margin, backend)
+        both = tuple(
+            own - dscale * margin * share[: len(own)]
+            for own, share in zip(both, shares, strict=True)
+        )
+    rows, cols = (F.pad(own, (0, 0, 0, 3 - len(own))) for own in both)
+    return rows, cols
+
+
+def _positive_shares(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    held: list[Tensor | None],
+    margin: float,
+    backend: str,
+) -> list[Tensor]:  # [3, N], [3, M]
+    """How much of each statistic moves when the logits of all positives do."""
+    row_class, col_class, *_ = held
+    assert row_class is not None and col_class is not None
+    forward = torch.ops.m3bind.similarity_stats_fwd
+    # One mask for all: positives alone stay.
+    masks = [torch.zeros_like(t, dtype=torch.int32) for t in (row_class, col_class)]
+    positives = forward(x, y, scale, row_class, col_class, *masks, margin, False, 0, backend)
+    every = forward(x, y, scale, *held, margin, False, 0, backend)
+    zeros = [torch.zeros_like(t[:, :1]) for t in (x, y)]
+    counts = forward(
+        *zeros, torch.ones_like(scale), row_class, col_class, None, None, -1.0, False, 0, backend
+    )
+    shares = []
+    for some, all_, count in zip(positives[:2], every[:2], counts[:2], strict=True):
+        part = (some[0] - all_[0]).exp().where(some[0] > -torch.inf, 0)
+        shares.append(torch.stack([part, count[1], count[1]]))
+    return shares
+
+
 define(
     "similarity_stats",
     "similarity_stats_fwd",
@@ -136,4 +195,4 @@ define(
     " bool need_x, bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     bwd_fake,
 )
-differentiate("similarity_stats", _save, _backward)
+differentiate("similarity_stats", _save, _backward, _tangents)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from m3bind import backends, chunked, reference
 from m3bind.dtypes import accumulation_dtype
-from m3bind.ops import arguments
-from m3bind.ops.define import define, differentiate
+from m3bind.ops import arguments, listed
+from m3bind.ops.define import define, define_plain, differentiate
+from m3bind.ops.tangents import Moves
 
 LARGEST_K = 1024
 
@@ -49,8 +50,8 @@ def similarity_topk(
 
     Returns:
         values, float32 (float64 for float64 features), descending, and indices; where fewer than k
-        rows are left, -inf and -1. Values are differentiable. Double backward, forward
-        mode: backend="reference" only.
+        rows are left, -inf and -1. Values are differentiable; of second derivatives
+        backend="reference" alone has all.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit, an unknown or unavailable
@@ -77,21 +78,6 @@ def _fwd_fake(queries: Tensor, gallery: Tensor, k: int, *rest: Any) -> tuple[Ten
     )
 
 
-def _bwd_fake(
-    queries: Tensor,
-    gallery: Tensor,
-    indices: Tensor,
-    grad: Tensor,
-    need_queries: bool,
-    need_gallery: bool,
-) -> tuple[Tensor, Tensor]:
-    features = queries.shape[1]
-    return (
-        queries.new_empty((queries.shape[0] if need_queries else 0, features)),
-        gallery.new_empty((gallery.shape[0] if need_gallery else 0, features)),
-    )
-
-
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     queries, gallery, *_ = inputs
     ctx.mark_non_differentiable(output[1])
@@ -111,6 +97,15 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     )
 
 
+def _tangents(
+    inputs: tuple[Any, ...], moves: Moves, output: tuple[Tensor, Tensor]
+) -> tuple[Tensor]:
+    queries, gallery, *_ = inputs
+    indices = output[1]
+    moved = listed.moved_dots(queries, gallery, indices.clamp(min=0), *moves[:2])
+    return (moved.where(indices >= 0, 0),)
+
+
 define(
     "similarity_topk",
     "similarity_topk_fwd",
@@ -119,13 +114,7 @@ define(
     _fwd_fake,
 )
 # The backward pass is N * k listed pairs: the same few lines for every backend.
-torch.library.define(
-    "m3bind::similarity_topk_bwd",
-    "(Tensor queries, Tensor gallery, Tensor indices, Tensor grad, bool need_queries,"
-    " bool need_gallery) -> (Tensor grad_queries, Tensor grad_gallery)",
+define_plain(
+    "similarity_topk_bwd", listed.GRADIENT, chunked.similarity_topk_bwd, listed.gradient_fake
 )
-torch.library.impl("m3bind::similarity_topk_bwd", "CompositeExplicitAutograd")(
-    chunked.similarity_topk_bwd
-)
-torch.library.register_fake("m3bind::similarity_topk_bwd")(_bwd_fake)
-differentiate("similarity_topk", _save, _backward)
+differentiate("similarity_topk", _save, _backward, _tangents)

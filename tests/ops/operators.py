@@ -244,6 +244,13 @@ def _topk(ops: Any, backend: str) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield ops.similarity_topk_bwd.default, (*leaves, indices, values, *needs)
 
 
+def _listed(ops: Any, backend: str) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    leaves, columns = list(unit_pairs(9, 5, seed=0)), torch.arange(18).view(9, 2) % 7
+    for needs in NEEDS:
+        yield ops.listed_dots_fwd.default, (*_needing(leaves, needs), columns)
+        yield ops.listed_dots_bwd.default, (*leaves, columns, torch.rand(9, 2), *needs)
+
+
 def _rank(ops: Any, backend: str) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     leaves, ids = unit_pairs(9, 5, seed=0), torch.arange(9) * 5 % 7
     labels = torch.arange(18).view(9, 2) % 11 - 2
@@ -258,4 +265,5 @@ OPCHECKS = {
     "similarity_distill": _distill,
     "similarity_topk": _topk,
     "similarity_rank": _rank,
+    "listed_dots": _listed,
 }

@@ -54,27 +54,8 @@ def test_gradgradcheck_of_the_reference_and_refusal_of_the_fused(operator):
     assert torch.autograd.gradgradcheck(*derivable(owed, leaves, backend="reference"))
     call, given = derivable(owed, leaves, backend="chunked")
     (grad,) = torch.autograd.grad(sum(t.sum() for t in call(*given)), given[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward; pass backend='reference'"):
+    with pytest.raises(RuntimeError, match="fused operators have no second derivatives"):
         grad.sum().backward()
-
-
-@pytest.mark.parametrize("operator", DIFFERENTIABLE)
-def test_forward_mode_of_the_reference_and_refusal_of_the_fused(operator):
-    owed = OPERATORS[operator]
-    leaves = owed.make(5, 3, dtype=torch.float64)
-    for backend in ("reference", "chunked"):
-        call, given = derivable(owed, leaves, backend=backend)
-        given = tuple(t.detach() for t in given)
-        along = tuple(torch.ones_like(t) for t in given)
-        if backend == "reference":
-            rates = torch.func.jvp(call, given, along)[1]
-            step = [t + 1e-6 for t in given], [t - 1e-6 for t in given]
-            ahead, behind = (call(*moved) for moved in step)
-            for rate, one, other in zip(rates, ahead, behind, strict=True):
-                torch.testing.assert_close(rate, (one - other) / 2e-6, rtol=1e-6, atol=1e-6)
-        else:
-            with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-                torch.func.jvp(call, given, along)
 
 
 @pytest.mark.parametrize("operator", DIFFERENTIABLE)
@@ -106,7 +87,7 @@ def test_transforms_of_torch_func(backend, operator):
         )
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
-    with pytest.raises(RuntimeError, match="double backward; pass backend='reference'"):
+    with pytest.raises(RuntimeError, match="fused operators have no second derivatives"):
         torch.func.grad(lambda *t: sum(g.sum() for g in grad(*t)))(*given)
 
 

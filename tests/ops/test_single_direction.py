@@ -138,7 +138,7 @@ def test_contract():
     backward = torch.ops.m3bind.info_nce_rows_bwd.default
     torch.library.opcheck(backward, (torch.tensor(0.5), *given, *grads))
     (grad,) = torch.autograd.grad(clip_loss(x, y, scale, directions="rows"), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward; pass backend='reference'"):
+    with pytest.raises(RuntimeError, match="fused operators have no second derivatives"):
         grad.sum().backward()
     for direction in ("rows", "columns"):
         loss = partial(clip_loss, directions=direction, backend="cpp")
