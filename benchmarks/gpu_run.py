@@ -28,6 +28,7 @@ ABOUT = {
     "test_triton_siglip": ("siglip",),
     "test_triton_distill": ("similarity_distill",),
     "test_triton_search": ("similarity_topk", "similarity_rank"),
+    "test_triton_forward_mode": ("similarity_stats", "siglip", "similarity_distill"),
 }
 
 

@@ -18,6 +18,7 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "
 # Files of tests/kernels whose tests are all of the triton backend.
 INTERPRETED = (
     "test_triton_distill",
+    "test_triton_forward_mode",
     "test_triton_kept",
     "test_triton_kept_memory",
     "test_triton_search",

@@ -28,6 +28,7 @@ if INTERPRETED:
 elif not torch.cuda.is_available():
     collect_ignore = [
         "test_triton_distill.py",
+        "test_triton_forward_mode.py",
         "test_triton_kept.py",
         "test_triton_kept_memory.py",
         "test_triton_search.py",

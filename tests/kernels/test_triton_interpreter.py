@@ -12,7 +12,7 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-KERNELS = ("stats", "kept", "siglip", "distill", "search")
+KERNELS = ("stats", "kept", "siglip", "distill", "search", "forward_mode")
 
 
 def run_interpreted(kernels: Iterable[str], *options: str) -> None:

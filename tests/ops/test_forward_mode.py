@@ -8,7 +8,7 @@ import torch
 import torch.autograd.forward_ad as fwd
 from drawn import DIRECTIONS, MASKS, POSITIVES, SEEDS, SHAPES, Draw
 from feature_oracle import feature_loss
-from operators import DIFFERENTIABLE, FAST, OPERATORS
+from operators import DIFFERENTIABLE, FAST, OPERATORS, counted, halves
 from properties import given, settings, st
 from siglip_oracle import float64_loss as siglip_truth
 from test_operator_contract import derivable
@@ -92,16 +92,15 @@ def test_every_result_moves_as_its_differences_say(backend, operator):
 
 def rows_of_distill(x: Tensor, y: Tensor, scale: Tensor, **more: Any) -> Any:
     teacher = x.detach()[:, :8], y.detach()[:, 8:]
-    ids = torch.arange(len(x)) % 3, torch.arange(len(y)) % 3
+    ids = tuple(counted(t) % 3 for t in (x, y))
     return similarity_distill(x, y, scale, *teacher, 3.0, mask_ids=ids, reduction="none", **more)
 
 
 def featured(x: Tensor, y: Tensor, scale: Tensor, **more: Any) -> Any:
-    ids = torch.arange(len(x)) // 2, torch.arange(len(y)) // 2
-    masks = torch.arange(len(x)) % 3, torch.arange(len(y)) % 3
+    masks = tuple(counted(t) % 3 for t in (x, y))
     return clip_loss(
-        x, y, scale, positive_ids=ids, mask_ids=masks, label_smoothing=0.1, margin=0.3, z_loss=0.01,
-        reduction="none", **more,
+        x, y, scale, positive_ids=halves(x, y), mask_ids=masks, label_smoothing=0.1, margin=0.3,
+        z_loss=0.01, reduction="none", **more,
     )  # fmt: skip
 
 
@@ -119,24 +118,32 @@ EACH = {
 def assert_near(got: Any, want: Any, rtol: float) -> None:
     got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
     for one, other in zip(got, want, strict=True):
-        assert (one - other).norm() <= rtol * other.norm()
+        assert (one.cpu() - other).norm() <= rtol * other.norm()
+
+
+def check_moves(
+    loss: str, backend: str, scale: float, size: float, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Of x [40, 16] and y [50, 16], with moves of that size, against float64."""
+    draw = Draw(0)
+    features = [torch.nn.functional.normalize(draw.normal(n, 16), dim=1) for n in (40, 50)]
+    by_scale = torch.tensor(size * (scale or 1.0))
+    given = *(t.to(dtype) for t in features), torch.tensor(scale)
+    moves = *((size * draw.normal(*t.shape)).to(dtype) for t in features), by_scale
+    exact = [tuple(t.double() for t in side) for side in (given, moves)]
+    want = jvp(partial(EACH[loss], backend="reference"), *exact)[1]
+    there = [tuple(t.to(device) for t in side) for side in (given, moves)]
+    got = jvp(partial(EACH[loss], backend=backend), *there)[1]
+    assert_near(got, want, 2e-5)
 
 
 @pytest.mark.parametrize("scale", (0.0, 1e-30, 1.0, 100.0, -50.0, 1e6, 1e10))
 @pytest.mark.parametrize("loss", EACH)
 @pytest.mark.parametrize("backend", FAST)
 def test_scales_and_moves_of_any_size(backend, loss, scale):
-    draw = Draw(0)
-    features = [torch.nn.functional.normalize(draw.normal(n, 16), dim=1) for n in (40, 50)]
-    by_scale = torch.tensor(scale or 1.0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for size in (1e-4, 1.0, 1e4) if dtype == torch.float16 else (1e-4, 1.0, 1e8, 1e18):
-            given = *(t.to(dtype) for t in features), torch.tensor(scale)
-            moves = *((size * draw.normal(*t.shape)).to(dtype) for t in features), size * by_scale
-            exact = [tuple(t.double() for t in side) for side in (given, moves)]
-            want = jvp(partial(EACH[loss], backend="reference"), *exact)[1]
-            got = jvp(partial(EACH[loss], backend=backend), given, moves)[1]
-            assert_near(got, want, 2e-5)
+            check_moves(loss, backend, scale, size, dtype)
 
 
 def compiled(call: Any, x: Tensor, move: Tensor) -> Tensor:
