@@ -1,8 +1,11 @@
 """The kernels of csrc/cuda as the ordinary build compiled them: what the compiler made of them."""
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 from m3bind import sources
 
 triton = pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Kernels by the instances that the operators can start.
 INSTANCES = {"stats_fwd": 2 * 8 + 2 * 4, "stats_bwd": 8 + 8 + 4, "siglip": 2 * 6 + 4, "topk": 2 * 2}
@@ -40,6 +44,24 @@ def test_nothing_is_spilled_and_everything_is_there(module) -> None:
         assert int(registers) <= 168 and stack == local == "0", name
 
 
+@pytest.mark.slow  # minutes: it is the whole build, of a copy, since objects that exist stay
+def test_ptxas_says_that_nothing_is_spilled(module, tmp_path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py", "*.toml", "*.md", "CMakeLists.txt", "csrc"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    for name in listed:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"], cwd=tmp_path, text=True,
+        env=os.environ | {"M3BIND_CUDA": "ON"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    said = re.findall(r"(\d+) bytes stack frame, (\d+) .* stores, (\d+) .* loads", done.stdout)
+    assert said == [("0", "0", "0")] * sum(INSTANCES.values())
+
+
 def test_hoppers_instructions_are_used(module, tmp_path) -> None:
     code = tool("cuobjdump", "-sass", module)
     functions = re.split(r"\n\s*Function : ", code)[1:]
@@ -62,6 +84,5 @@ def test_it_is_built_of_these_sources(module) -> None:
     found = backends.native_cuda()
     if isinstance(found, str):
         pytest.skip(found)
-    root = Path(__file__).parents[2]
-    assert found.sources == sources.of_native(root, "cuda"), "csrc/cuda changed: build again"
+    assert found.sources == sources.of_native(ROOT, "cuda"), "csrc/cuda changed: build again"
     assert set(found.operators) == {"similarity_stats", "siglip", "similarity_topk"}
