@@ -60,7 +60,7 @@ def rates(dtype: str, rounds: int) -> dict[str, float]:
         seconds.append(shortest(step, rounds))
     products = seconds[1] - seconds[0]
     W = dist.get_world_size()
-    long, short = torch.zeros(1 << 22, dtype=torch.uint8), torch.zeros(160, dtype=torch.uint8)
+    long, short = torch.zeros(1 << 22, dtype=torch.uint8), torch.zeros(184, dtype=torch.uint8)
     seconds = []
     for sent in (long, short):
         found = sent.new_empty(W * sent.numel())

@@ -29,7 +29,7 @@ Arguments of all three
         every rank then raises the same ValueError, and none waits for another. "static" leaves it
         out: the caller vouches for equal sizes and arguments on all ranks, and that the same
         features need gradients; "auto" then leaves memory out of account.
-    check: also look for NaN in the features, on all ranks (a synchronisation on a GPU).
+    check: also look for NaN in what is passed, on all ranks (a synchronisation on a GPU).
     reduce_scale: the scale's and bias's gradient is the true one on each rank, for parameters that
         nothing averages.
 
@@ -55,7 +55,8 @@ are filled up to the longest where they are gathered, and travel as they are whe
 
 A rank that is lost ends the others with a RuntimeError within the group's timeout. They look for
 five more seconds, in the store by which they met, for the one to name. torch.compile leaves these
-calls out of its graphs. There is no double backward and no forward mode.
+calls out of its graphs. Within torch.func they raise; there is no double backward and no forward
+mode.
 """
 
 from m3bind.distributed.clip import clip_loss

@@ -5,7 +5,9 @@ read its arguments, a second exchange carries the words, and every rank raises t
 """
 
 import hashlib
+import math
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +21,8 @@ from m3bind.distributed.exchange import Channel
 from m3bind.ops.arguments import DTYPES
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+NO_NUMBER = -1
+MAY_HOLD_NAN = ("x", "y", "negatives", "teacher_x", "teacher_y", "weights of soft_targets")
 MODES = {0: "off (torch.no_grad)", 1: "on"}
 
 
@@ -40,14 +44,18 @@ class Brought:
     listed: int = 0  # targets that each row lists
     largest_column: int = -1  # of those that labels and targets name
     unpaired: int = 0  # it has rows that no column stands for
-    has_nan: int = 0
+    has_nan: int = 0  # bits, of MAY_HOLD_NAN
     memory: int = 0  # of the device, MiB
     need_x: int = 0
     need_y: int = 0
     need_negatives: int = 0
     need_scalars: int = 0
+    logit_scale: int = NO_NUMBER  # the bits of a number; a tensor's may only be near on all ranks
+    logit_bias: int = NO_NUMBER
+    teacher_scale: int = NO_NUMBER
 
 
+NUMBERS = ("logit_scale", "logit_bias", "teacher_scale")
 # What must be equal: the name in the error, and how a value reads.
 EQUAL: dict[str, tuple[str, Callable[[int], str]]] = {
     "grad_mode": ("gradients ", lambda v: MODES[v]),
@@ -94,6 +102,8 @@ def agree(
     error: Exception | None,
 ) -> list[Brought]:
     """What every rank brings, after it is known to fit together."""
+    # Equal numbers may be written as 0 and 0.0.
+    options = {"loss": op} | {k: float(v) if type(v) is int else v for k, v in options.items()}
     brought.failed = int(error is not None)
     brought.options = hashed(options)
     found = channel.numbers([int(v) for v in asdict(brought).values()])
@@ -105,6 +115,8 @@ def agree(
         _raise_options(op, channel.texts({k: repr(v) for k, v in options.items()}))
     for name, (words, shown) in EQUAL.items():
         _must_be_equal(op, words, [shown(getattr(rank, name)) for rank in ranks])
+    for name in NUMBERS:
+        _must_be_near(op, name, [getattr(rank, name) for rank in ranks])
     check_values(op, ranks)
     return ranks
 
@@ -115,7 +127,10 @@ def _raise_failure(op: str, texts: list[dict[str, str]], error: Exception | None
 
 
 def _raise_options(op: str, texts: list[dict[str, str]]) -> NoReturn:
-    for name in sorted({name for text in texts for name in text}):
+    if len({text["loss"] for text in texts}) > 1:
+        op = "m3bind.distributed"
+    names = {name for text in texts for name in text}
+    for name in sorted(names, key=lambda name: (name != "loss", name)):
         _must_be_equal(op, f"{name}=", [str(text.get(name)) for text in texts])
     raise ValueError(f"{op}: the ranks pass different arguments; pass the same on every rank")
 
@@ -129,11 +144,21 @@ def _must_be_equal(op: str, words: str, values: list[str]) -> None:
     raise ValueError(f"{op}: {', '.join(odd)}; {who} {words}{common}; make them equal")
 
 
+def _must_be_near(op: str, name: str, found: list[int]) -> None:
+    """Numbers, where ranks passed such; computed on other machines they may differ by rounding."""
+    passed = {r: struct.unpack("<d", struct.pack("<q", v))[0] for r, v in enumerate(found)}
+    numbers = [value for r, value in passed.items() if found[r] != NO_NUMBER]
+    if any(not math.isclose(value, numbers[0], rel_tol=1e-4) for value in numbers):
+        texts = ["a tensor" if v == NO_NUMBER else str(passed[r]) for r, v in enumerate(found)]
+        _must_be_equal(op, f"{name}=", texts)
+
+
 def check_values(op: str, ranks: list[Brought]) -> None:
     columns = sum(rank.columns for rank in ranks)
     for r, rank in enumerate(ranks):
         if rank.has_nan:
-            raise ValueError(f"{op}: on rank {r}: the features contain NaN (check=True)")
+            names = [n for bit, n in enumerate(MAY_HOLD_NAN) if rank.has_nan >> bit & 1]
+            raise ValueError(f"{op}: on rank {r}: NaN in {', '.join(names)} (check=True)")
         if rank.largest_column >= columns:
             raise ValueError(
                 f"{op}: on rank {r}: column {rank.largest_column} is named, but all ranks together "

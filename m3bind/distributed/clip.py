@@ -7,7 +7,8 @@ from torch import Tensor
 from m3bind import backends, ops
 from m3bind.distributed import groups
 from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
-from m3bind.distributed.ranks import Prepared, meet
+from m3bind.distributed.prepared import Prepared
+from m3bind.distributed.ranks import meet
 from m3bind.ops import arguments
 from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids, Terms, composed
 
@@ -95,6 +96,7 @@ def _over_ranks(
 ) -> Tensor | tuple[Tensor, Tensor]:
     def prepare() -> Prepared:
         own_x, own_y = arguments.features(OP, *call.own())
+        groups.refuse_sharded(OP, given)
         arguments.choice(OP, "reduction", given["reduction"], REDUCTIONS)
         arguments.choice(OP, "directions", given["directions"], DIRECTIONS)
         scale = groups.scalar(OP, "logit_scale", logit_scale, own_x)
@@ -108,7 +110,8 @@ def _over_ranks(
         terms = Terms.checked(OP, own_x, own_y, None, bias=logit_bias, **given)
         chosen = backends.resolve(OP, own_x.device.type, own_x.dtype, backend)
         one_process(OP, chosen)
-        return Prepared(x=own_x, y=own_y, scale=scale, terms=terms, backend=chosen)
+        numbers = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+        return Prepared(x=own_x, y=own_y, scale=scale, terms=terms, backend=chosen, given=numbers)
 
     aims = ("labels", "positive_ids", "soft_targets")
     features = ("mask_ids", "negatives", *aims)
@@ -116,7 +119,7 @@ def _over_ranks(
     options |= given_names({name: given[name] for name in features} | {"logit_bias": logit_bias})
     options |= {"reduce_scale": reduce_scale, "check": check}
     if isinstance(given["negatives"], Tensor):
-        options["dimensions of negatives"] = given["negatives"].dim()
+        options["dimensions of negatives"] = str(given["negatives"].dim())
     diagonal = all(given[name] is None for name in aims)
     prepared, ranks = meet(
         OP, call, prepare, options, diagonal=diagonal, scheme=scheme, sizes=sizes, check=check

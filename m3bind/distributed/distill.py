@@ -9,7 +9,8 @@ from m3bind import backends, ops
 from m3bind.distributed import groups
 from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
 from m3bind.distributed.jobs import DistillJob
-from m3bind.distributed.ranks import Prepared, meet
+from m3bind.distributed.prepared import Prepared
+from m3bind.distributed.ranks import meet
 from m3bind.dtypes import accumulation_dtype
 from m3bind.ops import arguments
 from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids, Terms
@@ -96,6 +97,7 @@ def _over_ranks(
     def prepare() -> Prepared:
         *student, teacher_x, teacher_y = call.own()
         x, y = arguments.features(OP, *student)
+        groups.refuse_sharded(OP, {"mask_ids": mask_ids})
         teacher_x, teacher_y = arguments.features(
             OP, teacher_x, teacher_y, names=("teacher_x", "teacher_y")
         )
@@ -114,6 +116,7 @@ def _over_ranks(
             x=x, y=y, scale=groups.scalar(OP, "logit_scale", logit_scale, wide), terms=terms,
             backend=chosen, teacher=(teacher_x.detach(), teacher_y.detach()),
             teacher_scale=groups.scalar(OP, "teacher_scale", teacher_scale, wide).detach(),
+            given={"logit_scale": logit_scale, "teacher_scale": teacher_scale},
         )  # fmt: skip
 
     options = {

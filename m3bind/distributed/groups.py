@@ -90,6 +90,17 @@ def local(op: str, named: dict[str, Any], group: Group) -> dict[str, Any]:
     return found
 
 
+def refuse_sharded(op: str, given: dict[str, Any]) -> None:
+    """Beside the features there are no DTensors: each rank passes what goes with its own rows."""
+    for name, value in given.items():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if is_sharded(part):
+                raise ValueError(
+                    f"{op}: {name} is a DTensor; pass this rank's part of it, `to_local()` where "
+                    "it is sharded by rows"
+                )
+
+
 def scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:
     """A scale or bias: over ranks a number or a plain tensor, not a sharded one."""
     if is_sharded(value):

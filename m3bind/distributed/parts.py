@@ -8,7 +8,8 @@ from m3bind.distributed import groups
 from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
 from m3bind.distributed.exchange import Channel
 from m3bind.distributed.functions import Total, Weighted
-from m3bind.distributed.ranks import Prepared, meet
+from m3bind.distributed.prepared import Prepared
+from m3bind.distributed.ranks import meet
 from m3bind.dtypes import accumulation_dtype, statistics_dtype
 from m3bind.ops import arguments
 from m3bind.ops.contrastive import Terms
@@ -65,6 +66,7 @@ def _over_ranks(
 
     def prepare() -> Prepared:
         own_x, own_y = arguments.features(OP, *call.own())
+        groups.refuse_sharded(OP, {"row_ids": row_ids, "col_ids": col_ids})
         terms = Terms.checked(
             OP, own_x, own_y, None, bias=None, labels=None, positive_ids=None,
             mask_ids=ids,  # type: ignore[arg-type]  # None within is refused
@@ -72,7 +74,10 @@ def _over_ranks(
         chosen = backends.resolve(OP, own_x.device.type, own_x.dtype, backend)
         one_process(OP, chosen)
         scale = groups.scalar(OP, "logit_scale", logit_scale, own_x)
-        return Prepared(x=own_x, y=own_y, scale=scale, terms=terms, backend=chosen)
+        return Prepared(
+            x=own_x, y=own_y, scale=scale, terms=terms, backend=chosen,
+            given={"logit_scale": logit_scale},
+        )  # fmt: skip
 
     own, ranks = meet(
         OP, call, prepare, given_names({"ids": ids}), diagonal=False, scheme=scheme,
@@ -96,6 +101,7 @@ def mean(
         total = torch.distributed.nn.all_reduce(torch.stack([values.sum(), values.numel()]))
         return total[0] / total[1]
     """
+    groups.refuse_sharded("mean", {"values": values})
     channel = groups.channel_of(group)
     if channel is None:
         return values.mean()

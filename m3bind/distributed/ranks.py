@@ -1,7 +1,7 @@
 """A batch over ranks: the answers to what losses ask of it (`m3bind.ops.ranks`)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,53 +20,11 @@ from m3bind.distributed.functions import (
     Weighted,
 )
 from m3bind.distributed.jobs import ListedJob, StatsJob
+from m3bind.distributed.prepared import Prepared
 from m3bind.distributed.schemes import Layout, Needs
 from m3bind.dtypes import statistics_dtype
 from m3bind.ops import pairs
-from m3bind.ops.arguments import DTYPES
-from m3bind.ops.contrastive import Terms
 from m3bind.ops.ranks import Losses
-
-
-@dataclass(kw_only=True, slots=True)
-class Prepared:
-    """The checked arguments of one rank."""
-
-    x: Tensor
-    y: Tensor
-    scale: Tensor
-    terms: Terms
-    backend: str
-    teacher: tuple[Tensor, Tensor] | None = None
-    teacher_scale: Tensor | None = None
-
-    def brought(self, diagonal: bool, check: bool) -> Brought:
-        x, y, terms = self.x, self.y, self.terms
-        listed = None if terms.soft_targets is None else terms.soft_targets[0]
-        shared = terms.negatives if terms.negatives is not None else x[:0]
-        scalars = [self.scale] if terms.bias is None else [self.scale, terms.bias]
-        enabled = torch.is_grad_enabled()
-        teacher_x = None if self.teacher is None else self.teacher[0]
-        return Brought(
-            grad_mode=enabled,
-            features=x.shape[1],
-            teacher_features=0 if teacher_x is None else teacher_x.shape[1],
-            dtype=DTYPES.index(x.dtype),
-            teacher_dtype=0 if teacher_x is None else DTYPES.index(teacher_x.dtype),
-            device=agreement.device_kind(x.device),
-            rows=x.shape[0],
-            columns=y.shape[0],
-            negatives=shared.shape[-2],
-            listed=0 if listed is None else listed.shape[1],
-            largest_column=agreement.largest(terms.labels, listed),
-            unpaired=diagonal and x.shape[0] > y.shape[0],
-            has_nan=check and bool(x.isnan().any() | y.isnan().any()),
-            memory=agreement.device_memory(x.device),
-            need_x=enabled and x.requires_grad,
-            need_y=enabled and y.requires_grad,
-            need_negatives=enabled and shared.requires_grad,
-            need_scalars=enabled and any(s.requires_grad for s in scalars),
-        )
 
 
 def meet(
@@ -87,7 +45,7 @@ def meet(
     try:
         check_options(op, scheme, sizes)
         prepared = prepare()
-        brought = prepared.brought(diagonal, check)
+        brought = prepared.brought(op, diagonal, check)
     except Exception as found:
         if sizes == "static":
             raise

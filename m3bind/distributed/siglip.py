@@ -9,7 +9,8 @@ from m3bind import backends, ops
 from m3bind.distributed import groups
 from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
 from m3bind.distributed.jobs import SigmoidJob, SigmoidTotalJob
-from m3bind.distributed.ranks import Prepared, meet
+from m3bind.distributed.prepared import Prepared
+from m3bind.distributed.ranks import meet
 from m3bind.dtypes import accumulation_dtype
 from m3bind.ops import arguments
 from m3bind.ops.contrastive import REDUCTIONS, Ids, Terms
@@ -83,13 +84,15 @@ def _over_ranks(
 ) -> Tensor:
     def prepare() -> Prepared:
         own_x, own_y = arguments.features(OP, *call.own())
+        groups.refuse_sharded(OP, which)
         arguments.choice(OP, "reduction", reduction, REDUCTIONS)
         scale = groups.scalar(OP, "logit_scale", logit_scale, own_x)
         bias = groups.scalar(OP, "logit_bias", 0.0 if logit_bias is None else logit_bias, own_x)
         terms = Terms.checked(OP, own_x, own_y, None, bias=bias, **which)
         chosen = backends.resolve(OP, own_x.device.type, own_x.dtype, backend)
         one_process(OP, chosen)
-        return Prepared(x=own_x, y=own_y, scale=scale, terms=terms, backend=chosen)
+        numbers = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+        return Prepared(x=own_x, y=own_y, scale=scale, terms=terms, backend=chosen, given=numbers)
 
     options = {"reduction": reduction, "reduce_scale": reduce_scale, "check": check}
     options |= given_names(which | {"logit_bias": logit_bias})

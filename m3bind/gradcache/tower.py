@@ -41,7 +41,7 @@ class Pass:
                 self._keep(found, part)
         self.held = [m for m in self.held if m not in self.doubtful or m in used]
         for value in self.features.values():
-            if isinstance(value, Tensor) and value.is_floating_point():
+            if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
                 value.requires_grad_(self.trains)
 
     def _call(self, part: slice) -> dict[Name, Any]:

@@ -101,13 +101,13 @@ def by_first(work: Callable[[], T]) -> T:
     outcome: list[Any] = [None]
     if is_first():
         try:
-            outcome = [(work(), "")]
+            outcome = [(work(), None)]
         except (M3BindError, OSError) as error:
-            outcome = [(None, str(error))]
+            outcome = [(None, str(error) or type(error).__name__)]
     if size() > 1:
         dist.broadcast_object_list(outcome, src=0)
     ((found, failed),) = outcome
-    if failed:
+    if failed is not None:
         raise M3BindError(failed)
     return found
 

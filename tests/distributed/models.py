@@ -4,10 +4,12 @@ import os
 import signal
 import time
 from collections import Counter
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.autograd.forward_ad as fwd
 import torch.distributed as dist
 from cases import unit
 from torch import Tensor, nn
@@ -136,9 +138,21 @@ def caught(changes: dict[int, dict[str, Any]], given: dict[str, Any] | None = No
     grad = own.pop("grad", True)
     if own.pop("short", False):
         y = y[:-1]
+    within, loss = own.pop("within", None), getattr(distributed, own.pop("loss", "clip_loss"))
+    step = partial(loss, y=y, logit_scale=own.pop("scale", 5.0), **((given or {}) | own))
     try:
         with torch.set_grad_enabled(grad):
-            distributed.clip_loss(x, y, own.pop("scale", 5.0), **((given or {}) | own))
+            if within == "torch.func":
+                torch.func.grad(step)(x)
+            elif within == "forward mode":
+                with fwd.dual_level():
+                    step(fwd.make_dual(x, x))
+            elif within == "inference mode":
+                with torch.inference_mode():
+                    x = x.clone()
+                step(x)
+            else:
+                step(x.requires_grad_(grad))
     except ValueError as error:
         return str(error)
     return None
@@ -161,9 +175,13 @@ def caught_sharded(wrong: dict[int, str], op: str) -> str:
     scale: Any = torch.tensor(5.0)
     if how == "scale":
         scale = DTensor.from_local(scale, mesh, [Replicate()], run_check=False)
-    teacher = [*given, 9.0] if op == "similarity_distill" else []
+    teacher, ids = [*given, 9.0] if op == "similarity_distill" else [], {}
+    if how == "ids":
+        own = DTensor.from_local(torch.arange(4), mesh, placed, run_check=False)
+        names = ("row_ids", "col_ids") if op == "similarity_lse" else ("mask_ids",)
+        ids = dict.fromkeys(names, own)
     try:
-        getattr(distributed, op)(*given, scale, *teacher)
+        getattr(distributed, op)(*given, scale, *teacher, **ids)
     except ValueError as error:
         return str(error)
     return ""

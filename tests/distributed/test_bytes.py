@@ -7,7 +7,7 @@ from cases import parts
 from test_losses_over_ranks import SCHEMES, D, E, case_of
 
 NUMBERS = 8  # bytes of a statistic
-RECORD = 20 * 8  # what each call exchanges: numbers of `Brought`
+RECORD = 23 * 8  # what each call exchanges: numbers of `Brought`
 
 
 def expected(loss, scheme, rows, cols, size, rank):

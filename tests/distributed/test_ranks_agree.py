@@ -19,7 +19,13 @@ WRONG = {
     "features a row": ({1: {"features": 7}}, "rank 1 has features a row: 7; the others have"),
     "dtype": ({2: {"dtype": torch.float64}}, "rank 2 has features of torch.float64; the others"),
     "nan": ({1: {"nan": True, "check": True}, 0: {"check": True}, 2: {"check": True}},
-            "on rank 1: the features contain NaN"),
+            "on rank 1: NaN in x (check=True)"),
+    "nan in others": ({i: {"negatives": torch.full((2, 8), torch.nan if i == 2 else 1.0),
+                           "check": True} for i in range(3)},
+                      "on rank 2: NaN in negatives (check=True)"),
+    "numbers": ({1: {"scale": 50.0}}, "rank 1 has logit_scale=50.0; the others have logit_scale=5"),
+    "torch.func": ({1: {"within": "torch.func"}}, "on rank 1: called within torch.func, which"),
+    "forward mode": ({2: {"within": "forward mode"}}, "on rank 2: x has a tangent; over ranks"),
     "reduction": ({0: {"reduction": "sum"}}, "rank 0 has reduction='sum'; the others have"),
     "scheme": ({i: {"scheme": s} for i, s in enumerate(("gather", "circulate", "gather"))},
                "rank 1 has scheme='circulate'; the others have scheme='gather'"),
@@ -53,11 +59,33 @@ def test_all_ranks_raise_the_same(pools, name):
     assert pool.run(models.caught, [({},)] * 3) == [None] * 3  # and go on
 
 
+def test_ranks_in_different_losses(pools):
+    pool = pools(3)
+    found = pool.run(models.caught, [({1: {"loss": "siglip_loss"}},)] * 3)
+    assert len(set(found)) == 1
+    assert found[0].startswith(
+        "m3bind.distributed: rank 1 has loss='siglip_loss'; the others have loss='clip_loss'"
+    )
+
+
+@pytest.mark.parametrize("changes", (
+    {0: {"margin": 0}, 1: {"margin": 0.0}},
+    {1: {"scale": 5.0 + 1e-6}},  # made on another machine
+    {1: {"scale": torch.tensor(5.0)}},
+    {2: {"within": "inference mode"}},
+    {2: {"within": "inference mode", "labels": torch.arange(4)}, 0: {"labels": torch.arange(4)},
+     1: {"labels": torch.arange(4)}},
+), ids=str)  # fmt: skip
+def test_what_may_differ(pools, changes):
+    assert pools(3).run(models.caught, [(changes,)] * 3) == [None] * 3
+
+
 SHARDED = {
     "replicated": ({1: "replicated"}, "on rank 1: x is a DTensor placed (Replicate(),) on a mesh"),
     "one plain": ({0: "plain", 2: "plain"}, "on rank 0: y is no DTensor, as others of x, y"),
     "all plain": ({2: "all plain"},
                   "rank 2 has features='tensors'; the others have features='DTensors'"),
+    "ids": ({0: "ids", 1: "ids", 2: "ids"}, "on rank 0: {ids} is a DTensor; pass this rank's part"),
     "scale": ({1: "scale"}, "on rank 1: logit_scale is a DTensor; pass `logit_scale.full_tensor"),
 }  # fmt: skip
 
@@ -66,6 +94,7 @@ SHARDED = {
 @pytest.mark.parametrize("name", SHARDED)
 def test_all_ranks_raise_the_same_of_tensors_that_are_sharded(pools, name, op):
     changes, words = SHARDED[name]
+    words = words.replace("{ids}", "row_ids" if op == "similarity_lse" else "mask_ids")
     pool = pools(3)
     start = time.monotonic()
     found = pool.run(models.caught_sharded, [(changes, op)] * 3)
