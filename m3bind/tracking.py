@@ -10,25 +10,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m3bind.files import atomic_write
+from m3bind.files import atomic_write, unwritable
 
 
 class Tracker:
     """Append records to ``out/metrics.jsonl`` and to TensorBoard's ``out/tensorboard``.
 
-    ``step`` is the last step that is kept of an earlier run: lines and events after it are
-    dropped, so that a resumed log reads as if nothing had happened. 0 begins anew.
+    ``step`` is the last step that is kept of an earlier run, ``validated`` its last validation:
+    lines after them, and events after the step, are dropped, so that a resumed log reads as if
+    nothing had happened. 0 begins anew. Raises M3BindError where they cannot be written.
     """
 
-    def __init__(self, out: Path, step: int = 0) -> None:
+    def __init__(self, out: Path, step: int = 0, validated: int | None = None) -> None:
+        last = {"loss": step, "validation": step if validated is None else validated}
+        self.path = out / "metrics.jsonl"
+        lines = read_history(self.path) if step else []
+        self.history = [
+            line for line in lines
+            if line["step"] <= last["validation" if "validation" in line else "loss"]
+        ]  # fmt: skip
+        try:
+            self._begin(out, step)
+        except OSError as error:
+            raise unwritable(out, error) from None
+
+    def _begin(self, out: Path, step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         out.mkdir(parents=True, exist_ok=True)
-        self.path = out / "metrics.jsonl"
-        kept = [line for line in read_history(self.path) if line["step"] <= step] if step else []
         with atomic_write(self.path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.history = kept
+            partial.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         self._file = self.path.open("a")
         folder = out / "tensorboard"
         if not step and folder.is_dir():

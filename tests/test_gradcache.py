@@ -203,6 +203,22 @@ def test_texts_and_options(kind):
     assert_same(got, gradients(tower))
 
 
+def test_complex_features():
+    class Waves(Tower):
+        def forward(self, rows: Tensor) -> Tensor:
+            found = super().forward(rows)
+            return torch.complex(found, found.roll(1, 1))
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return clip(x.real, y.imag)
+
+    towers, batches = [Waves(0, 0.0), Waves(1, 0.0)], inputs()
+    plain(towers, loss, ROWS, *batches)
+    want = gradients(*towers)
+    GradCache(towers, loss, 3).step(*batches)
+    assert_same(gradients(*towers), want)
+
+
 def test_grad_scaler():
     towers, batches = [Tower(0, 0.0), Tower(1, 0.0)], inputs()
     parameters = [p for t in towers for p in t.parameters()]

@@ -5,6 +5,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from m3bind.errors import M3BindError
 from m3bind.tracking import Tracker, read_history
 
 
@@ -43,6 +44,28 @@ def test_a_resumed_log_drops_what_came_after_its_step(tmp_path) -> None:
     with Tracker(tmp_path) as tracker:  # from the beginning
         tracker.log(1, {"loss": 9.0})
     assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 9)]
+
+
+def test_a_validation_that_is_done_again_is_logged_once(tmp_path) -> None:
+    """Killed after it, and before the next checkpoint."""
+    with Tracker(tmp_path) as tracker:
+        for step in (1, 2):
+            tracker.log(step, {"loss": float(step)})
+            tracker.log(step, {"validation": {"score": 0.5}})
+    with Tracker(tmp_path, step=2, validated=1) as tracker:
+        tracker.log(2, {"validation": {"score": 0.6}})
+    lines = read_history(tmp_path / "metrics.jsonl")
+    assert [(line["step"], *line) for line in lines] == [
+        (1, "step", "loss"), (1, "step", "validation"), (2, "step", "loss"),
+        (2, "step", "validation"),
+    ]  # fmt: skip
+    assert lines[-1]["validation"]["score"] == 0.6
+
+
+def test_a_log_that_cannot_be_written_says_so(tmp_path) -> None:
+    (tmp_path / "run").touch()  # a file where the folder should be
+    with pytest.raises(M3BindError, match=r"cannot write .*run: .*: choose another folder"):
+        Tracker(tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfe\n", b'{"loss": 1}\n', b"[1]\n", b"3\n"])

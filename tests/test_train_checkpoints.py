@@ -75,6 +75,32 @@ def test_a_cut_while_it_is_written_leaves_the_one_before(tmp_path, monkeypatch, 
     assert not left.exists()
 
 
+def test_what_is_half_written_takes_no_room(tmp_path, monkeypatch):
+    """Neither after a save that failed nor after a resume of a run that was killed in one."""
+    write, folder = checkpoints.save_parts, tmp_path / "checkpoints"
+
+    def full(path, tensors):
+        if path.name.startswith("step-4"):
+            path.mkdir(parents=True)
+            (path / "half").touch()
+            raise M3BindError("no space left")
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoints, "save_parts", full)
+    with pytest.raises(M3BindError, match="no space left"):
+        run(tmp_path, [0.1] * 9, more=2)
+    (left,) = folder.glob("step-*")
+    assert left.name.startswith("step-3-")
+    (folder / "step-4-killed").mkdir()
+    seen = []
+    monkeypatch.setattr(
+        checkpoints, "save_parts",
+        lambda path, tensors: seen.append(list(folder.glob("*killed"))) or write(path, tensors),
+    )  # fmt: skip
+    run(tmp_path, [0.1] * 9, more=2, resume=True)
+    assert seen[0] == []
+
+
 def test_only_the_last_and_the_best_are_kept(tmp_path):
     run(tmp_path, [0.2, 0.9, 0.5, 0.4])
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

@@ -72,10 +72,13 @@ class Checkpoints:
 
     def save(self, progress: Progress) -> None:
         """All that a resumed training needs; these are the best weights, if it is their step."""
-        by_first(self._remove_old)  # what a run left that was stopped while it wrote
         # Never used before: what an earlier attempt still writes cannot come among it.
         name = by_first(lambda: f"step-{progress.step}-{secrets.token_hex(4)}")
-        self.last = {"folder": name, **save_parts(self.folder / name, self._tensors())}
+        try:
+            self.last = {"folder": name, **save_parts(self.folder / name, self._tensors())}
+        except M3BindError:
+            by_first(self._remove_old)  # room for what comes next
+            raise
         if progress.best_step == progress.step:
             self.best = self.last
         self._write_index(progress)
@@ -164,6 +167,7 @@ class Checkpoints:
             torch.manual_seed(seed)
         elif torch.cuda.is_available() and "cuda" not in generators:  # written without a GPU
             torch.cuda.manual_seed(seed)
+        by_first(self._remove_old)  # what a run left that was stopped while it wrote
         return progress
 
     def _load_model(self, parts: Parts) -> None:

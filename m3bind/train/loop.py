@@ -20,7 +20,7 @@ from m3bind.data.loader import Batch
 from m3bind.errors import Interrupted, M3BindError
 from m3bind.parallel import Engine, gathered_objects, is_first, size
 from m3bind.parallel.engine import scale_gradients
-from m3bind.parallel.world import lost_ranks_named, totals
+from m3bind.parallel.world import by_first, lost_ranks_named, totals
 from m3bind.tracking import Tracker
 from m3bind.train.checkpoints import Checkpoints
 from m3bind.train.index import Progress
@@ -105,11 +105,13 @@ class _Fit:
             out, self.engine, self.optimizer, loaders, self.rng, settings
         )
         self.progress = Progress()
+        self.tracker: Tracker | None = None  # of the first rank
         self.stopped = False  # as all ranks agreed on
 
     def run(self, resume: bool) -> FitResult:
         progress = self.progress = self.checkpoints.begin(resume)
-        with Tracker(self.out, progress.step) if is_first() else nullcontext() as self.tracker:
+        by_first(self._begin_log)
+        with self.tracker or nullcontext():
             if progress.step < self.config.steps or self._validation_due():
                 # Signals are noted within: torchrun sends one where a rank is lost.
                 with stop_signals() as stop, lost_ranks_named(self.description):
@@ -125,6 +127,9 @@ class _Fit:
                 seconds=progress.seconds,
                 history=self.tracker.history if self.tracker else [],
             )
+
+    def _begin_log(self) -> None:
+        self.tracker = Tracker(self.out, self.progress.step, self.progress.validated)
 
     def _train(self, stop: Stop) -> None:
         progress, config = self.progress, self.config
