@@ -24,12 +24,12 @@ class Tracker:
     def __init__(self, out: Path, step: int = 0, validated: int | None = None) -> None:
         last = {"loss": step, "validation": step if validated is None else validated}
         self.path = out / "metrics.jsonl"
-        lines = read_history(self.path) if step else []
-        self.history = [
-            line for line in lines
-            if line["step"] <= last["validation" if "validation" in line else "loss"]
-        ]  # fmt: skip
         try:
+            lines = read_history(self.path) if step else []
+            self.history = [
+                line for line in lines
+                if line["step"] <= last["validation" if "validation" in line else "loss"]
+            ]  # fmt: skip
             self._begin(out, step)
         except OSError as error:
             raise unwritable(out, error) from None
@@ -51,8 +51,11 @@ class Tracker:
         """Write one line; numbers, also nested ones, become TensorBoard scalars."""
         line = {"step": step, **values}
         self.history.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self.path, error) from None
         for name, value in _scalars(values):
             self._board.add_scalar(name, value, step)
 

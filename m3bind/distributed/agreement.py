@@ -22,7 +22,10 @@ from m3bind.ops.arguments import DTYPES
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 NO_NUMBER = -1
-MAY_HOLD_NAN = ("x", "y", "negatives", "teacher_x", "teacher_y", "weights of soft_targets")
+MAY_HOLD_NAN = (
+    "x", "y", "logit_scale", "logit_bias", "negatives", "teacher_x", "teacher_y", "teacher_scale",
+    "weights of soft_targets",
+)  # fmt: skip
 MODES = {0: "off (torch.no_grad)", 1: "on"}
 
 
@@ -94,6 +97,16 @@ def largest(*named: Tensor | None) -> int:
     return max(found, default=-1)
 
 
+def _comparable(option: Any) -> Any:
+    """Equal numbers may be written as 0, 0.0 and np.float64(0), and differ by rounding."""
+    if isinstance(option, bool) or not isinstance(option, int | float):
+        return option
+    try:
+        return float(f"{float(option):.9g}") + 0.0  # -0 is 0
+    except OverflowError:
+        return option
+
+
 def agree(
     op: str,
     channel: Channel,
@@ -102,8 +115,7 @@ def agree(
     error: Exception | None,
 ) -> list[Brought]:
     """What every rank brings, after it is known to fit together."""
-    # Equal numbers may be written as 0 and 0.0.
-    options = {"loss": op} | {k: float(v) if type(v) is int else v for k, v in options.items()}
+    options = {"loss": op} | {name: _comparable(value) for name, value in options.items()}
     brought.failed = int(error is not None)
     brought.options = hashed(options)
     found = channel.numbers([int(v) for v in asdict(brought).values()])
@@ -148,14 +160,16 @@ def _must_be_near(op: str, name: str, found: list[int]) -> None:
     """Numbers, where ranks passed such; computed on other machines they may differ by rounding."""
     passed = {r: struct.unpack("<d", struct.pack("<q", v))[0] for r, v in enumerate(found)}
     numbers = [value for r, value in passed.items() if found[r] != NO_NUMBER]
-    if any(not math.isclose(value, numbers[0], rel_tol=1e-4) for value in numbers):
+    if any(not math.isclose(value, numbers[0], rel_tol=1e-4, abs_tol=1e-6) for value in numbers):
         texts = ["a tensor" if v == NO_NUMBER else str(passed[r]) for r, v in enumerate(found)]
         _must_be_equal(op, f"{name}=", texts)
 
 
-def check_values(op: str, ranks: list[Brought]) -> None:
+def check_values(op: str, ranks: list[Brought], own: int | None = None) -> None:
+    """`own`: this rank, which alone is known, and stands for all of `ranks`."""
     columns = sum(rank.columns for rank in ranks)
-    for r, rank in enumerate(ranks):
+    for at, rank in enumerate(ranks):
+        r = at if own is None else own
         if rank.has_nan:
             names = [n for bit, n in enumerate(MAY_HOLD_NAN) if rank.has_nan >> bit & 1]
             raise ValueError(f"{op}: on rank {r}: NaN in {', '.join(names)} (check=True)")

@@ -1,10 +1,7 @@
 """What the three losses do alike before they meet other ranks."""
 
-import functools
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from m3bind.distributed import groups, schemes
 from m3bind.distributed.exchange import Channel
@@ -12,7 +9,6 @@ from m3bind.distributed.functions import Weighted
 from m3bind.ops import arguments
 
 SIZES = ("exchange", "static")
-T = TypeVar("T")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,19 +65,3 @@ def one_process(op: str, backend: str) -> None:
             f"{op}: backend='reference' holds the whole matrix, which no rank has; choose another "
             "backend or none"
         )
-
-
-def eager(function: Callable[..., T]) -> Callable[..., T]:
-    """Left out of what torch.compile traces. torch.compiler.disable would import the compiler."""
-
-    disabled: list[Callable[..., T]] = []
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> T:
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is not None and not disabled:
-            disabled.append(dynamo.disable(function))
-        return (disabled or [function])[0](*args, **kwargs)
-
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return call

@@ -154,7 +154,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _guarded(group: Any, call: Any, /, *args: Any, **kwargs: Any) -> Any:
     try:
         return call(*args, **kwargs)
-    except NotImplementedError:  # this rank's own mistake
+    except NotImplementedError:  # this rank's own mistake, not a rank that is lost
         raise
     except RuntimeError as error:
         raise naming_the_lost(error, group, "a loss") from error

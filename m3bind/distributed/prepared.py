@@ -34,6 +34,7 @@ class Prepared:
         more = {"logit_bias": self.terms.bias, "negatives": self.terms.negatives}
         if self.teacher is not None:
             more |= dict(zip(("teacher_x", "teacher_y"), self.teacher, strict=True))
+            more["teacher_scale"] = self.teacher_scale
         if self.terms.soft_targets is not None:
             more["weights of soft_targets"] = self.terms.soft_targets[1]
         return named | {name: tensor for name, tensor in more.items() if tensor is not None}
@@ -112,7 +113,7 @@ def _usual(tensor: Tensor) -> Tensor:
 
 
 def _bits(number: Any) -> int:
-    """Of a number that is passed as one; a tensor's would have to be waited for."""
+    """Of a number that is passed as one, and is one; a tensor's would have to be waited for."""
     if number is None or isinstance(number, Tensor) or math.isnan(float(number)):
         return NO_NUMBER
     return struct.unpack("<q", struct.pack("<d", float(number)))[0]

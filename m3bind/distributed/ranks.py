@@ -53,7 +53,7 @@ def meet(
     if sizes == "static":
         # Not by the memory of this rank's device, which may differ from that of others.
         agreed = [replace(brought, memory=schemes.NO_LIMIT)] * channel.size
-        agreement.check_values(op, agreed)
+        agreement.check_values(op, agreed, channel.rank)
     else:
         options = options | call.options | {"scheme": scheme}
         agreed = agreement.agree(op, channel, brought, options, error)

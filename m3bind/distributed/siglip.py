@@ -7,11 +7,12 @@ from torch import Tensor
 
 from m3bind import backends, ops
 from m3bind.distributed import groups
-from m3bind.distributed.calls import Call, checked_call, eager, given_names, one_process
+from m3bind.distributed.calls import Call, checked_call, given_names, one_process
 from m3bind.distributed.jobs import SigmoidJob, SigmoidTotalJob
 from m3bind.distributed.prepared import Prepared
 from m3bind.distributed.ranks import meet
 from m3bind.dtypes import accumulation_dtype
+from m3bind.eager import eager
 from m3bind.ops import arguments
 from m3bind.ops.contrastive import REDUCTIONS, Ids, Terms
 

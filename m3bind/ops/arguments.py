@@ -2,6 +2,8 @@
 
 import math
 import numbers
+import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -88,7 +90,12 @@ def scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def gradient_wanted(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    """By reverse mode, at any level of torch.func."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(
+        at_level.requires_grad for t in tensors for at_level in _levels(t)
+    )
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
@@ -182,9 +189,16 @@ def _holds(each: Tensor, message: str) -> bool:
 
 def plain(value: Tensor) -> Tensor:
     """The tensor itself, of all calls at once, where torch.func.vmap makes one of many."""
+    *_, innermost = _levels(value)
+    return innermost
+
+
+def _levels(value: Tensor) -> Iterator[Tensor]:
+    """What torch.func makes of a tensor, from outside to the tensor itself."""
+    yield value
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         value = torch._C._functorch.get_unwrapped(value)
-    return value
+        yield value
 
 
 def negatives(op: str, value: Tensor, x: Tensor) -> Tensor:
@@ -245,6 +259,8 @@ def number(
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{op}: {name} must be a number, not {type(value).__name__}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{op}: {name}: the number is too large")
     if not low <= value <= high:
         limits = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
         raise ValueError(f"{op}: {name}={value}; pass a number {limits}")

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from m3bind import backends
+from m3bind.eager import eager
 from m3bind.ops.tangents import Moves
 
 _ONLY_LEVEL = 0  # torch does not nest those of forward mode
@@ -94,38 +95,69 @@ def _register(
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*inputs)
 
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            # An autograd function turns both off: right for its own level, which is passed by
-            # below, and wrong for the levels of torch.func around it.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                output = below(*inputs)
-        else:
-            output = below(*inputs)
-        save(ctx, inputs, output)
-        return output
+    def function_of(base: Any, kept: tuple[Any, ...] | None = None) -> Any:
+        """An autograd function, whose backward pass gets the inputs, or `kept` instead of them."""
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"m3bind_{name}", (torch.autograd.Function,), methods)
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            if torch._C._are_functorch_transforms_active():
+                # An autograd function turns both off: right for its own level, which is passed by
+                # below, and wrong for the levels of torch.func around it.
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                    output = below(*inputs)
+            else:
+                output = below(*inputs)
+            save(ctx, inputs if kept is None else kept, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(f"m3bind_{name}", (base,), methods)
+
+    function = function_of(torch.autograd.Function)
     # torch.func calls `run` once for each of its levels, with that level's tensors.
-    of_level: Any = type(f"m3bind_{name}_of_level", (_SingleLevelFunction,), methods)
+    of_level = function_of(_SingleLevelFunction)
+
+    def recorded(inputs: tuple[Any, ...], kept: tuple[Any, ...] | None = None) -> Any:
+        """The output, with the graph that reverse mode asks for."""
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return below(*inputs)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return of_level.apply(*inputs)
+        of_call = function if kept is None else function_of(torch.autograd.Function, kept)
+        return of_call.apply(*inputs)
 
     def run(*inputs: Any) -> Any:
-        # A compiled torch.func.jvp sets no level that forward_ad knows.
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-            primals, moves = _unpacked(inputs)
-            if any(move is not None for move in moves):
-                output = run(*primals)
-                return _dual(output, tangents(primals, moves, output))
-        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-        if not wanted:
-            return below(*inputs)
-        if not torch._C._are_functorch_transforms_active():
-            return function.apply(*inputs)
-        with enable_single_level_autograd_function():
-            return of_level.apply(*inputs)
+        if not _may_move():
+            return recorded(inputs)
+        primals, moves = _unpacked(inputs)
+        if all(move is None for move in moves):
+            return recorded(inputs)
+        _refuse_compiled_duals(inputs)
+        # The backward pass gets the tangents, for which it has no rule, and refuses them.
+        output = recorded(primals, inputs)
+        return _dual(output, tangents(primals, moves, output))
 
-    torch.library.impl(f"m3bind::{name}", "Autograd")(run)
+    torch.library.impl(f"m3bind::{name}", "Autograd")(eager(run))
+
+
+def _may_move() -> bool:
+    """Whether inputs may have tangents. A compiled function sets no level that forward_ad knows,
+    which shows only while it is traced, by a mode."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _refuse_compiled_duals(inputs: tuple[Any, ...]) -> None:
+    """A compiled graph would run without their tangents."""
+    fake = any(isinstance(t, torch._subclasses.FakeTensor) for t in inputs)
+    if fake and not torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "m3bind: torch.compile does not see the tangents of torch.autograd.forward_ad; call "
+            "torch.func.jvp in the compiled function, or leave dual tensors out of it"
+        )
 
 
 def _unpacked(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Moves]:

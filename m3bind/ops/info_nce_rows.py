@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from m3bind.dtypes import accumulation_dtype
+from m3bind.ops.arguments import gradient_wanted
 from m3bind.ops.define import define, define_plain, differentiate
 from m3bind.ops.tangents import Moves, in_sums, of_total
 
@@ -25,7 +26,7 @@ def info_nce_rows(
     backend: str,
 ) -> Tensor:  # []
     loss, *_ = torch.ops.m3bind.info_nce_rows_fwd(
-        x, y, logit_scale, margin, mean, x.requires_grad, y.requires_grad, backend
+        x, y, logit_scale, margin, mean, gradient_wanted(x), gradient_wanted(y), backend
     )
     return loss
 

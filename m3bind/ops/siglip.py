@@ -9,8 +9,8 @@ reduction="none", the backward pass computes the logits again (`siglip`, 4 GEMMs
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from m3bind import backends, reference
 from m3bind.dtypes import accumulation_dtype, statistics_dtype
@@ -18,7 +18,7 @@ from m3bind.ops import arguments, pairs
 from m3bind.ops.contrastive import REDUCTIONS, Ids, Terms
 from m3bind.ops.define import define, define_plain, differentiate
 from m3bind.ops.ranks import ONE_RANK
-from m3bind.ops.tangents import Moves, in_sums, nonzero, of_rows, of_total, with_moves
+from m3bind.ops.tangents import Moves, in_sums, of_rows, of_total, with_moves
 
 _DIAGONAL = pairs.Pairs()  # to these operators no classes mean that row i and column i are positive
 
@@ -94,7 +94,11 @@ def siglip_loss(
         )  # fmt: skip
         if reduction != "none" and arguments.gradient_wanted(x, y, scale, bias):
             total, *_ = torch.ops.m3bind.siglip_total_fwd(
-                *inputs, reduction == "mean", x.requires_grad, y.requires_grad, chosen
+                *inputs,
+                reduction == "mean",
+                arguments.gradient_wanted(x),
+                arguments.gradient_wanted(y),
+                chosen,
             )
             return total
         losses = torch.ops.m3bind.siglip_fwd(*inputs, chosen)
@@ -177,8 +181,9 @@ def _total_save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _total_backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 12
-    # Without a graph of the gradient there is nothing to refuse, and no operator to call.
-    multiply = torch.ops.m3bind.siglip_total_bwd if torch.is_grad_enabled() else _total_bwd
+    # Where no second derivative can be asked for, there is nothing to refuse: no operator to call.
+    second = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    multiply = torch.ops.m3bind.siglip_total_bwd if second else _total_bwd
     grads = multiply(grad, *ctx.saved_tensors)
     need = ctx.needs_input_grad[:4]
     return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)), *(None,) * 8)
@@ -188,17 +193,13 @@ def _tangents(inputs: tuple[Any, ...], moves: Moves, _: Any) -> tuple[Tensor]:
     x, y, scale, bias, *held, backend = inputs
     dx, dy, dscale, dbias, *_ = moves
     x, dx, y, dy = with_moves((x, dx), (y, dy))
-    if dbias is not None:  # a feature of y that is 0 and moves
-        x, dx = F.pad(x, (0, 1), value=1.0), F.pad(dx, (0, 1))
-        by_scale = (dbias / nonzero(scale)).expand(dy.shape[0], 1)
-        y, dy = F.pad(y, (0, 1)), torch.cat([dy, by_scale], 1)
 
     def gradient(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         ones = x.new_ones(x.shape[0], dtype=statistics_dtype(x.device))
         given = (x, y, scale, bias, *held, ones, True, False, backend)
         return torch.ops.m3bind.siglip_bwd(*given)[0]
 
-    return (of_rows(x, dx, y, dy, scale, dscale, gradient),)
+    return (of_rows(x, dx, y, dy, scale, dscale, gradient, dbias),)
 
 
 def _total_tangents(inputs: tuple[Any, ...], moves: Moves, _: Any) -> tuple[Tensor]:

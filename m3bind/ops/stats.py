@@ -171,6 +171,7 @@ def _positive_shares(
     masks = [torch.zeros_like(t, dtype=torch.int32) for t in (row_class, col_class)]
     positives = forward(x, y, scale, row_class, col_class, *masks, margin, False, 0, backend)
     every = forward(x, y, scale, *held, margin, False, 0, backend)
+    # Logits of 0, less a margin of -1 at each positive.
     zeros = [torch.zeros_like(t[:, :1]) for t in (x, y)]
     counts = forward(
         *zeros, torch.ones_like(scale), row_class, col_class, None, None, -1.0, False, 0, backend

@@ -1,28 +1,25 @@
 """Forward mode: how what an operator gives moves with its inputs, by its own backward pass.
 
-A row's result is a function of its logits, `s * x_i . y_j`. With Z_ij its derivatives by them, it
-moves along (dx, dy, ds) by::
+A row's result is a function of its logits, `s * x_i . y_j + b`. With Z_ij its derivatives by them,
+it moves along (dx, dy, ds, db) by::
 
-    s * (dx_i . sum_j Z_ij y_j + x_i . sum_j Z_ij dy_j) + ds * x_i . sum_j Z_ij y_j
+    s * (dx_i . sum_j Z_ij y_j + x_i . sum_j Z_ij dy_j)
+    + ds * x_i . sum_j Z_ij y_j + db * sum_j Z_ij
 
-The gradient of x is `s * sum_j Z_ij y_j`, for whatever features y has: with [x, 0] and [y, dy] the
-logits are what they were, and both sums come out of one backward pass.
+The gradient of x is `s * sum_j Z_ij y_j`, for whatever features y has: with [x, 0, 0] and
+[y, dy, 1] the logits are what they were, and all sums come out of one backward pass.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3bind.dtypes import accumulation_dtype
 
 Moves = tuple[Tensor | None, ...]  # of each input, None where it stays
-
-
-def nonzero(scale: Tensor) -> Tensor:
-    """The scale, or instead of 0 one that divides and that no logit shows."""
-    return scale.where(scale != 0, 2.0**-60)
 
 
 def in_sums(features: Tensor) -> Tensor:
@@ -39,10 +36,6 @@ def with_moves(*given: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _largest(features: Tensor) -> Tensor:  # []
-    return features.abs().amax() if features.numel() else features.new_zeros(())
-
-
 def of_rows(
     x: Tensor,  # [N, D]
     dx: Tensor,
@@ -51,17 +44,20 @@ def of_rows(
     scale: Tensor,  # []
     dscale: Tensor | None,
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor],
+    dbias: Tensor | None = None,
 ) -> Tensor:  # [..., N]
     """Moves of the rows' results; `gradient(x, y, scale)` is x's [..., N, D] for upstream 1."""
-    scale = nonzero(scale)
-    # No larger than y, since kernels bound the logits by the sizes of features.
-    shrink = _largest(y) / _largest(dy)
-    shrink = shrink.where((shrink > 0) & (shrink < torch.inf), 1)
-    wide_x, wide_y = torch.cat([x, torch.zeros_like(x)], 1), torch.cat([y, shrink * dy], 1)
-    by_y, by_dy = gradient(wide_x, wide_y, scale).chunk(2, -1)
+    width = x.shape[1]
+    # Instead of 0, a scale that divides, and that no logit shows.
+    divisor = scale.where(scale.abs() > 2.0**-60, 2.0**-60)
+    wide_x, wide_y = F.pad(x, (0, width + 1)), F.pad(torch.cat([y, dy], 1), (0, 1), value=1.0)
+    by_y, by_dy, by_one = gradient(wide_x, wide_y, divisor).split([width, width, 1], -1)
+    moved = (scale / divisor) * ((dx * by_y).sum(-1) + (x * by_dy).sum(-1))
     if dscale is not None:
-        dx = dx + x * (dscale / scale)
-    return (dx * by_y).sum(-1) + (x * (by_dy / shrink)).sum(-1)
+        moved = moved + (dscale / divisor) * (x * by_y).sum(-1)
+    if dbias is not None:
+        moved = moved + (dbias / divisor) * by_one.squeeze(-1)
+    return moved
 
 
 def of_both(

@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import models
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ WRONG = {
     "nan in others": ({i: {"negatives": torch.full((2, 8), torch.nan if i == 2 else 1.0),
                            "check": True} for i in range(3)},
                       "on rank 2: NaN in negatives (check=True)"),
+    "nan in a scale": ({i: {"scale": torch.tensor(torch.nan if i == 1 else 5.0), "check": True}
+                        for i in range(3)}, "on rank 1: NaN in logit_scale (check=True)"),
+    "no float": ({1: {"margin": 10**400}}, "on rank 1: margin: the number is too large"),
     "numbers": ({1: {"scale": 50.0}}, "rank 1 has logit_scale=50.0; the others have logit_scale=5"),
     "torch.func": ({1: {"within": "torch.func"}}, "on rank 1: called within torch.func, which"),
     "forward mode": ({2: {"within": "forward mode"}}, "on rank 2: x has a tangent; over ranks"),
@@ -69,7 +73,8 @@ def test_ranks_in_different_losses(pools):
 
 
 @pytest.mark.parametrize("changes", (
-    {0: {"margin": 0}, 1: {"margin": 0.0}},
+    {0: {"margin": 0}, 1: {"margin": np.float64(-0.0)}},
+    {0: {"z_loss": 0.1 + 0.2}, 1: {"z_loss": 0.3}, 2: {"z_loss": 0.3}},
     {1: {"scale": 5.0 + 1e-6}},  # made on another machine
     {1: {"scale": torch.tensor(5.0)}},
     {2: {"within": "inference mode"}},

@@ -118,6 +118,28 @@ def test_many_at_once_are_one_after_the_other(backend, name):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("loss", ("both", "rows", "columns", "siglip"))
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_of_many(backend, loss):
+    """Also where the features are many and what else has a gradient, the scale, is one."""
+    many = drawn()
+    found = []
+    for dtype, chosen in ((torch.float64, "reference"), (torch.float32, backend)):
+        x, y = many["x"].to(dtype), many["y"][:, :ROWS].to(dtype)
+
+        def total(x: Tensor, scale: Tensor, y: Tensor = y, chosen: str = chosen) -> Tensor:
+            def one(x: Tensor, y: Tensor) -> Tensor:
+                if loss == "siglip":
+                    return siglip_loss(x, y, scale, -1.0, backend=chosen)
+                return clip_loss(x, y, scale, directions=loss, backend=chosen)
+
+            return torch.func.vmap(one)(x, y).sum()
+
+        found.append(torch.func.grad(total, (0, 1))(x, torch.tensor(2.0, dtype=dtype)))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_what_is_wrong_with_one_of_many_is_told(backend):
     many = drawn()

@@ -127,7 +127,7 @@ def check_moves(
     """Of x [40, 16] and y [50, 16], with moves of that size, against float64."""
     draw = Draw(0)
     features = [torch.nn.functional.normalize(draw.normal(n, 16), dim=1) for n in (40, 50)]
-    by_scale = torch.tensor(size * (scale or 1.0))
+    by_scale = torch.tensor(size * (scale if abs(scale) > 1e-35 else 1.0))
     given = *(t.to(dtype) for t in features), torch.tensor(scale)
     moves = *((size * draw.normal(*t.shape)).to(dtype) for t in features), by_scale
     exact = [tuple(t.double() for t in side) for side in (given, moves)]
@@ -137,7 +137,7 @@ def check_moves(
     assert_near(got, want, 2e-5)
 
 
-@pytest.mark.parametrize("scale", (0.0, 1e-30, 1.0, 100.0, -50.0, 1e6, 1e10))
+@pytest.mark.parametrize("scale", (0.0, 1e-40, 1e-30, 1.0, 100.0, -50.0, 1e6, 1e10))
 @pytest.mark.parametrize("loss", EACH)
 @pytest.mark.parametrize("backend", FAST)
 def test_scales_and_moves_of_any_size(backend, loss, scale):
@@ -194,6 +194,46 @@ def test_ways_to_ask_for_it(backend, loss, way):
 
     want = jvp(partial(first, backend="reference"), (x.double(),), (move.double(),))[1]
     torch.testing.assert_close(WAYS[way](first, x, move).double(), want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("moving", (0, 1, 2))
+@pytest.mark.parametrize("loss", EACH)
+@pytest.mark.parametrize("backend", FAST)
+def test_a_gradient_within_a_level_is_right_or_refused(backend, loss, moving):
+    """Forward over reverse, as for the product of a Hessian and a vector: of x, y or the scale."""
+    given = [Draw(0).normal(5, 16), Draw(1).normal(5, 16), torch.tensor(2.0)]
+    for graph in (False, True):
+        leaves = [t.clone().requires_grad_() for t in given]
+        with fwd.dual_level():
+            duals = list(leaves)
+            duals[moving] = fwd.make_dual(leaves[moving], torch.ones_like(given[moving]))
+            with pytest.raises(RuntimeError, match="fused operators have no second derivatives"):
+                found = EACH[loss](*duals, backend=backend)
+                found = found[0] if isinstance(found, tuple) else found
+                torch.autograd.grad(found.sum(), leaves, create_graph=graph, allow_unused=True)
+
+
+@pytest.mark.parametrize("where", ("inside", "outside"))
+@pytest.mark.parametrize("backend", FAST)
+def test_dual_tensors_and_compile(backend, where):
+    x, y, move = (Draw(seed).normal(5, 16) for seed in range(3))
+
+    def loss(x: Tensor, backend: str = backend) -> Tensor:
+        return clip_loss(x, y, 2.0, backend=backend) + x.square().mean()
+
+    def moved(x: Tensor, move: Tensor) -> Tensor:
+        with fwd.dual_level():
+            return fwd.unpack_dual(loss(fwd.make_dual(x, move))).tangent
+
+    torch._dynamo.reset()
+    if where == "inside":
+        with pytest.raises(Exception, match="does not see the tangents"):
+            torch.compile(moved, fullgraph=True, backend="aot_eager")(x, move)
+        return
+    step = torch.compile(loss, backend="aot_eager")
+    with fwd.dual_level():
+        got = fwd.unpack_dual(step(fwd.make_dual(x, move))).tangent
+    torch.testing.assert_close(got, jvp(partial(loss, backend="reference"), (x,), (move,))[1])
 
 
 @pytest.mark.parametrize("backend", FAST)
