@@ -137,7 +137,7 @@ def check_moves(
     assert_near(got, want, 2e-5)
 
 
-@pytest.mark.parametrize("scale", (0.0, 1e-40, 1e-30, 1.0, 100.0, -50.0, 1e6, 1e10))
+@pytest.mark.parametrize("scale", (0.0, 1e-40, 1.0, -50.0, 1e10))
 @pytest.mark.parametrize("loss", EACH)
 @pytest.mark.parametrize("backend", FAST)
 def test_scales_and_moves_of_any_size(backend, loss, scale):
@@ -180,8 +180,17 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("loss", EACH)
+def ways() -> list[Any]:
+    """Those that trace take seconds: of each kind of loss one has to wait for them."""
+    kinds = ("clip_loss", "clip_loss with features", "siglip_loss of rows")
+    return [
+        pytest.param(loss, way, marks=pytest.mark.slow)
+        if way in ("compiled", "linearize") and loss not in kinds else (loss, way)
+        for loss in EACH for way in WAYS
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "way"), ways())
 @pytest.mark.parametrize("backend", FAST)
 def test_ways_to_ask_for_it(backend, loss, way):
     """One input moves, and the loss stands among other operations."""
