@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import wrong_calls
 from pool import SECONDS, Ranks
 from test_losses_over_ranks import LOSSES, SCHEMES
 
@@ -56,16 +57,16 @@ def test_all_ranks_raise_the_same(pools, name):
     changes, words = WRONG[name]
     pool = pools(3)
     start = time.monotonic()
-    found = pool.run(models.caught, [(changes,)] * 3)
+    found = pool.run(wrong_calls.caught, [(changes,)] * 3)
     assert time.monotonic() - start < SECONDS / 2  # nobody waited in vain
     assert len(set(found)) == 1 and found[0] is not None
     assert found[0].startswith("clip_loss: ") and words in found[0]
-    assert pool.run(models.caught, [({},)] * 3) == [None] * 3  # and go on
+    assert pool.run(wrong_calls.caught, [({},)] * 3) == [None] * 3  # and go on
 
 
 def test_ranks_in_different_losses(pools):
     pool = pools(3)
-    found = pool.run(models.caught, [({1: {"loss": "siglip_loss"}},)] * 3)
+    found = pool.run(wrong_calls.caught, [({1: {"loss": "siglip_loss"}},)] * 3)
     assert len(set(found)) == 1
     assert found[0].startswith(
         "m3bind.distributed: rank 1 has loss='siglip_loss'; the others have loss='clip_loss'"
@@ -82,7 +83,7 @@ def test_ranks_in_different_losses(pools):
      1: {"labels": torch.arange(4)}},
 ), ids=str)  # fmt: skip
 def test_what_may_differ(pools, changes):
-    assert pools(3).run(models.caught, [(changes,)] * 3) == [None] * 3
+    assert pools(3).run(wrong_calls.caught, [(changes,)] * 3) == [None] * 3
 
 
 SHARDED = {
@@ -102,11 +103,11 @@ def test_all_ranks_raise_the_same_of_tensors_that_are_sharded(pools, name, op):
     words = words.replace("{ids}", "row_ids" if op == "similarity_lse" else "mask_ids")
     pool = pools(3)
     start = time.monotonic()
-    found = pool.run(models.caught_sharded, [(changes, op)] * 3)
+    found = pool.run(wrong_calls.caught_sharded, [(changes, op)] * 3)
     assert time.monotonic() - start < SECONDS / 2
     assert len(set(found)) == 1 and found[0].startswith(f"{op}: ")
     assert words in found[0]
-    assert pool.run(models.caught_sharded, [({}, op)] * 3) == [""] * 3
+    assert pool.run(wrong_calls.caught_sharded, [({}, op)] * 3) == [""] * 3
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -160,7 +161,7 @@ def test_a_lost_rank_ends_the_others_and_is_named(size, last, words):
     # Spawned, so that who is gone is a zombie of this process.
     pool = Ranks(size, seconds=timeout, how="spawn")
     try:
-        pool.run(models.caught, [({},)] * size)  # all are there
+        pool.run(wrong_calls.caught, [({},)] * size)  # all are there
         pool.start(models.dies, [(last,)] * size)
         found = pool.answers(timeout + 10)
         assert found.keys() == set(range(size)) - {last}
