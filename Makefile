@@ -32,8 +32,11 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(CONSTRAIN) $(BIN)/python -m pip install -q --upgrade pip
-	$(CONSTRAIN) $(BIN)/python -m pip install -q torch torchvision
-	$(CONSTRAIN) $(BIN)/python -m pip install -q -e '.[train,bench,dev]'
+	$(CONSTRAIN) $(BIN)/python -m pip install -q --no-compile torch torchvision
+	$(CONSTRAIN) $(BIN)/python -m pip install -q --no-compile -e '.[train,bench,dev]'
+	@# By all cores, which pip leaves to one; some packages hold what is no Python, for tests.
+	@$(BIN)/python -m compileall -qq -j 0 \
+	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 	@touch $@
 
 demo: setup

@@ -63,8 +63,11 @@ def _lives(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("state", ["idle", "busy"])
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(("state", "signal_number"), [
+    ("idle", signal.SIGTERM), ("busy", signal.SIGKILL),
+    pytest.param("idle", signal.SIGKILL, marks=pytest.mark.slow),
+    pytest.param("busy", signal.SIGTERM, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_worker_ends_when_its_parent_is_killed(tmp_path, state, signal_number):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
