@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from m3bind import settings
+from m3bind.dtypes import BF16
 from m3bind.errors import M3BindError
 
 AGREEMENTS = ("mse", "cosine", "infonce", "relational")
@@ -70,7 +71,7 @@ class TextTowerConfig:
 
     ``train_layers`` counts the last layers that train; ``cache`` keeps the hidden states that
     the frozen layers below them give for each text, ``frozen_bf16`` computes those layers with
-    bfloat16 matrix products (both for minilm only).
+    bfloat16 matrix products (both for minilm only; ``auto``: where that is faster).
     """
 
     source: str = "minilm"
@@ -78,10 +79,11 @@ class TextTowerConfig:
     max_tokens: int = 64
     train_layers: int = 1
     cache: bool = False
-    frozen_bf16: bool = False
+    frozen_bf16: bool | str = False
 
     def problems(self) -> Iterator[Problem]:
         yield from _outside(self, max_tokens=2, train_layers=0)
+        yield from _not_among(self, frozen_bf16=BF16)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,7 +113,8 @@ class TrainConfig:
     ``batch_size`` counts the samples of a modality in a batch, on all ranks together;
     ``batch_sizes`` names those that have another. A step takes the mean over ``accumulate`` batches
     (each contrasted within itself). ``parallel`` says how ranks share the work: ``ddp`` holds what
-    is trained on each, ``fsdp`` spreads it over them.
+    is trained on each, ``fsdp`` spreads it over them. ``bf16`` is autocast, ``auto`` where it is
+    faster: see `m3bind.dtypes.multiplies_bf16`; where a training goes on elsewhere, it asks again.
 
     ``num_threads`` are the threads of each modality's loader, ``prefetch`` the batches that it
     holds ready: 1 spares memory, and where no core is idle it costs no time. Images that are not
@@ -127,7 +130,7 @@ class TrainConfig:
     weight_decay: float = 1e-2
     warmup: int = 20
     clip: float = 1.0
-    bf16: bool = False
+    bf16: bool | str = False
     validate_every: int = 50
     log_every: int = 10
     checkpoint_every: int = 50
@@ -145,7 +148,7 @@ class TrainConfig:
                 yield f"batch_sizes.{modality}", rows, "must be at least 2"
         if not 0 < self.lr < math.inf:
             yield "lr", self.lr, "must be a number above 0"
-        yield from _not_among(self, parallel=PARALLEL)
+        yield from _not_among(self, parallel=PARALLEL, bf16=BF16)
 
     def batch_of(self, modality: str) -> int:
         """The samples of a modality in a batch, on all ranks together."""
@@ -290,7 +293,11 @@ def _outside(config: Any, **limits: float | tuple[float, float]) -> Iterator[Pro
             yield key, value, "must be finite" if value == math.inf else f"must be at most {high}"
 
 
-def _not_among(config: Any, **choices: tuple[str, ...]) -> Iterator[Problem]:
+def _not_among(config: Any, **choices: tuple[bool | str, ...]) -> Iterator[Problem]:
     for key, names in choices.items():
         if getattr(config, key) not in names:
-            yield key, getattr(config, key), f"must be one of {', '.join(names)}"
+            yield key, getattr(config, key), f"must be one of {', '.join(map(_yaml, names))}"
+
+
+def _yaml(name: bool | str) -> str:
+    return str(name).lower() if isinstance(name, bool) else name

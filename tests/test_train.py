@@ -1,6 +1,8 @@
 """The training loop: what it minimises, validates, keeps and refuses."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +122,11 @@ def test_bf16_autocast(tmp_path) -> None:
     fit(Stub(function), {"stub": StubLoader()}, config(steps=1, bf16=True), tmp_path / "a")
     fit(Stub(function), {"stub": StubLoader()}, config(steps=1), tmp_path / "b")
     assert dtypes == [torch.bfloat16, torch.float32]
+    # On a CPU, where its instructions multiply bfloat16.
+    (flags,) = re.findall(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:1]
+    faster = not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+    fit(Stub(function), {"stub": StubLoader()}, config(steps=1, bf16="auto"), tmp_path / "c")
+    assert dtypes[2:] == [torch.bfloat16 if faster else torch.float32]
 
 
 def test_batches_move_to_the_device_of_the_task() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from m3bind.config import LoraConfig, TextTowerConfig
+from m3bind.dtypes import multiplies_bf16
 from m3bind.models.bert import BertEmbeddings, BertLayer, BertShape, Layout, Packed
 from m3bind.models.checkpoints import load_weights, read_weights
 from m3bind.models.hidden_cache import HiddenCache
@@ -53,7 +54,7 @@ class SharedLayers:
     Not an ``nn.Module``, so that neither a copy nor a state dict of a tower repeats it.
     """
 
-    def __init__(self, folder: Path, train_layers: int, max_tokens: int, bf16: bool) -> None:
+    def __init__(self, folder: Path, train_layers: int, max_tokens: int, bf16: bool | str) -> None:
         from tokenizers import Tokenizer
 
         shape = BertShape.read(folder)
@@ -108,7 +109,8 @@ class SharedLayers:
         lengths = torch.tensor([len(i) for i in ids], device=device)
         flat = torch.tensor([i for row in ids for i in row], device=device)
         layout = Layout(lengths)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+        bf16 = multiplies_bf16(self.bf16, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             hidden = self.embeddings(flat, lengths)
             for layer in self.first:
                 hidden = layer(hidden, layout)
@@ -117,7 +119,9 @@ class SharedLayers:
 
 
 @lru_cache(maxsize=4)
-def shared_layers(folder: Path, train_layers: int, max_tokens: int, bf16: bool) -> SharedLayers:
+def shared_layers(
+    folder: Path, train_layers: int, max_tokens: int, bf16: bool | str
+) -> SharedLayers:
     # Made once in a process: the first tower must not draw other adapters than a later one.
     with torch.random.fork_rng(devices=[]):
         return SharedLayers(folder, train_layers, max_tokens, bf16)
