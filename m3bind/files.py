@@ -1,13 +1,16 @@
-"""Files that appear under their name only when they are whole."""
+"""Files that appear under their name only when they are whole, and folders of one process."""
 
+import errno
+import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from m3bind.errors import M3BindError
 
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HOST = socket.gethostname()
+_LOCK = ".lock"
+_WAIT = 10.0  # seconds, for a process that is about to end
 
 
 def partial_path(path: Path) -> Path:
@@ -42,6 +47,47 @@ def atomic_write(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """No other process claims ``folder`` during the block. The system gives it back, however this
+    process ends; where a file system knows no locks, nobody is kept out.
+
+    Raises M3BindError where another process has it, or where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a+")
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    with file:
+        if not _locked(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise M3BindError(
+                f"{folder} is in use by {holder}: let it end, or choose another output"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {_HOST}")
+        file.flush()
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    deadline = time.monotonic() + _WAIT
+    while True:
+        try:
+            # Unlike flock's, this lock is not inherited by a child that outlives its parent.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        else:
+            return True
 
 
 def sync(path: Path) -> None:

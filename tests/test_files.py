@@ -1,6 +1,8 @@
 """Files appear whole or not at all, whoever is killed or fails."""
 
 import contextlib
+import errno
+import fcntl
 import resource
 import stat
 import subprocess
@@ -9,8 +11,9 @@ import sys
 import pytest
 import torch
 
+from m3bind import files
 from m3bind.errors import M3BindError
-from m3bind.files import atomic_write, write_tensors
+from m3bind.files import atomic_write, claimed, write_tensors
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -69,3 +72,53 @@ def test_tensors_that_find_no_space_leave_the_old_file_and_say_so(tmp_path):
     with wanted, no_space():
         write_tensors(path, {"x": torch.zeros(100)}, {})
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+HOLDER = (
+    "import pathlib, sys, time\n"
+    "from m3bind.files import claimed\n"
+    "with claimed(pathlib.Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)\n"
+)
+
+
+def test_a_folder_has_one_process_until_that_ends_however_it_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_WAIT", 0.3)
+    folder = tmp_path / "not" / "there"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "mine\n"
+        with pytest.raises(M3BindError) as error, claimed(folder):
+            pass
+        assert f"{folder} is in use by process {process.pid} on " in str(error.value)
+        assert "\n" not in str(error.value)
+        with claimed(tmp_path):  # the folder alone, not what is above it
+            process.kill()
+    for _ in range(2):
+        with claimed(folder):
+            pass
+
+
+def test_a_process_that_is_about_to_end_is_waited_for(tmp_path):
+    brief = HOLDER.replace("60", "0.5")
+    with subprocess.Popen(
+        [sys.executable, "-c", brief, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "mine\n"
+        with claimed(tmp_path):
+            assert process.wait(5) == 0
+
+
+def test_where_no_locks_are_known_nobody_is_kept_out(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unknown)
+    with claimed(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(M3BindError, match=r"file/out"), claimed(tmp_path / "file" / "out"):
+        pass

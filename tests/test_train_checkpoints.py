@@ -1,7 +1,9 @@
 """Which checkpoint a training goes on from, refuses or sets aside, wherever it was cut."""
 
+import json
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -216,6 +218,21 @@ def test_a_damaged_index_is_named(tmp_path, written, said) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "index.json").write_text(written)
     with pytest.raises(M3BindError, match=rf"index\.json .*{said}"):
+        fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("changed", [
+    {"step": "10"}, {"step": None}, {"best_score": []}, {"config": []}, {"layout": {}},
+    {"last": "step-10"}, {"last": {"folder": "x"}},
+    {"last": {"folder": 1, "tensors": 2, "numbers": 3}},
+    {"best": {"folder": "x", "tensors": 2, "numbers": 3, "more": 4}},
+])  # fmt: skip
+def test_an_index_whose_values_are_of_other_types_is_named(tmp_path, changed) -> None:
+    fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)
+    index = tmp_path / "checkpoints" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changed))
+    ((name, value),) = changed.items()
+    with pytest.raises(M3BindError, match=re.escape(f"{index} is damaged: {name} is {value!r}")):
         fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path, resume=True)
 
 

@@ -22,6 +22,13 @@ class Progress:
         self.best_step, self.best_score = 0, -math.inf
 
 
+_FOLDER = {"folder": str, "tensors": int, "numbers": int}
+_TYPES: dict[str, Any] = {
+    "last": dict, "best": dict, "config": dict, "layout": list,
+    **dict.fromkeys(vars(Progress()), int | float),
+}  # fmt: skip
+
+
 def index_of(out: Path) -> Path:
     return Path(out) / "checkpoints" / "index.json"
 
@@ -48,9 +55,15 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
         raise M3BindError(f"{index} is damaged ({error})") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise M3BindError(f"{index} is not of a checkpoint of this version ({FORMAT})")
-    missing = {"last", "best", "config", "layout", *vars(Progress())} - data.keys()
+    missing = _TYPES.keys() - data.keys()
     if missing:
         raise M3BindError(f"{index} is damaged: it lacks {', '.join(sorted(missing))}")
+    for name, types in _TYPES.items():
+        if not isinstance(data[name], types):
+            raise M3BindError(f"{index} is damaged: {name} is {data[name]!r}")
+    for name in ("last", "best"):  # there is no best one before the first validation
+        if data[name] and {k: type(v) for k, v in data[name].items()} != _FOLDER:
+            raise M3BindError(f"{index} is damaged: {name} is {data[name]!r}")
     return data
 
 

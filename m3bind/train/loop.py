@@ -7,7 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import nn
 from m3bind.bars import progress_bar
 from m3bind.config import TrainConfig
 from m3bind.data.loader import Batch
+from m3bind.dtypes import multiplies_bf16
 from m3bind.errors import Interrupted, M3BindError
+from m3bind.files import claimed
 from m3bind.parallel import Engine, gathered_objects, is_first, size
 from m3bind.parallel.engine import scale_gradients
 from m3bind.parallel.world import by_first, lost_ranks_named, totals
@@ -71,10 +73,14 @@ def fit(
     asked or not.
 
     Raises Interrupted after Ctrl-C or SIGTERM, once a checkpoint is written (a second Ctrl-C
-    stops at once), and M3BindError when a loss is not finite or the checkpoint does not fit.
+    stops at once), and M3BindError when a loss is not finite, the checkpoint does not fit or
+    another process trains in ``out``.
     """
     plain = {**dataclasses.asdict(config), "seed": seed, **(settings or {})}
-    return _Fit(task, loaders, config, Path(out), validate, plain, description, group).run(resume)
+    training = _Fit(task, loaders, config, Path(out), validate, plain, description, group)
+    with ExitStack() as ours:
+        by_first(lambda: ours.enter_context(claimed(training.out)))
+        return training.run(resume)
 
 
 class _Fit:
@@ -100,6 +106,7 @@ class _Fit:
             p for each in self.optimizer.param_groups for p in each["params"]
         ]
         self.device = self.parameters[0].device
+        self.bf16 = multiplies_bf16(config.bf16, self.device)
         self.rng = random.Random(settings["seed"])
         self.checkpoints = Checkpoints(
             out, self.engine, self.optimizer, loaders, self.rng, settings
@@ -190,7 +197,7 @@ class _Fit:
         self, streams: Mapping[str, Iterator[Batch]], report: dict[str, float]
     ) -> dict[str, float]:
         batches = {name: next(stream).to(self.device) for name, stream in streams.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             losses, said = self.engine(batches, self.rng)
         report.update(said)
         loss = torch.stack([value.float() for value in losses.values()]).sum()
