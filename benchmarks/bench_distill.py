@@ -1,8 +1,8 @@
 """similarity_distill, forward and backward, beside its peers and the floor of six bare GEMMs.
 
 open_clip's row is its DistillClipLoss' distillation term; its contrastive term would be the same
-work for everybody. The floor is that of O(N + M) memory: torch.compile keeps both N x N matrices
-and needs four GEMMs.
+work for everybody. The floor is that of O(N + M) memory. torch.compile keeps both N x N matrices,
+which takes four GEMMs; m3bind keeps what its memory_budget holds of them.
 """
 
 from functools import cache, partial
@@ -10,6 +10,8 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
+from clip_contestants import AMPLE_MIB
+from demands import KEPT
 from floor import gemm_floor
 from rows import report
 from turns import (
@@ -26,6 +28,7 @@ from turns import (
 )
 
 from m3bind.ops import similarity_distill
+from m3bind.ops.stats import MEMORY_BUDGET
 
 SCALE, TEACHER_SCALE = 50.0, 100.0
 
@@ -51,7 +54,12 @@ def open_clip_loss():
 
 LOSSES = {
     "m3bind": (
-        lambda: partial(similarity_distill, kind="ce"), f"{ours('similarity_distill')}, fp32",
+        lambda: partial(similarity_distill, kind="ce"),
+        f"{ours('similarity_distill')}, memory_budget {MEMORY_BUDGET:g} MiB, as by default, fp32",
+    ),
+    KEPT: (
+        lambda: partial(similarity_distill, kind="ce", memory_budget=AMPLE_MIB),
+        f"{ours('similarity_distill')}, memory_budget for all of them, fp32",
     ),
     "m3bind chunked": (
         lambda: partial(similarity_distill, kind="ce", backend="chunked"),

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from turns import unit_rows
 
 from m3bind import ops
 from m3bind.distributed import clip_loss, siglip_loss
+from m3bind.distributed.agreement import Brought
 
 ROOT = Path(__file__).parents[1]
 SCALE = 30.0
@@ -60,7 +62,8 @@ def rates(dtype: str, rounds: int) -> dict[str, float]:
         seconds.append(shortest(step, rounds))
     products = seconds[1] - seconds[0]
     W = dist.get_world_size()
-    long, short = torch.zeros(1 << 22, dtype=torch.uint8), torch.zeros(184, dtype=torch.uint8)
+    # A short one is what each call begins with.
+    long, short = (torch.zeros(n, dtype=torch.uint8) for n in (1 << 22, 8 * len(fields(Brought))))
     seconds = []
     for sent in (long, short):
         found = sent.new_empty(W * sent.numel())

@@ -43,12 +43,12 @@ STABLE_TORCH_LIBRARY(m3bind_native, m) {
       " bool need_x, bool need_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "similarity_distill_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor teacher_x,"
-      " Tensor teacher_y, Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask, bool kl)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor teacher_y, Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask, bool kl,"
+      " int kept_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "similarity_distill_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor teacher_x,"
       " Tensor teacher_y, Tensor teacher_scale, Tensor? row_mask, Tensor? col_mask, Tensor row_lse,"
-      " Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x, bool need_y)"
+      " Tensor col_lse, Tensor kept, Tensor grad_rows, Tensor grad_cols, bool need_x, bool need_y)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "similarity_topk_fwd(Tensor queries, Tensor gallery, int k, Tensor? query_ids,"

@@ -48,7 +48,6 @@ class Entry:
     note: str = ""
     missing: Callable[[], str | None] = lambda: None  # why it cannot run at all, or None
     one_way: bool = False  # it forms the gradient of a single direction in the forward pass
-    keeps_powers: bool = False  # memory_budget is for powers of 2 and not for dot products
 
 
 @cache
@@ -151,7 +150,7 @@ def _row(primitive: str, **others: Entry) -> tuple[str, dict[str, Entry]]:
         "cuda": Entry(
             load=_cuda_kernels, devices=("cuda",), dtypes=_HALVES,
             note="CUDA C++; where features are no multiple of 8, Triton",
-            missing=partial(_cuda_missing, primitive), keeps_powers=True,
+            missing=partial(_cuda_missing, primitive),
         ),
     }  # fmt: skip
     return primitive, {name: (always | others)[name] for name in BACKENDS}
@@ -169,7 +168,7 @@ def _triton(dtypes: tuple[torch.dtype, ...], note: str) -> Entry:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return Entry(
         load=kernels, devices=("cuda", "cpu") if interpreted else ("cuda",), dtypes=dtypes,
-        note=note, missing=_kernels_missing, keeps_powers=True,
+        note=note, missing=_kernels_missing,
     )  # fmt: skip
 
 
@@ -187,6 +186,10 @@ TABLE: dict[str, dict[str, Entry]] = dict((
     _row("similarity_topk", cpp=_SEARCH, triton=_TRITON),
     _row("similarity_rank", cpp=_SEARCH, triton=_TRITON),
 ))  # fmt: skip
+KEEPS = {
+    "similarity_stats": {"chunked": "dots", "cpp": "dots", "triton": "powers", "cuda": "powers"},
+    "similarity_distill": {"chunked": "dots", "cpp": "dots"},
+}
 # Public operators: a primitive of the table, alone or plus terms of O((N + M) * D).
 BUILT_ON = {
     "clip_loss": "similarity_stats",
@@ -273,9 +276,9 @@ def implementation(op: str, backend: str) -> Any:
     return TABLE[op][backend].load()
 
 
-def keeps_powers(op: str, backend: str) -> bool:
-    """Whether a primitive keeps powers of 2, where it keeps anything from forward to backward."""
-    return TABLE[op][backend].keeps_powers
+def keeps(op: str, backend: str) -> str | None:
+    """What a primitive leaves in memory_budget from forward to backward: "dots" or "powers"."""
+    return KEEPS.get(op, {}).get(backend)
 
 
 def one_way(op: str, backend: str) -> bool:

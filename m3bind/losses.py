@@ -190,8 +190,8 @@ class DistillClipLoss(ClipLoss):
         return ClipLoss()(image_features, text_features, logit_scale), distill
 
     Unlike open_clip's, it detaches the teacher's features and scale: no gradient flows to them.
-    They may have another width and dtype. For shapes, dtypes and errors see
-    `m3bind.ops.similarity_distill`. Several ranks are those of `ClipLoss`.
+    They may have another width and dtype. Each of both losses has `memory_budget` MiB. For shapes,
+    dtypes and errors see `m3bind.ops.similarity_distill`. Several ranks are those of `ClipLoss`.
     """
 
     def forward(  # type: ignore[override]  # as open_clip's, which has no bias here
@@ -212,10 +212,12 @@ class DistillClipLoss(ClipLoss):
         )  # fmt: skip
         over = self.over_ranks.options()
         if over is None:
-            distill = ops.similarity_distill(*given, kind="ce", backend=self.backend)
+            distill = ops.similarity_distill(
+                *given, kind="ce", memory_budget=self.memory_budget, backend=self.backend
+            )
         else:
             distill = distributed.similarity_distill(
-                *given, kind="ce", backend=self.backend, **over
+                *given, kind="ce", memory_budget=self.memory_budget, backend=self.backend, **over
             )
         assert isinstance(contrastive, Tensor) and isinstance(distill, Tensor)
         if output_dict:

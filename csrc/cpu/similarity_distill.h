@@ -22,6 +22,16 @@ class DualTiling {
                     "student and teacher must have the same rows and the same columns");
   }
 
+  // `kept` [2, R, M]: the student's and the teacher's dot products of the first R rows, see Tiling.
+  void keep_in(const Tensor& kept) {
+    student.keep_in(torch::stable::select(kept, 0, 0));
+    teacher.keep_in(torch::stable::select(kept, 0, 1));
+  }
+  void take_from(const Tensor& kept) {
+    student.take_from(torch::stable::select(kept, 0, 0));
+    teacher.take_from(torch::stable::select(kept, 0, 1));
+  }
+
   // f(student's tiles, teacher's tiles) on all tiles, those that are in memory at a time: see
   // Tiling.
   template <class F>
@@ -31,6 +41,7 @@ class DualTiling {
       const Range& last = tiles.back();
       f(tiles,
         teacher.lay_out({first.row, first.rows, first.col, last.col + last.cols - first.col}));
+      teacher.put_back();
     });
   }
 
@@ -64,18 +75,19 @@ class DualTiling {
 };
 
 // Divergences [N], [M] and log-sum-exps [2, N], [2, M] (student's, teacher's) of both
-// distributions: see m3bind/ops/distill.py. The logits exist a few tiles at a time. Results
-// are the same bit for bit from call to call.
-std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distill_fwd(
+// distributions: see m3bind/ops/distill.py. The logits exist a few tiles at a time; both dot
+// products of the first `kept_rows` rows, tile after tile, are the last result, [2, kept_rows, M].
+// Results are the same bit for bit from call to call.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_distill_fwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
     const Tensor& teacher_y, const Tensor& teacher_scale, const std::optional<Tensor>& row_mask,
-    const std::optional<Tensor>& col_mask, bool kl);
+    const std::optional<Tensor>& col_mask, bool kl, int64_t kept_rows);
 
 // Gradients of x, y (each [0, D] where it is not needed) and the scale.
 std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
     const Tensor& teacher_y, const Tensor& teacher_scale, const std::optional<Tensor>& row_mask,
     const std::optional<Tensor>& col_mask, const Tensor& row_lse, const Tensor& col_lse,
-    const Tensor& grad_rows, const Tensor& grad_cols, bool need_x, bool need_y);
+    const Tensor& kept, const Tensor& grad_rows, const Tensor& grad_cols, bool need_x, bool need_y);
 
 }  // namespace m3bind::cpu

@@ -140,8 +140,10 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_bwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
     const Tensor& teacher_y, const Tensor& teacher_scale, const std::optional<Tensor>& row_mask,
     const std::optional<Tensor>& col_mask, const Tensor& row_lse, const Tensor& col_lse,
-    const Tensor& grad_rows, const Tensor& grad_cols, bool need_x, bool need_y) {
+    const Tensor& kept, const Tensor& grad_rows, const Tensor& grad_cols, bool need_x,
+    bool need_y) {
   DualTiling tiling(x, y, logit_scale, teacher_x, teacher_y, teacher_scale, row_mask, col_mask);
+  tiling.take_from(kept);
   Tiling& student = tiling.student;
   const Direction rows(row_lse, grad_rows), cols(col_lse, grad_cols);
   STD_TORCH_CHECK(rows.count() == student.rows() && cols.count() == student.cols(),

@@ -202,16 +202,19 @@ Sums sum_with_own_shifts(DualTiling& tiling, bool kl) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distill_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_distill_fwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& teacher_x,
     const Tensor& teacher_y, const Tensor& teacher_scale, const std::optional<Tensor>& row_mask,
-    const std::optional<Tensor>& col_mask, bool kl) {
+    const std::optional<Tensor>& col_mask, bool kl, int64_t kept_rows) {
   DualTiling tiling(x, y, logit_scale, teacher_x, teacher_y, teacher_scale, row_mask, col_mask);
+  const Tensor kept = torch::stable::new_empty(x, {2, kept_rows, tiling.student.cols()},
+                                               torch::headeronly::ScalarType::Float);
+  tiling.keep_in(kept);
   const float shift = tiling.common_shift();
   const auto result = [&](Sums& sums) {
     const auto [row_loss, row_lse] = sums.rows.finish(x, kl);
     const auto [col_loss, col_lse] = sums.cols.finish(x, kl);
-    return std::tuple(row_loss, col_loss, row_lse, col_lse);
+    return std::tuple(row_loss, col_loss, row_lse, col_lse, kept);
   };
   if (std::isfinite(shift)) {
     Sums sums = sum_with_common_shift(tiling, kl, shift);

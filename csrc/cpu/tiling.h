@@ -73,6 +73,8 @@ class Tiling {
   // Uninitialised tiles of these rows and columns, no more than slots(): first those of the first
   // column.
   std::span<Tile> lay_out(const Range& range);
+  // After them: what the rules overwrote in `kept`. for_each does both.
+  void put_back();
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
@@ -122,7 +124,6 @@ class Tiling {
          AtOnce at_once, bool narrow);
   void choose_factor();
   void dots(const Tile& tile);
-  void put_back();
 
   FloatRows x_, y_;
   std::unique_ptr<Products> products_;

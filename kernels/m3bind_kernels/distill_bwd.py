@@ -210,6 +210,7 @@ def similarity_distill_bwd(
     col_mask: Tensor | None,  # [M] int32
     row_lse: Tensor,  # [2, N] float64
     col_lse: Tensor,  # [2, M] float64
+    kept: Tensor,  # [2, 0, M]
     grad_rows: Tensor,  # [N]
     grad_cols: Tensor,  # [M]
     need_x: bool,

@@ -159,8 +159,9 @@ def similarity_distill_fwd(
     row_mask: Tensor | None,  # [N] int32
     col_mask: Tensor | None,  # [M] int32
     kl: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N], [M], [2, N], [2, M], all float64
-    """Divergences of rows and columns, and log-sum-exps of student and teacher."""
+    kept_rows: int,
+) -> tuple[Tensor, ...]:  # [N], [M], [2, N], [2, M], all float64; [2, 0, M] float32
+    """Divergences of rows and columns, log-sum-exps of student and teacher; nothing is kept."""
     sides = Sides.of(
         x, y, logit_scale, teacher_x, teacher_y, teacher_scale, row_mask, col_mask
     )  # fmt: skip
@@ -170,7 +171,7 @@ def similarity_distill_fwd(
             _fill(sides, kl, rows, cols)
     row_loss, row_lse = divergences(rows, kl)
     col_loss, col_lse = divergences(cols, kl)
-    return row_loss, col_loss, row_lse, col_lse
+    return row_loss, col_loss, row_lse, col_lse, sides.factors.new_empty(2, 0, y.shape[0])
 
 
 def _fill(sides: Sides, kl: bool, row_state: Tensor, col_state: Tensor) -> None:

@@ -135,20 +135,25 @@ def similarity_distill_fwd(
     row_mask: Tensor | None,  # [N]
     col_mask: Tensor | None,  # [M]
     kl: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N], [M], [2, N], [2, M]
+    kept_rows: int,
+) -> tuple[Tensor, ...]:  # [N], [M], [2, N], [2, M], [2, kept_rows, M]
     stats = statistics_dtype(x.device)
     student, teacher = _sides(x, y, logit_scale, teacher_x, teacher_y, teacher_scale)
     row_loss = x.new_empty(x.shape[0], dtype=stats)
     row_lse = x.new_empty(2, x.shape[0], dtype=stats)
     cols = _Sums.of_nothing(y.shape[0], stats, x.device)
-    for at in panels(x.shape[0], y.shape[0]):
+    kept = x.new_empty(2, kept_rows, y.shape[0], dtype=student.y.dtype)
+    for at in panels(x.shape[0], y.shape[0], kept_rows):
         masks = part(row_mask, at), col_mask
-        logits = _masked(student.dots(at).mul_(student.scale), *masks)
-        aims = _masked(teacher.dots(at).mul_(teacher.scale), *masks)
+        dots = student.dots(at), teacher.dots(at)
+        if at.stop <= kept_rows:
+            kept[0, at], kept[1, at] = dots
+        logits = _masked(dots[0].mul_(student.scale), *masks)
+        aims = _masked(dots[1].mul_(teacher.scale), *masks)
         row_loss[at], row_lse[:, at] = _sums(logits, aims, kl, 1, stats).finish(kl)
         cols = cols.merged(_sums(logits, aims, kl, 0, stats), kl)
     col_loss, col_lse = cols.finish(kl)
-    return row_loss, col_loss, row_lse, col_lse
+    return row_loss, col_loss, row_lse, col_lse, kept
 
 
 def _shares(
@@ -179,6 +184,7 @@ def similarity_distill_bwd(
     col_mask: Tensor | None,  # [M]
     row_lse: Tensor,  # [2, N]
     col_lse: Tensor,  # [2, M]
+    kept: Tensor,  # [2, kept_rows, M]
     grad_rows: Tensor,  # [N]
     grad_cols: Tensor,  # [M]
     need_x: bool,
@@ -190,11 +196,13 @@ def similarity_distill_bwd(
     grad_x = torch.zeros(x.shape if need_x else (0, x.shape[1]), dtype=acc, device=x.device)
     grad_y = torch.zeros(y.shape if need_y else (0, y.shape[1]), dtype=acc, device=y.device)
     grad_scale = torch.zeros((), dtype=acc, device=x.device)
-    for at in panels(x.shape[0], y.shape[0]):
+    kept_rows = kept.shape[1]
+    for at in panels(x.shape[0], y.shape[0], kept_rows):
         masks = part(row_mask, at), col_mask
-        dots = student.dots(at)
+        there = at.stop <= kept_rows
+        dots, aims = kept[:, at] if there else (student.dots(at), teacher.dots(at))
         logits = _masked(dots * student.scale, *masks)
-        aims = _masked(teacher.dots(at).mul_(teacher.scale), *masks)
+        aims = _masked(aims * teacher.scale, *masks)
         grad = _shares(logits, aims, row_lse[:, at, None], grad_rows[at, None])
         grad += _shares(logits, aims, col_lse[:, None], grad_cols[None])
         if need_x:

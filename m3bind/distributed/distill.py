@@ -15,7 +15,7 @@ from m3bind.dtypes import accumulation_dtype
 from m3bind.eager import eager
 from m3bind.ops import arguments
 from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids, Terms
-from m3bind.ops.distill import KINDS, composed
+from m3bind.ops.distill import KINDS, composed, rows_to_keep
 from m3bind.ops.pairs import Pairs
 
 OP = "similarity_distill"
@@ -33,6 +33,7 @@ def similarity_distill(
     mask_ids: Ids | None = None,  # [n], [m] int64
     directions: str = "both",
     reduction: str = "mean",
+    memory_budget: float | None = None,
     backend: str | None = None,
     group: groups.Group = None,
     scheme: str = "auto",
@@ -56,6 +57,7 @@ def similarity_distill(
         x, y, teacher_x, teacher_y: this rank's rows; other ranks may have other numbers of them.
         mask_ids: mean the same on every rank.
         reduction: "mean" and "sum" over all ranks; "none": of this rank's rows and columns.
+        memory_budget: MiB of this rank.
         group, scheme, sizes, check, reduce_scale: see `m3bind.distributed`.
 
     Others, dtypes and what is returned: see `m3bind.similarity_distill`.
@@ -65,7 +67,7 @@ def similarity_distill(
     """
     given: dict[str, Any] = {
         "kind": kind, "mask_ids": mask_ids, "directions": directions, "reduction": reduction,
-        "backend": backend,
+        "memory_budget": memory_budget, "backend": backend,
     }  # fmt: skip
     features = {"x": x, "y": y, "teacher_x": teacher_x, "teacher_y": teacher_y}
     call = checked_call(OP, features, group, scheme, sizes)
@@ -93,6 +95,7 @@ def _over_ranks(
     mask_ids: Ids | None,
     directions: str,
     reduction: str,
+    memory_budget: float | None,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     def prepare() -> Prepared:
@@ -107,6 +110,8 @@ def _over_ranks(
         arguments.choice(OP, "kind", kind, KINDS)
         arguments.choice(OP, "directions", directions, DIRECTIONS)
         arguments.choice(OP, "reduction", reduction, REDUCTIONS)
+        if memory_budget is not None:
+            arguments.number(OP, "memory_budget", memory_budget, 0.0)
         wide = teacher_x if teacher_x.dtype == torch.float64 else x
         terms = Terms.checked(
             OP, x, y, None, bias=None, labels=None, positive_ids=None, mask_ids=mask_ids
@@ -135,6 +140,10 @@ def _over_ranks(
         job = DistillJob(
             which=which, scalars=(scale,), backend=own.backend, more_x=own.teacher[:1],
             more_y=own.teacher[1:], teacher_scale=own.teacher_scale, kl=kind == "kl",
+            kept_rows=rows_to_keep(
+                x, ranks.cols.total, scale.dtype, memory_budget if ranks.grad_wanted else 0.0,
+                own.backend,
+            ),
         )  # fmt: skip
         rows, cols = ranks.paired(job, x, y, cols=ranks.cols, anywhere_y=ranks.anywhere_y)
         acc = accumulation_dtype(scale.dtype)

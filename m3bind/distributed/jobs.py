@@ -93,6 +93,7 @@ class DistillJob(PairJob):
 
     teacher_scale: Tensor
     kl: bool
+    kept_rows: int
 
     def _given(self, x: Features, y: Features, rows: slice, cols: slice) -> tuple:
         return (
@@ -103,10 +104,11 @@ class DistillJob(PairJob):
     def forward(
         self, x: Features, y: Features, rows: slice, cols: slice
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        row_loss, col_loss, row_lse, col_lse = torch.ops.m3bind.similarity_distill_fwd(
-            *self._given(x, y, rows, cols), self.kl, self.backend
+        row_loss, col_loss, row_lse, col_lse, kept = torch.ops.m3bind.similarity_distill_fwd(
+            *self._given(x, y, rows, cols), self.kl, self.kept_rows, self.backend
         )
-        return torch.cat([row_loss[None], row_lse]), torch.cat([col_loss[None], col_lse]), None
+        found = torch.cat([row_loss[None], row_lse]), torch.cat([col_loss[None], col_lse])
+        return *found, kept if self.kept_rows else None
 
     def merged(self, parts: Tensor) -> Tensor:  # [V, 3, L] -> [3, L]
         """A part's divergence is that of its distributions: it counts with the teacher's share of
@@ -129,9 +131,12 @@ class DistillJob(PairJob):
         need_x: bool, need_y: bool,
     ) -> tuple[Tensor, Tensor, Features]:  # fmt: skip
         by_rows, by_cols = self.row_info[:, rows], self.col_info[:, cols]
+        if kept is None:
+            acc = accumulation_dtype(torch.promote_types(x[0].dtype, x[1].dtype))
+            kept = x[0].new_empty(2, 0, y[0].shape[0], dtype=acc)
         grad_x, grad_y, *scalars = torch.ops.m3bind.similarity_distill_bwd(
-            *self._given(x, y, rows, cols), by_rows[:2], by_cols[:2], by_rows[2], by_cols[2],
-            need_x, need_y, self.backend,
+            *self._given(x, y, rows, cols), by_rows[:2], by_cols[:2], kept, by_rows[2],
+            by_cols[2], need_x, need_y, self.backend,
         )  # fmt: skip
         return grad_x, grad_y, scalars
 

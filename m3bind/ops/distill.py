@@ -1,7 +1,8 @@
 """similarity_distill: the student's similarity distributions beside the teacher's.
 
 The operator below gives, for every row and every column, the divergence and the log-sum-exps of the
-student's and of the teacher's logits, from which the backward pass forms both distributions again.
+student's and of the teacher's logits, from which the backward pass forms both distributions again:
+of dot products of the first `kept_rows` rows that stayed in memory, and of others that it computes.
 Pairs with equal mask leave both; the divergence where nothing is left is not a number.
 """
 
@@ -17,6 +18,7 @@ from m3bind.ops.contrastive import DIRECTIONS, REDUCTIONS, Ids
 from m3bind.ops.define import define, differentiate
 from m3bind.ops.pairs import Pairs
 from m3bind.ops.ranks import ONE_RANK, Ranks
+from m3bind.ops.stats import BLOCK, MEMORY_BUDGET, fitting_rows
 from m3bind.ops.tangents import Moves, of_both, with_moves
 
 KINDS = ("kl", "ce")
@@ -34,6 +36,7 @@ def similarity_distill(
     mask_ids: Ids | None = None,  # [N], [M] int64
     directions: str = "both",
     reduction: str = "mean",
+    memory_budget: float | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Divergence of the student's from the teacher's similarities, without an N x M matrix.
@@ -61,6 +64,9 @@ def similarity_distill(
         reduction: "mean" over the rows, and over the columns, that have a pair left; "sum";
             "none": (rows [N], columns [M]), or the one that `directions` names, 0 where no pair is
             left. Nothing to average has the mean NaN and the sum 0, as in torch.
+        memory_budget: MiB in which the forward pass may leave dot products of student and teacher
+            for the backward pass, which then forms fewer of them again; default: 64. 0 keeps
+            nothing, and so do the kernels for GPUs. No result depends on it.
         backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:
@@ -90,6 +96,8 @@ def similarity_distill(
     teacher_scale = arguments.scalar(op, "teacher_scale", teacher_scale, wide).detach()
     if mask_ids is not None:
         mask_ids = arguments.id_pair(op, "mask_ids", mask_ids, x, y)
+    if memory_budget is not None:
+        memory_budget = arguments.number(op, "memory_budget", memory_budget, 0.0)
     chosen = backends.resolve(op, x.device.type, wide.dtype, backend)
     with arguments.without_autocast(x):
         if chosen == "reference":
@@ -98,9 +106,12 @@ def similarity_distill(
                 directions=directions, reduction=reduction,
             )  # fmt: skip
         which = Pairs() if mask_ids is None else Pairs().masked_by(*mask_ids)
-        row_loss, col_loss, _, _ = torch.ops.m3bind.similarity_distill_fwd(
+        if not arguments.gradient_wanted(x, y, scale):
+            memory_budget = 0.0
+        kept_rows = rows_to_keep(x, y.shape[0], wide.dtype, memory_budget, chosen)
+        row_loss, col_loss, *_ = torch.ops.m3bind.similarity_distill_fwd(
             x, y, scale, teacher_x, teacher_y, teacher_scale, which.row_mask, which.col_mask,
-            kind == "kl", chosen,
+            kind == "kl", kept_rows, chosen,
         )  # fmt: skip
         acc = accumulation_dtype(wide.dtype)
         losses = {"rows": row_loss.to(acc), "columns": col_loss.to(acc)}
@@ -108,6 +119,17 @@ def similarity_distill(
         if mask_ids is None and x.shape[0] > 0 and y.shape[0] > 0:
             return _reduce_all([losses[name] for name in wanted], reduction)
         return composed(losses, wanted, which, x, y, ONE_RANK, reduction)
+
+
+def rows_to_keep(
+    x: Tensor, num_cols: int, dtype: torch.dtype, memory_budget: float | None, backend: str
+) -> int:
+    """How many rows of both matrices `memory_budget` MiB hold."""
+    if backends.keeps("similarity_distill", backend) is None:
+        return 0
+    block_bytes = 2 * BLOCK * num_cols * accumulation_dtype(dtype).itemsize
+    budget = MEMORY_BUDGET if memory_budget is None else memory_budget
+    return fitting_rows(budget, block_bytes, x.shape[0])
 
 
 def composed(
@@ -140,14 +162,20 @@ def _reduce_all(losses: list[Tensor], reduction: str) -> Tensor | tuple[Tensor, 
     return (values[0] + values[1]) / 2 if len(values) == 2 else values[0]
 
 
-def _fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fwd_fake(
+    x: Tensor, y: Tensor, logit_scale: Tensor, teacher_x: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *_, kept_rows, backend = rest
     stats = statistics_dtype(x.device)
     row_loss, col_loss = (t.new_empty(t.shape[0], dtype=stats) for t in (x, y))
+    kept = 0 if backends.keeps("similarity_distill", backend) is None else kept_rows
+    acc = accumulation_dtype(torch.promote_types(x.dtype, teacher_x.dtype))
     return (
         row_loss,
         col_loss,
         row_loss.new_empty(2, x.shape[0]),
         col_loss.new_empty(2, y.shape[0]),
+        x.new_empty(2, kept, y.shape[0], dtype=acc),
     )
 
 
@@ -162,11 +190,11 @@ def _bwd_fake(
     )
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *tensors, _, ctx.backend = inputs
-    _, _, row_lse, col_lse = output
-    ctx.mark_non_differentiable(row_lse, col_lse)
-    ctx.save_for_backward(*tensors, row_lse, col_lse)
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _, ctx.backend = inputs
+    _, _, *held = output
+    ctx.mark_non_differentiable(*held)
+    ctx.save_for_backward(*tensors, *held)
 
 
 def _backward(
@@ -180,21 +208,21 @@ def _backward(
         grad_x if need_x else None,
         grad_y if need_y else None,
         grad_scale if need_scale else None,
-        *(None,) * 7,
+        *(None,) * 8,
     )
 
 
 def _tangents(inputs: tuple[Any, ...], moves: Moves, _: Any) -> tuple[Tensor, Tensor]:
-    x, y, scale, *others, kl, backend = inputs
+    x, y, scale, *others, kl, _, backend = inputs
     dx, dy, dscale, *_ = moves
     x, dx, y, dy = with_moves((x, dx), (y, dy))
 
     def gradients(x: Tensor, y: Tensor, scale: Tensor, of_x: bool) -> Tensor:
         given = (x, y, scale, *others)
-        *losses, row_lse, col_lse = torch.ops.m3bind.similarity_distill_fwd(*given, kl, backend)
-        grads = [torch.full_like(losses[0], of_x), torch.full_like(losses[1], not of_x)]
+        row_loss, col_loss, *held = torch.ops.m3bind.similarity_distill_fwd(*given, kl, 0, backend)
+        grads = [torch.full_like(row_loss, of_x), torch.full_like(col_loss, not of_x)]
         return torch.ops.m3bind.similarity_distill_bwd(
-            *given, row_lse, col_lse, *grads, of_x, not of_x, backend
+            *given, *held, *grads, of_x, not of_x, backend
         )[0 if of_x else 1]
 
     return of_both(x, dx, y, dy, scale, dscale, gradients)
@@ -207,14 +235,15 @@ _INPUTS = (
 define(
     "similarity_distill",
     "similarity_distill_fwd",
-    _INPUTS + ", bool kl) -> (Tensor row_loss, Tensor col_loss, Tensor row_lse, Tensor col_lse)",
+    _INPUTS + ", bool kl, SymInt kept_rows) -> (Tensor row_loss, Tensor col_loss, Tensor row_lse,"
+    " Tensor col_lse, Tensor kept)",
     _fwd_fake,
 )
 define(
     "similarity_distill",
     "similarity_distill_bwd",
-    _INPUTS + ", Tensor row_lse, Tensor col_lse, Tensor grad_rows, Tensor grad_cols, bool need_x,"
-    " bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    _INPUTS + ", Tensor row_lse, Tensor col_lse, Tensor kept, Tensor grad_rows, Tensor grad_cols,"
+    " bool need_x, bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     _bwd_fake,
 )
 differentiate("similarity_distill", _save, _backward, _tangents)

@@ -60,23 +60,27 @@ def similarity_stats(
 def rows_to_keep(
     x: Tensor, num_cols: int, memory_budget: float | None, totals: bool, backend: str
 ) -> int:
-    """How many rows `memory_budget` MiB hold: all, or whole blocks of 64."""
-    powers, num_rows = backends.keeps_powers("similarity_stats", backend), x.shape[0]
+    """How many rows `memory_budget` MiB hold."""
+    powers, num_rows = backends.keeps("similarity_stats", backend) == "powers", x.shape[0]
     if memory_budget is None:
         memory_budget = 0.0 if powers else MEMORY_BUDGET
     few = x.shape[1] <= FEW_FEATURES or (x.itemsize == 2 and num_rows * num_cols <= FEW_PAIRS)
     if powers and (totals or few):
         return 0
     words = math.prod(kept_shape(x, BLOCK, num_cols, backend))  # of a block of rows
-    block_bytes = accumulation_dtype(x.dtype).itemsize * max(1, words)
-    fitting = memory_budget * 2**20 / block_bytes * BLOCK
+    return fitting_rows(memory_budget, words * accumulation_dtype(x.dtype).itemsize, num_rows)
+
+
+def fitting_rows(memory_budget: float, block_bytes: int, num_rows: int) -> int:
+    """All, or whole blocks of 64."""
+    fitting = memory_budget * 2**20 / max(1, block_bytes) * BLOCK
     return num_rows if fitting >= num_rows else int(fitting) // BLOCK * BLOCK
 
 
 def kept_shape(x: Tensor, kept_rows: int, num_cols: int, backend: str) -> tuple[int, ...]:
     """Of the tensor that keeps them, in the dtype of sums. For powers it is memory that
     m3bind_kernels.kept divides: powers, two sums a row and column of each tile, shifts."""
-    if not backends.keeps_powers("similarity_stats", backend):
+    if backends.keeps("similarity_stats", backend) != "powers":
         return kept_rows, num_cols
     down, across = ((size + BLOCK - 1) // BLOCK for size in (kept_rows, num_cols))
     row_words = BLOCK * x.itemsize // 4 + 2

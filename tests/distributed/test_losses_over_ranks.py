@@ -292,7 +292,8 @@ def test_not_a_number_stays_one(pools, loss, scheme):
     assert averaged(case, found)["scale"].isnan()
 
 
-def test_memory_budget_changes_nothing(pools):
-    case = case_of("clip_loss", [70, 64], [70, 64], memory_budget=0.04)
+@pytest.mark.parametrize(("loss", "mib"), [("clip_loss", 0.04), ("similarity_distill", 0.08)])
+def test_memory_budget_changes_nothing(pools, loss, mib):
+    case = case_of(loss, [70, 64], [70, 64], memory_budget=mib)
     for scheme in SCHEMES:
         check(case, spread(pools(2), case, scheme=scheme))

@@ -293,12 +293,12 @@ def test_opcheck_strides_and_wanted_gradients():
     rest = (*teacher, teacher_scale, ids[:13], ids)
     forward = torch.ops.m3bind.similarity_distill_fwd.default
     leaves = [t.clone().requires_grad_() for t in (x, y, scale)]
-    torch.library.opcheck(forward, (*leaves, *rest, True, "triton"))
-    row_loss, col_loss, *lse = forward(x, y, scale, *rest, True, "triton")
+    torch.library.opcheck(forward, (*leaves, *rest, True, 9, "triton"))  # of which it keeps none
+    row_loss, col_loss, *held = forward(x, y, scale, *rest, True, 0, "triton")
     backward = torch.ops.m3bind.similarity_distill_bwd.default
     for wanted in ((True, False), (False, True)):
         torch.library.opcheck(
-            backward, (x, y, scale, *rest, *lse, row_loss, col_loss, *wanted, "triton")
+            backward, (x, y, scale, *rest, *held, row_loss, col_loss, *wanted, "triton")
         )
     given = (scale, *teacher, teacher_scale)
     strided = similarity_distill(x.T.contiguous().T, y[:, :], *given, backend="triton")

@@ -223,15 +223,15 @@ def _distill(ops: Any, backend: str) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     leaves = [x, y, torch.tensor(3.0)]
     others = [*(t.half() for t in teacher), torch.tensor(9.0)]
     for masks in ((torch.arange(13).int() // 2, torch.arange(17).int()), (None, None)):
-        for kl in (True, False):
+        for kl, kept_rows in ((True, 0), (False, 9)):
             yield (
                 ops.similarity_distill_fwd.default,
-                (*_needing(leaves), *others, *masks, kl, backend),
+                (*_needing(leaves), *others, *masks, kl, kept_rows, backend),
             )
         given = (*leaves, *others, *masks)
-        row_loss, col_loss, *lses = ops.similarity_distill_fwd(*given, True, backend)
+        row_loss, col_loss, *held = ops.similarity_distill_fwd(*given, True, 9, backend)
         for needs in NEEDS:
-            saved = (*lses, row_loss, col_loss)
+            saved = (*held, row_loss, col_loss)
             yield ops.similarity_distill_bwd.default, (*given, *saved, *needs, backend)
 
 
