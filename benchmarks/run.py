@@ -22,6 +22,8 @@ import render
 import table
 import torch
 
+from m3bind.dtypes import multiplies_bf16
+
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build"
 PACKAGES = ("torch", "triton", "open_clip_torch", "faiss-cpu", "inf-cl", "cut-cross-entropy")
@@ -67,11 +69,12 @@ def today() -> str:
 
 def machine() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
+    bf16 = "with" if multiplies_bf16("auto", torch.device("cpu")) else "without"
     brand = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": brand[0] if brand else platform.machine(),
         "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": f"{torch.backends.cpu.get_cpu_capability()}, {bf16} bfloat16 products",
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
     }

@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +48,7 @@ class Entry:
     note: str = ""
     missing: Callable[[], str | None] = lambda: None  # why it cannot run at all, or None
     one_way: bool = False  # it forms the gradient of a single direction in the forward pass
+    keeps: str | None = None  # what memory_budget leaves from forward to backward: dots or powers
 
 
 @cache
@@ -142,8 +143,10 @@ def architectures() -> tuple[str, ...]:
     return tuple(sorted({f"sm_{major}{minor}" for major, minor in found}))
 
 
-def _row(primitive: str, **others: Entry) -> tuple[str, dict[str, Entry]]:
-    """One primitive: what every one has, and its entries for the other backends."""
+def _row(
+    primitive: str, keeps: dict[str, str] | None = None, **others: Entry
+) -> tuple[str, dict[str, Entry]]:
+    """A primitive: what all have, its entries for the other backends, and what each keeps."""
     always = {
         "reference": Entry(load=lambda: reference, note="materialises; differentiable twice"),
         "chunked": Entry(load=lambda: chunked, note="panels in plain PyTorch"),
@@ -153,7 +156,8 @@ def _row(primitive: str, **others: Entry) -> tuple[str, dict[str, Entry]]:
             missing=partial(_cuda_missing, primitive),
         ),
     }  # fmt: skip
-    return primitive, {name: (always | others)[name] for name in BACKENDS}
+    entries, keeps = always | others, keeps or {}
+    return primitive, {name: replace(entries[name], keeps=keeps.get(name)) for name in BACKENDS}
 
 
 def _native(dtypes: tuple[torch.dtype, ...], note: str, one_way: bool = False) -> Entry:
@@ -179,17 +183,15 @@ _NARROW = _native(_FLOATS, _NOTE)
 _STATS = _native(_FLOATS, _NOTE, one_way=True)
 _SEARCH = _native(_FLOATS, "equal rows have equal scores, bit for bit")
 _TRITON = _triton(_FLOATS, "float32 without TF32")
+_DOTS = dict.fromkeys(("chunked", "cpp"), "dots")
+_POWERS = dict.fromkeys(("triton", "cuda"), "powers")
 TABLE: dict[str, dict[str, Entry]] = dict((
-    _row("similarity_stats", cpp=_STATS, triton=_TRITON),
+    _row("similarity_stats", _DOTS | _POWERS, cpp=_STATS, triton=_TRITON),
     _row("siglip", cpp=_NARROW, triton=_TRITON),
-    _row("similarity_distill", cpp=_NARROW, triton=_TRITON),
+    _row("similarity_distill", _DOTS, cpp=_NARROW, triton=_TRITON),
     _row("similarity_topk", cpp=_SEARCH, triton=_TRITON),
     _row("similarity_rank", cpp=_SEARCH, triton=_TRITON),
 ))  # fmt: skip
-KEEPS = {
-    "similarity_stats": {"chunked": "dots", "cpp": "dots", "triton": "powers", "cuda": "powers"},
-    "similarity_distill": {"chunked": "dots", "cpp": "dots"},
-}
 # Public operators: a primitive of the table, alone or plus terms of O((N + M) * D).
 BUILT_ON = {
     "clip_loss": "similarity_stats",
@@ -278,7 +280,7 @@ def implementation(op: str, backend: str) -> Any:
 
 def keeps(op: str, backend: str) -> str | None:
     """What a primitive leaves in memory_budget from forward to backward: "dots" or "powers"."""
-    return KEEPS.get(op, {}).get(backend)
+    return TABLE[op][backend].keeps
 
 
 def one_way(op: str, backend: str) -> bool:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _HOST = socket.gethostname()
 _LOCK = ".lock"
 _WAIT = 10.0  # seconds, for a process that is about to end
+_ours: set[Path] = set()  # what this process has claimed
 
 
 def partial_path(path: Path) -> Path:
@@ -51,43 +52,61 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """No other process claims ``folder`` during the block. The system gives it back, however this
-    process ends; where a file system knows no locks, nobody is kept out.
+    """No other process claims ``folder`` during the block; this one may, within it.
+
+    The system gives it back, however this process ends (and those that it forked). Where a file
+    system knows no locks, nobody is kept out.
 
     Raises M3BindError where another process has it, or where it cannot be written.
     """
+    key = folder.resolve()
+    if key in _ours:
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("a+")
+        file = (folder / _LOCK).open("a+b", buffering=0)
     except OSError as error:
         raise unwritable(folder, error) from None
     with file:
-        if not _locked(file):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+        try:
+            holder = None if _locked(file) else _holder(file)
+        except OSError as error:
+            raise unwritable(folder, error) from None
+        if holder is not None:
             raise M3BindError(
                 f"{folder} is in use by {holder}: let it end, or choose another output"
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {_HOST}")
-        file.flush()
-        yield
+        with suppress(OSError):  # the name is for others to read; a full disk has no room for it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {_HOST}".encode())
+        _ours.add(key)
+        try:
+            yield
+        finally:
+            _ours.remove(key)
 
 
-def _locked(file: IO[str]) -> bool:
+def _locked(file: IO[bytes]) -> bool:
     deadline = time.monotonic() + _WAIT
     while True:
         try:
-            # Unlike flock's, this lock is not inherited by a child that outlives its parent.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 return True
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.2)
         else:
             return True
+
+
+def _holder(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode() or "another process"
 
 
 def sync(path: Path) -> None:

@@ -190,8 +190,8 @@ class DistillClipLoss(ClipLoss):
         return ClipLoss()(image_features, text_features, logit_scale), distill
 
     Unlike open_clip's, it detaches the teacher's features and scale: no gradient flows to them.
-    They may have another width and dtype. Each of both losses has `memory_budget` MiB. For shapes,
-    dtypes and errors see `m3bind.ops.similarity_distill`. Several ranks are those of `ClipLoss`.
+    They may have another width and dtype. Each of the two losses has `memory_budget` MiB. Ranks are
+    those of `ClipLoss`. For shapes, dtypes and errors see `m3bind.ops.similarity_distill`.
     """
 
     def forward(  # type: ignore[override]  # as open_clip's, which has no bias here

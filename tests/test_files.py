@@ -54,11 +54,11 @@ def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
 
 
 @contextlib.contextmanager
-def no_space():
+def no_space(room=64):
     """No file may grow beyond a few bytes: as on a full disk, but for this process alone. Not a
     fixture, which would end after pytest has told the outcome, perhaps into a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
         yield
     finally:
@@ -80,6 +80,16 @@ HOLDER = (
     "with claimed(pathlib.Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)\n"
 )
 
+TAKER = (
+    "import pathlib, sys\n"
+    "from m3bind import files\n"
+    "from m3bind.errors import M3BindError\n"
+    "files._WAIT = 0.1\n"
+    "try:\n"
+    "    with files.claimed(pathlib.Path(sys.argv[1])): pass\n"
+    "except M3BindError: sys.exit(1)\n"
+)
+
 
 def test_a_folder_has_one_process_until_that_ends_however_it_does(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_WAIT", 0.3)
@@ -95,8 +105,16 @@ def test_a_folder_has_one_process_until_that_ends_however_it_does(tmp_path, monk
         with claimed(tmp_path):  # the folder alone, not what is above it
             process.kill()
     for _ in range(2):
-        with claimed(folder):
+        with claimed(folder), claimed(folder):
             pass
+        # Neither the second claim nor somebody who reads the folder gave it back.
+        with claimed(folder), claimed(folder / ".." / folder.name):
+            (folder / ".lock").read_text()
+            taken = subprocess.run([sys.executable, "-c", TAKER, str(folder)], check=False)
+            assert taken.returncode == 1
+    with pytest.raises(ZeroDivisionError), claimed(folder):
+        raise ZeroDivisionError
+    assert subprocess.run([sys.executable, "-c", TAKER, str(folder)], check=False).returncode == 0
 
 
 def test_a_process_that_is_about_to_end_is_waited_for(tmp_path):
@@ -113,8 +131,24 @@ def test_where_no_locks_are_known_nobody_is_kept_out(tmp_path, monkeypatch):
     def unknown(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", unknown)
+    monkeypatch.setattr(fcntl, "flock", unknown)
     with claimed(tmp_path):
+        pass
+
+
+def test_a_lock_that_fails_is_told(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(M3BindError, match=r"cannot write .*Input/output error"), claimed(tmp_path):
+        pass
+
+
+def test_the_name_of_the_holder_needs_no_room(tmp_path):
+    with claimed(tmp_path):
+        pass
+    with no_space(room=0), claimed(tmp_path):
         pass
 
 

@@ -1,14 +1,16 @@
 """The training loop: what it minimises, validates, keeps and refuses."""
 
 import math
-import re
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 from train_stub import Stub, StubLoader, config, kept, quadratic
 
+from m3bind import files
+from m3bind.dtypes import multiplies_bf16
 from m3bind.errors import M3BindError
 from m3bind.train import fit, load_best, schedule
 from m3bind.train.index import read_checkpoint
@@ -122,11 +124,47 @@ def test_bf16_autocast(tmp_path) -> None:
     fit(Stub(function), {"stub": StubLoader()}, config(steps=1, bf16=True), tmp_path / "a")
     fit(Stub(function), {"stub": StubLoader()}, config(steps=1), tmp_path / "b")
     assert dtypes == [torch.bfloat16, torch.float32]
-    # On a CPU, where its instructions multiply bfloat16.
-    (flags,) = re.findall(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:1]
-    faster = not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
-    fit(Stub(function), {"stub": StubLoader()}, config(steps=1, bf16="auto"), tmp_path / "c")
-    assert dtypes[2:] == [torch.bfloat16 if faster else torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "dtype"),
+    [(0, 0, torch.float32), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)],
+)
+def test_auto_is_bf16_where_the_processor_multiplies_it(
+    tmp_path, monkeypatch, avx512, amx, dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    dtypes = []
+
+    def function(weight, number):
+        dtypes.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return quadratic(weight, number)
+
+    fit(Stub(function), {"stub": StubLoader()}, config(steps=1, bf16="auto"), tmp_path)
+    assert dtypes == [dtype]
+    for compute, has in (((7, 5), False), ((8, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, of=compute: of)
+        assert multiplies_bf16("auto", torch.device("cuda")) == has
+    assert not multiplies_bf16("auto", torch.device("mps"))
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "_WAIT", 0.3)
+    holder = (
+        "import sys, time; from pathlib import Path; from m3bind.files import claimed\n"
+        "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "mine\n"
+        with pytest.raises(M3BindError, match=f"is in use by process {process.pid} on "):
+            fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        process.kill()
+    fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)  # which gives it back
+    fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)
 
 
 def test_batches_move_to_the_device_of_the_task() -> None:

@@ -222,7 +222,9 @@ def test_a_damaged_index_is_named(tmp_path, written, said) -> None:
 
 
 @pytest.mark.parametrize("changed", [
-    {"step": "10"}, {"step": None}, {"best_score": []}, {"config": []}, {"layout": {}},
+    {"step": "10"}, {"step": None}, {"step": 10.0}, {"step": True}, {"step": -3}, {"step": 10**30},
+    {"best_step": 2.5}, {"seconds": True}, {"best_score": []}, {"config": []}, {"layout": {}},
+    {"layout": [1]}, {"layout": [["stub"], [3]]}, {"last": {}}, {"best": {}}, {"best": None},
     {"last": "step-10"}, {"last": {"folder": "x"}},
     {"last": {"folder": 1, "tensors": 2, "numbers": 3}},
     {"best": {"folder": "x", "tensors": 2, "numbers": 3, "more": 4}},

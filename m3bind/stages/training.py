@@ -12,7 +12,7 @@ from m3bind.models.expert import Expert
 from m3bind.models.published import publish
 from m3bind.models.text import TextEncoder
 from m3bind.parallel import Placement, is_first, meet, size
-from m3bind.parallel.world import launched
+from m3bind.parallel.world import claimed_by_first, launched
 from m3bind.stages.inputs import Inputs
 from m3bind.tasks.align import Align
 from m3bind.tasks.common import Task, without_prefix
@@ -98,12 +98,13 @@ class Training(Inputs):
     @contextmanager
     def _measured(self, stage: str, resume: bool) -> Iterator[None]:
         since = launched()
-        if not is_first():
-            yield
-            return
-        again = has_checkpoint(self.folder / stage, since)
-        with measured(self.folder, stage, resume=resume or again):
-            yield
+        with claimed_by_first(self.folder / stage):
+            if not is_first():
+                yield
+                return
+            again = has_checkpoint(self.folder / stage, since)
+            with measured(self.folder, stage, resume=resume or again):
+                yield
 
     def _fit(
         self,

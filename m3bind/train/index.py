@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,35 @@ class Progress:
         self.best_step, self.best_score = 0, -math.inf
 
 
-_FOLDER = {"folder": str, "tensors": int, "numbers": int}
-_TYPES: dict[str, Any] = {
-    "last": dict, "best": dict, "config": dict, "layout": list,
-    **dict.fromkeys(vars(Progress()), int | float),
-}  # fmt: skip
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _folder(value: Any) -> bool:
+    types = {"folder": str, "tensors": int, "numbers": int}
+    return isinstance(value, dict) and {k: type(v) for k, v in value.items()} == types
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+# What each value of an index is.
+_FORM: dict[str, Callable[[Any], bool]] = {
+    "step": _count,
+    "validated": _count,
+    "seconds": _number,
+    "best_step": _count,
+    "best_score": _number,
+    "last": _folder,
+    "best": lambda value: value == {} or _folder(value),  # none before the first validation
+    "config": lambda value: isinstance(value, dict),
+    "layout": lambda value: isinstance(value, list) and all(map(_names, value)),
+}
 
 
 def index_of(out: Path) -> Path:
@@ -55,15 +79,14 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
         raise M3BindError(f"{index} is damaged ({error})") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise M3BindError(f"{index} is not of a checkpoint of this version ({FORMAT})")
-    missing = _TYPES.keys() - data.keys()
+    missing = _FORM.keys() - data.keys()
     if missing:
         raise M3BindError(f"{index} is damaged: it lacks {', '.join(sorted(missing))}")
-    for name, types in _TYPES.items():
-        if not isinstance(data[name], types):
-            raise M3BindError(f"{index} is damaged: {name} is {data[name]!r}")
-    for name in ("last", "best"):  # there is no best one before the first validation
-        if data[name] and {k: type(v) for k, v in data[name].items()} != _FOLDER:
-            raise M3BindError(f"{index} is damaged: {name} is {data[name]!r}")
+    wrong = [name for name, fits in _FORM.items() if not fits(data[name])]
+    if data["best_step"] and not data["best"]:
+        wrong.append("best")
+    for name in wrong:
+        raise M3BindError(f"{index} is damaged: {name} is {data[name]!r}")
     return data
 
 

@@ -7,7 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from m3bind.config import TrainConfig
 from m3bind.data.loader import Batch
 from m3bind.dtypes import multiplies_bf16
 from m3bind.errors import Interrupted, M3BindError
-from m3bind.files import claimed
 from m3bind.parallel import Engine, gathered_objects, is_first, size
 from m3bind.parallel.engine import scale_gradients
-from m3bind.parallel.world import by_first, lost_ranks_named, totals
+from m3bind.parallel.world import by_first, claimed_by_first, lost_ranks_named, totals
 from m3bind.tracking import Tracker
 from m3bind.train.checkpoints import Checkpoints
 from m3bind.train.index import Progress
@@ -78,8 +77,7 @@ def fit(
     """
     plain = {**dataclasses.asdict(config), "seed": seed, **(settings or {})}
     training = _Fit(task, loaders, config, Path(out), validate, plain, description, group)
-    with ExitStack() as ours:
-        by_first(lambda: ours.enter_context(claimed(training.out)))
+    with claimed_by_first(training.out):
         return training.run(resume)
 
 
@@ -106,7 +104,7 @@ class _Fit:
             p for each in self.optimizer.param_groups for p in each["params"]
         ]
         self.device = self.parameters[0].device
-        self.bf16 = multiplies_bf16(config.bf16, self.device)
+        self.bf16 = all(gathered_objects(multiplies_bf16(config.bf16, self.device)))
         self.rng = random.Random(settings["seed"])
         self.checkpoints = Checkpoints(
             out, self.engine, self.optimizer, loaders, self.rng, settings

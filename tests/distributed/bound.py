@@ -12,13 +12,16 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from m3bind import files
 from m3bind.config import AlignConfig, DistillConfig
 from m3bind.data.preprocess import Preprocess
+from m3bind.errors import M3BindError
 from m3bind.models.expert import Expert
 from m3bind.models.heads import Head, seeded
 from m3bind.models.image import ImageTower
 from m3bind.models.text import TextEncoder, TextTower
 from m3bind.parallel import Engine, Placement, gathered_objects, meet_after, rank
+from m3bind.parallel.world import claimed_by_first
 from m3bind.tasks.align import Align
 from m3bind.tasks.distill import Distill
 from m3bind.tasks.pretrain import Pretrain
@@ -245,3 +248,12 @@ def arrivals(*seconds: float) -> list[tuple[float, float]]:
         meet_after("work of a test")
         found.append((done, time.time()))
     return found
+
+
+def claim(folder: Path) -> str:
+    with mock.patch.object(files, "_WAIT", 0.2):
+        try:
+            with claimed_by_first(folder):
+                return "mine"
+        except M3BindError as error:
+            return str(error)

@@ -70,11 +70,18 @@ def compute(
     loss: str, leaves: dict[str, Tensor], given: dict[str, Any], frozen: tuple[str, ...],
     how: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs in each rank: what it finds, and its gradients."""
+    """Runs in each rank: what it finds, its gradients, and what it kept for them."""
     how = dict(how)
     backwards, weights = how.pop("backwards", 1), how.pop("weights", None)
     leaves = {k: t.clone().requires_grad_(k not in frozen) for k, t in leaves.items()}
-    found = call(getattr(distributed, loss), leaves, {**given, **how})
+    saved: list[int] = []
+
+    def note(t: Tensor) -> Tensor:
+        saved.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        found = call(getattr(distributed, loss), leaves, {**given, **how})
     outputs = found if isinstance(found, tuple) else (found,)
     weights = weights and [w.to(t.dtype) for w, t in zip(weights, outputs, strict=True)]
     for again in range(backwards):
@@ -82,6 +89,7 @@ def compute(
     return {
         "outputs": [t.detach() for t in outputs],
         "grads": {k: t.grad for k, t in leaves.items() if k not in frozen},
+        "saved": max(saved, default=0),  # elements of the largest tensor
     }
 
 

@@ -292,8 +292,12 @@ def test_not_a_number_stays_one(pools, loss, scheme):
     assert averaged(case, found)["scale"].isnan()
 
 
-@pytest.mark.parametrize(("loss", "mib"), [("clip_loss", 0.04), ("similarity_distill", 0.08)])
-def test_memory_budget_changes_nothing(pools, loss, mib):
-    case = case_of(loss, [70, 64], [70, 64], memory_budget=mib)
-    for scheme in SCHEMES:
-        check(case, spread(pools(2), case, scheme=scheme))
+@pytest.mark.parametrize(("loss", "matrices"), [("clip_loss", 1), ("similarity_distill", 2)])
+def test_memory_budget_changes_nothing(pools, loss, matrices):
+    block = 64 * 64 * matrices  # of dot products of one rank's rows and one rank's columns
+    for mib, keeps in ((0.04 * matrices, True), (0, False)):
+        case = case_of(loss, [70, 64], [70, 64], memory_budget=mib)
+        for scheme in SCHEMES:
+            found = spread(pools(2), case, scheme=scheme)
+            check(case, found)
+            assert all((rank["saved"] >= block) == keeps for rank in found)

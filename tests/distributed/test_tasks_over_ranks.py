@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import threading
 from datetime import timedelta
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from m3bind.errors import M3BindError
+from m3bind.files import claimed
 from m3bind.parallel.joining import fresh_store
 from m3bind.train.parts import Parts
 
@@ -144,6 +146,14 @@ def test_ranks_wait_for_the_work_of_others(pools):
     found = pools(3).run(bound.arrivals, [(0.0, 0.7), (0.7, 0.0), (0.3, 0.3)])
     for turn in zip(*found, strict=True):
         assert min(met for _, met in turn) >= max(done for done, _ in turn)
+
+
+def test_a_folder_that_another_process_has_is_refused_on_all_ranks(pools, tmp_path):
+    pool = pools(2)
+    with claimed(tmp_path):
+        for said in pool.run(bound.claim, [(tmp_path,)] * 2):
+            assert f"{tmp_path} is in use by process {os.getpid()} on " in said
+    assert pool.run(bound.claim, [(tmp_path,)] * 2) == ["mine"] * 2
 
 
 def joined(store: dist.Store, ranks: list[int], size: int, seconds: float) -> dict[int, str]:

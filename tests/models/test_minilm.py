@@ -75,6 +75,22 @@ def test_cache_keeps_each_text_once_and_survives_a_file(tmp_path) -> None:
     shared_layers.cache_clear()
 
 
+def test_auto_is_one_of_both_and_so_is_what_it_keeps(monkeypatch) -> None:
+    """Kept hidden states of bfloat16 are not taken where the processor does not multiply it."""
+    kept = {}
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        tower = MiniLM(TextTowerConfig(cache=True, frozen_bf16="auto"), None)
+        want = MiniLM(TextTowerConfig(cache=True, frozen_bf16=has), None)
+        with torch.no_grad():
+            kept[tower.cache.fingerprint] = tower(TEXTS, CPU)
+            assert torch.equal(want(TEXTS, CPU), kept[want.cache.fingerprint])
+    narrow, wide = kept.values()
+    assert 1e-4 < (narrow - wide).abs().max() < 0.1
+    shared_layers.cache_clear()
+
+
 def test_what_is_missing_is_computed_where_it_is_asked_for() -> None:
     seen = []
 
