@@ -12,6 +12,7 @@ from m3bind.config import Config, load_config
 from m3bind.data.phantom import make_cohort
 from m3bind.errors import Interrupted, M3BindError
 from m3bind.eval.tables import summary
+from m3bind.files import claimed
 from m3bind.measure import measured
 from m3bind.processes import spawned_pool
 from m3bind.resources import configs_dir
@@ -37,10 +38,16 @@ def demo(config: Path | None, output: Path, overrides: list[str], *, resume: boo
         config or configs_dir() / "demo.yaml",
         [f"output={output}", f"data={output / 'cohort'}", *overrides],
     )
-    phantom, console = settings.phantom, Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False)
     console.print(
         "[bold]m3bind demo[/bold]: a simulated cohort. It proves the machinery, not medicine."
     )
+    with claimed(output):
+        _run_stages(settings, resume, console)
+
+
+def _run_stages(settings: Config, resume: bool, console: Console) -> None:
+    phantom, output = settings.phantom, Path(settings.output)
     with measured(output, "phantom"):
         make_cohort(
             Path(settings.data), seed=phantom.seed,

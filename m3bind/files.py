@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _HOST = socket.gethostname()
 _LOCK = ".lock"
 _WAIT = 10.0  # seconds, for a process that is about to end
-_ours: set[Path] = set()  # what this process has claimed
+_ours: set[tuple[int, Path]] = set()  # what a process has claimed
 
 
 def partial_path(path: Path) -> Path:
@@ -51,15 +51,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, wait: float | None = None) -> Iterator[None]:
     """No other process claims ``folder`` during the block; this one may, within it.
 
-    The system gives it back, however this process ends (and those that it forked). Where a file
-    system knows no locks, nobody is kept out.
+    The system gives it back, however this process ends (and those that it forked): over a network,
+    where a machine is lost, when its lease ends. So this waits for it, ``wait`` seconds (10). Where
+    a file system knows no locks, nobody is kept out.
 
     Raises M3BindError where another process has it, or where it cannot be written.
     """
-    key = folder.resolve()
+    key = os.getpid(), folder.resolve()
     if key in _ours:
         yield
         return
@@ -70,7 +71,7 @@ def claimed(folder: Path) -> Iterator[None]:
         raise unwritable(folder, error) from None
     with file:
         try:
-            holder = None if _locked(file) else _holder(file)
+            holder = None if _locked(file, _WAIT if wait is None else wait) else _holder(file)
         except OSError as error:
             raise unwritable(folder, error) from None
         if holder is not None:
@@ -87,8 +88,8 @@ def claimed(folder: Path) -> Iterator[None]:
             _ours.remove(key)
 
 
-def _locked(file: IO[bytes]) -> bool:
-    deadline = time.monotonic() + _WAIT
+def _locked(file: IO[bytes], wait: float) -> bool:
+    deadline = time.monotonic() + wait
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -47,7 +47,8 @@ are filled up to the longest where they are gathered, and travel as they are whe
 
     Matrix products a rank, in units of B / W * B * D: clip_loss 5 gathering and 4 circulating,
     siglip_loss 4 and 3 (its gradient is known in the forward pass, y travels once), and
-    similarity_distill 8 and 6. Beside the features travel O(B) numbers: 24 bytes a column for its
+    similarity_distill 8 and 6. Where memory_budget holds all dot products, clip_loss takes one and
+    similarity_distill two fewer. Beside the features travel O(B) numbers: 24 bytes a column for its
     statistics, 32 for each row and column in the backward pass and for the call's number, 8 for
     each label or id. The schemes give the same numbers to rounding, each the same bits in every
     run. Circulating, gradients of 16-bit features are rounded once a block before they are added up

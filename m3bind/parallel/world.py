@@ -25,6 +25,7 @@ from m3bind.parallel.joining import fresh_store
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of what one rank waits for another
 PATIENCE = timedelta(days=7)  # where another computes what all need
+LEASE = 120.0  # seconds: NFS gives back the locks of a machine that was lost after 90
 
 
 @contextmanager
@@ -116,10 +117,12 @@ def by_first(work: Callable[[], T]) -> T:
 
 @contextmanager
 def claimed_by_first(folder: Path) -> Iterator[None]:
-    """`m3bind.files.claimed` by the first rank for all; what it raises, all raise."""
+    """`m3bind.files.claimed` by the first rank, until all are through; what it raises, all raise."""
+    wait = LEASE if "TORCHELASTIC_RUN_ID" in os.environ else None
     with ExitStack() as ours:
-        by_first(lambda: ours.enter_context(claimed(folder)))
+        by_first(lambda: ours.enter_context(claimed(folder, wait)))
         yield
+        meet()
 
 
 def totals(*own: float, group: Any = None) -> list[float]:

@@ -301,3 +301,15 @@ def test_memory_budget_changes_nothing(pools, loss, matrices):
             found = spread(pools(2), case, scheme=scheme)
             check(case, found)
             assert all((rank["saved"] >= block) == keeps for rank in found)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_any_ranks_keep_what_fits(pools, scheme):
+    """Uneven and empty ones; a teacher of float64, whose products are float64's."""
+    for rows in ([130, 5, 0], [0, 66, 1]):
+        case = case_of("similarity_distill", rows, rows, memory_budget=0.15)
+        case.rows["teacher_x"] = case.rows["teacher_x"].double()
+        case.columns["teacher_y"] = case.columns["teacher_y"].double()
+        for options in ({}, {"directions": "rows", "reduction": "sum"}):
+            case.options.update(options)
+            check(case, spread(pools(3), case, scheme=scheme))

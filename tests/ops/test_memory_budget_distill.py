@@ -44,7 +44,7 @@ def test_results_are_those_without(backend, case, scale, rows, kept):
     without = run(given, scale, **options, memory_budget=0)
     within = run(given, scale, **options, memory_budget=mib(rows))
     for name, value in without.items():
-        if rows in (1024, N):  # the same panels, so the same sums
+        if rows in (63, 1024, N):  # the same panels, so the same sums
             assert torch.equal(within[name], value), name
         atol = 1e-6 * float(value.abs().max())  # sums of other panels are rounded otherwise
         torch.testing.assert_close(within[name], value, rtol=1e-5, atol=atol)
