@@ -39,7 +39,7 @@ def similarity_distill(
     memory_budget: float | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Divergence of the student's from the teacher's similarities, in O(N + M) memory beside a budget.
+    """Divergence of the student's from the teacher's similarities: O(N + M) memory and a budget.
 
     Equivalent to::
 
@@ -66,9 +66,9 @@ def similarity_distill(
             left. Nothing to average has the mean NaN and the sum 0, as in torch.
         memory_budget: MiB in which the forward pass may leave dot products of student and teacher
             for the backward pass, which forms the others again; 2 * N * M * 4 bytes hold all of
-            them (float64: 8), and save two of six matrix products. Default: 64, which holds those of
-            batches up to 2896. Results differ by no more than the order of sums. Backends "triton" and "cuda"
-            keep nothing.
+            them (float64: 8), and save two of six matrix products. Default: 64, which holds those
+            of batches up to 2896. Results differ by no more than the order of sums. Backends
+            "triton" and "cuda" keep nothing.
         backend: a name from `m3bind.backends.BACKENDS`; default: see `m3bind.backends`.
 
     Returns:

@@ -117,7 +117,7 @@ def by_first(work: Callable[[], T]) -> T:
 
 @contextmanager
 def claimed_by_first(folder: Path) -> Iterator[None]:
-    """`m3bind.files.claimed` by the first rank, until all are through; what it raises, all raise."""
+    """`m3bind.files.claimed` by the first rank until all are through; what it raises, all do."""
     wait = LEASE if "TORCHELASTIC_RUN_ID" in os.environ else None
     with ExitStack() as ours:
         by_first(lambda: ours.enter_context(claimed(folder, wait)))
