@@ -47,6 +47,29 @@ def test_who_is_missing_or_fails_leaves_the_others_alone(turns):
     assert taken["fails"].setting == "often" and taken["fails"].seconds == []
 
 
+def test_a_brief_call_is_the_second_of_its_turn(turns, monkeypatch):
+    """Whoever came before has taken the caches from the first."""
+    clock, order = [0.0], []
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
+
+    def play(name: str, seconds: float):
+        clock[0] += seconds if order[-1:] == [name] else 0.004 + seconds
+        order.append(name)
+
+    taken = turns.in_turns(
+        {
+            name: lambda name=name, s=s: turns.Contestant(run=lambda: play(name, s), setting="")
+            for name, s in (("brief", 0.001), ("long", 0.02))
+        },
+        seconds=0.0,
+        least=3,
+    )
+    assert taken["brief"].seconds == pytest.approx([0.001] * 3)
+    assert taken["long"].seconds == pytest.approx([0.024, 0.02, 0.024])
+    brief = ["brief", "brief"]
+    assert order[2:] == [*brief, "long", "long", *brief, *brief, "long"]
+
+
 def test_who_did_not_run_has_a_row_that_says_why(turns, monkeypatch, tmp_path):
     monkeypatch.setenv("M3BIND_BENCH_ROWS", str(tmp_path / "rows.jsonl"))
     rows = importlib.import_module("rows")
