@@ -34,7 +34,8 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(CONSTRAIN) $(BIN)/python -m pip install -q --upgrade pip
 	$(CONSTRAIN) $(BIN)/python -m pip install -q --no-compile torch torchvision
 	$(CONSTRAIN) $(BIN)/python -m pip install -q --no-compile -e '.[train,bench,dev]'
-	@# By all cores, which pip leaves to one; some packages hold what is no Python, for tests.
+	@# By all cores, where pip uses one. What does not compile here (packages ship broken files for
+	@# tests) is told by whoever imports it.
 	@$(BIN)/python -m compileall -qq -j 0 \
 	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 	@touch $@

@@ -109,8 +109,8 @@ def one_round(one: Contestant, taken: Taken) -> None:
         torch.cuda.reset_peak_memory_stats()
     parts = one.parts or (one.run,)
     laps = laps_of(parts)
-    # Of a short call caches decide, which hold what whoever came before has used: one that keeps
-    # all anyway took 0.33 or 0.43 ms by its place. The call after it finds its own.
+    # Of a brief call caches decide, which hold what whoever came before has used. The call after it
+    # finds its own.
     if DEVICE == "cpu" and sum(laps) < BRIEF:
         laps = laps_of(parts)
     taken.seconds.append(sum(laps))

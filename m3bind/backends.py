@@ -143,9 +143,7 @@ def architectures() -> tuple[str, ...]:
     return tuple(sorted({f"sm_{major}{minor}" for major, minor in found}))
 
 
-def _row(
-    primitive: str, keeps: dict[str, str] | None = None, **others: Entry
-) -> tuple[str, dict[str, Entry]]:
+def _row(primitive: str, keeps: dict[str, str], **others: Entry) -> tuple[str, dict[str, Entry]]:
     """A primitive: what all have, its entries for the other backends, and what each keeps."""
     always = {
         "reference": Entry(load=lambda: reference, note="materialises; differentiable twice"),
@@ -156,7 +154,7 @@ def _row(
             missing=partial(_cuda_missing, primitive),
         ),
     }  # fmt: skip
-    entries, keeps = always | others, keeps or {}
+    entries = always | others
     return primitive, {name: replace(entries[name], keeps=keeps.get(name)) for name in BACKENDS}
 
 
@@ -183,14 +181,13 @@ _NARROW = _native(_FLOATS, _NOTE)
 _STATS = _native(_FLOATS, _NOTE, one_way=True)
 _SEARCH = _native(_FLOATS, "equal rows have equal scores, bit for bit")
 _TRITON = _triton(_FLOATS, "float32 without TF32")
-_DOTS = dict.fromkeys(("chunked", "cpp"), "dots")
-_POWERS = dict.fromkeys(("triton", "cuda"), "powers")
+_DOTS, _POWERS = {"chunked": "dots", "cpp": "dots"}, {"triton": "powers", "cuda": "powers"}
 TABLE: dict[str, dict[str, Entry]] = dict((
     _row("similarity_stats", _DOTS | _POWERS, cpp=_STATS, triton=_TRITON),
-    _row("siglip", cpp=_NARROW, triton=_TRITON),
+    _row("siglip", {}, cpp=_NARROW, triton=_TRITON),
     _row("similarity_distill", _DOTS, cpp=_NARROW, triton=_TRITON),
-    _row("similarity_topk", cpp=_SEARCH, triton=_TRITON),
-    _row("similarity_rank", cpp=_SEARCH, triton=_TRITON),
+    _row("similarity_topk", {}, cpp=_SEARCH, triton=_TRITON),
+    _row("similarity_rank", {}, cpp=_SEARCH, triton=_TRITON),
 ))  # fmt: skip
 # Public operators: a primitive of the table, alone or plus terms of O((N + M) * D).
 BUILT_ON = {

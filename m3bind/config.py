@@ -296,8 +296,5 @@ def _outside(config: Any, **limits: float | tuple[float, float]) -> Iterator[Pro
 def _not_among(config: Any, **choices: tuple[bool | str, ...]) -> Iterator[Problem]:
     for key, names in choices.items():
         if getattr(config, key) not in names:
-            yield key, getattr(config, key), f"must be one of {', '.join(map(_yaml, names))}"
-
-
-def _yaml(name: bool | str) -> str:
-    return str(name).lower() if isinstance(name, bool) else name
+            as_in_yaml = ", ".join(str(name).lower() for name in names)
+            yield key, getattr(config, key), f"must be one of {as_in_yaml}"

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from holder import held
 
 from m3bind import files
 from m3bind.errors import M3BindError
@@ -74,12 +75,6 @@ def test_tensors_that_find_no_space_leave_the_old_file_and_say_so(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-HOLDER = (
-    "import pathlib, sys, time\n"
-    "from m3bind.files import claimed\n"
-    "with claimed(pathlib.Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)\n"
-)
-
 TAKER = (
     "import pathlib, sys\n"
     "from m3bind import files\n"
@@ -94,16 +89,13 @@ TAKER = (
 def test_a_folder_has_one_process_until_that_ends_however_it_does(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_WAIT", 0.3)
     folder = tmp_path / "not" / "there"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "mine\n"
+    with held(folder) as process:
         with pytest.raises(M3BindError) as error, claimed(folder):
             pass
         assert f"{folder} is in use by process {process.pid} on " in str(error.value)
         assert "\n" not in str(error.value)
         with claimed(tmp_path):  # the folder alone, not what is above it
-            process.kill()
+            pass
     for _ in range(2):
         with claimed(folder), claimed(folder):
             pass
@@ -118,13 +110,8 @@ def test_a_folder_has_one_process_until_that_ends_however_it_does(tmp_path, monk
 
 
 def test_a_process_that_is_about_to_end_is_waited_for(tmp_path):
-    brief = HOLDER.replace("60", "0.5")
-    with subprocess.Popen(
-        [sys.executable, "-c", brief, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "mine\n"
-        with claimed(tmp_path):
-            assert process.wait(5) == 0
+    with held(tmp_path, seconds=0.5) as process, claimed(tmp_path):
+        assert process.wait(5) == 0
 
 
 def test_where_no_locks_are_known_nobody_is_kept_out(tmp_path, monkeypatch):

@@ -1,11 +1,10 @@
 """The training loop: what it minimises, validates, keeps and refuses."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
+from holder import held
 from torch import nn
 from train_stub import Stub, StubLoader, config, kept, quadratic
 
@@ -151,18 +150,10 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(
 
 def test_a_folder_in_which_another_process_trains_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(files, "_WAIT", 0.3)
-    holder = (
-        "import sys, time; from pathlib import Path; from m3bind.files import claimed\n"
-        "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "mine\n"
+    with held(tmp_path) as process:
         with pytest.raises(M3BindError, match=f"is in use by process {process.pid} on "):
             fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-        process.kill()
     fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)  # which gives it back
     fit(Stub(quadratic), {"stub": StubLoader()}, config(), tmp_path)
 

@@ -72,7 +72,7 @@ def rows_to_keep(
 
 
 def fitting_rows(memory_budget: float, block_bytes: int, num_rows: int) -> int:
-    """All, or whole blocks of 64."""
+    """How many rows `memory_budget` MiB hold: all, or whole blocks of 64."""
     fitting = memory_budget * 2**20 / max(1, block_bytes) * BLOCK
     return num_rows if fitting >= num_rows else int(fitting) // BLOCK * BLOCK
 

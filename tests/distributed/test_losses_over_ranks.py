@@ -290,26 +290,3 @@ def test_not_a_number_stays_one(pools, loss, scheme):
     found = spread(pools(2), case, scheme=scheme)
     assert all(rank["outputs"][0].isnan() and rank["grads"]["y"].isnan().any() for rank in found)
     assert averaged(case, found)["scale"].isnan()
-
-
-@pytest.mark.parametrize(("loss", "matrices"), [("clip_loss", 1), ("similarity_distill", 2)])
-def test_memory_budget_changes_nothing(pools, loss, matrices):
-    block = 64 * 64 * matrices  # of dot products of one rank's rows and one rank's columns
-    for mib, keeps in ((0.04 * matrices, True), (0, False)):
-        case = case_of(loss, [70, 64], [70, 64], memory_budget=mib)
-        for scheme in SCHEMES:
-            found = spread(pools(2), case, scheme=scheme)
-            check(case, found)
-            assert all((rank["saved"] >= block) == keeps for rank in found)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_any_ranks_keep_what_fits(pools, scheme):
-    """Uneven and empty ones; a teacher of float64, whose products are float64's."""
-    for rows in ([130, 5, 0], [0, 66, 1]):
-        case = case_of("similarity_distill", rows, rows, memory_budget=0.15)
-        case.rows["teacher_x"] = case.rows["teacher_x"].double()
-        case.columns["teacher_y"] = case.columns["teacher_y"].double()
-        for options in ({}, {"directions": "rows", "reduction": "sum"}):
-            case.options.update(options)
-            check(case, spread(pools(3), case, scheme=scheme))

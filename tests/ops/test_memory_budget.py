@@ -89,9 +89,12 @@ def rows_of(held: torch.Tensor) -> torch.Tensor:
 
 
 # Nothing, two blocks (part of a tile's rows), whole tiles, part of the last, all.
-@pytest.mark.parametrize(
+rows_that_fit = pytest.mark.parametrize(
     ("rows", "kept"), [(63, 0), (150, 128), (1024, 1024), (1099, 1088), (N, N)]
 )
+
+
+@rows_that_fit
 @pytest.mark.parametrize("scale", (20.0, -20.0))
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", FAST)

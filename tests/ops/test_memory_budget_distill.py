@@ -6,7 +6,7 @@ import pytest
 import torch
 from clip_oracle import needs_native
 from distill_oracle import features
-from test_memory_budget import FAST, N, kept_of, rows_of
+from test_memory_budget import FAST, N, kept_of, rows_of, rows_that_fit
 
 from m3bind.losses import DistillClipLoss
 from m3bind.ops import similarity_distill
@@ -32,10 +32,7 @@ def run(given, scale, teacher_scale=30.0, **options) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), "x": x.grad, "y": y.grad, "scale": scale.grad}
 
 
-# Nothing, two blocks (part of a tile's rows), whole tiles, part of the last, all.
-@pytest.mark.parametrize(
-    ("rows", "kept"), [(63, 0), (150, 128), (1024, 1024), (1099, 1088), (N, N)]
-)
+@rows_that_fit
 @pytest.mark.parametrize("scale", (20.0, -20.0))
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", FAST)
