@@ -33,7 +33,7 @@ class BlockedProducts : public Products {
   void begin_rows(int64_t first, int64_t count, bool dots) override {
     // For rows that are the last, dots() turns what it reads.
     if (dots && y_turned_.empty() && first + count < rows_) turn_y();
-    if (grad_y_) turn_x(first, count);
+    if (turned_grad_y_) turn_x(first, count);
   }
 
   void dots(const Tile& tile) override {
@@ -54,17 +54,16 @@ class BlockedProducts : public Products {
 
   void begin_gradients(const Tensor& grad_x, bool need_y, int64_t) override {
     grad_x_ = grad_x;
-    if (need_y) grad_y_.emplace(held_y_, width_);
+    if (!need_y) return;
+    if (rows_ <= kTileRows)
+      grad_y_ = torch::stable::new_empty(held_y_, {cols_, features_});
+    else
+      turned_grad_y_.emplace(held_y_, width_);
   }
 
-  // Of the gradient of y the transpose is summed, so that nothing as large as a tile is turned.
   void take(const Tile& tile) override {
-    if (!grad_y_) return;
-    over_parts(0, tile.rows, kDepth, [&](int64_t i, int64_t depth) {
-      m3bind_brgemm_float(features_, tile.cols, depth, kTileRows, tile.cols, tile.cols,
-                          tile.row + i > 0, x_turned_.data() + i, tile.data + i * tile.cols,
-                          grad_y_->columns(tile), false);
-    });
+    if (turned_grad_y_) add_turned(tile);
+    if (grad_y_) write(tile);
   }
 
   void add_to_x(std::span<const Tile> tiles) override {
@@ -86,9 +85,30 @@ class BlockedProducts : public Products {
     x_turned_.resize(0);
   }
 
-  Tensor take_y() override { return grad_y_->turn_back(); }
+  Tensor take_y() override { return turned_grad_y_ ? turned_grad_y_->turn_back() : *grad_y_; }
 
  private:
+  // Of the gradient of y the transpose is summed, so that nothing as large as a tile is turned.
+  void add_turned(const Tile& tile) {
+    over_parts(0, tile.rows, kDepth, [&](int64_t i, int64_t depth) {
+      m3bind_brgemm_float(features_, tile.cols, depth, kTileRows, tile.cols, tile.cols,
+                          tile.row + i > 0, x_turned_.data() + i, tile.data + i * tile.cols,
+                          turned_grad_y_->columns(tile), false);
+    });
+  }
+
+  // All of it, from a tile of all rows: these are so few that turning them costs less than turning
+  // x and the gradient.
+  void write(const Tile& tile) {
+    Space<float> turned(tile.cols * tile.rows);
+    turn(tile.data, tile.cols, tile.rows, tile.cols, turned.data(), tile.rows);
+    float* out = static_cast<float*>(grad_y_->mutable_data_ptr()) + tile.col * features_;
+    over_parts(0, tile.rows, kDepth, [&](int64_t i, int64_t depth) {
+      m3bind_brgemm_float(tile.cols, features_, depth, tile.rows, features_, features_, i > 0,
+                          turned.data() + i, x_ + i * features_, out, false);
+    });
+  }
+
   void turn_y() {
     y_turned_.resize(cols_ * features_);
     torch::stable::parallel_for(0, (cols_ + kStrip - 1) / kStrip, 1,
@@ -115,7 +135,8 @@ class BlockedProducts : public Products {
   Space<float> y_turned_;  // [features, columns of the strip], strip after strip; or none
   Space<float> x_turned_;  // [features, kTileRows], of the rows at hand
   std::optional<Tensor> grad_x_;
-  std::optional<TurnedRows> grad_y_;
+  std::optional<TurnedRows> turned_grad_y_;  // unless all rows are in one tile, ...
+  std::optional<Tensor> grad_y_;             // or
 };
 
 }  // namespace

@@ -45,8 +45,13 @@ std::unique_ptr<Products> products_of(const Tensor& x, const Tensor& y, int64_t 
   return float_products(x, y);
 }
 
-Tensor prepared(const Tensor& t, bool narrow) {
-  return torch::stable::contiguous(narrow ? t : torch::stable::to(t, ScalarType::Float));
+// Contiguous, and in float32 unless `narrow`: what that takes is in `space`.
+Tensor prepared(const Tensor& t, bool narrow, Space<float>& space) {
+  if (narrow || t.scalar_type() == ScalarType::Float) return torch::stable::contiguous(t);
+  space.resize(t.numel());
+  Tensor wide = torch::stable::from_blob(space.data(), {t.size(0), t.size(1)}, {t.size(1), 1},
+                                         t.device(), ScalarType::Float);
+  return torch::stable::copy_(wide, t);
 }
 
 double largest_norm(const FloatRows& t) {
@@ -85,8 +90,8 @@ Tiling::Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, 
 
 Tiling::Tiling(const Tensor& x, const Tensor& y, double scale, PairRules rules, double margin,
                AtOnce at_once, bool narrow)
-    : x_(prepared(x, narrow)),
-      y_(prepared(y, narrow)),
+    : x_(prepared(x, narrow, wide_x_)),
+      y_(prepared(y, narrow, wide_y_)),
       rules_(std::move(rules)),
       rows_(x_.rows()),
       cols_(y_.rows()),

@@ -73,7 +73,7 @@ class Tiling {
   // Uninitialised tiles of these rows and columns, no more than slots(): first those of the first
   // column.
   std::span<Tile> lay_out(const Range& range);
-  // After them: what the rules overwrote in `kept`. for_each does both.
+  // After them: writes dot products of `kept` again where the rules wrote. for_each calls both.
   void put_back();
 
   int64_t rows() const { return rows_; }
@@ -125,6 +125,7 @@ class Tiling {
   void choose_factor();
   void dots(const Tile& tile);
 
+  Space<float> wide_x_, wide_y_;  // where x and y were neither multiplied as they are nor float32
   FloatRows x_, y_;
   std::unique_ptr<Products> products_;
   PairRules rules_;
