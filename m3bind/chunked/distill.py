@@ -202,7 +202,7 @@ def similarity_distill_bwd(
         there = at.stop <= kept_rows
         dots, aims = kept[:, at] if there else (student.dots(at), teacher.dots(at))
         logits = _masked(dots * student.scale, *masks)
-        aims = _masked(aims * teacher.scale, *masks)
+        aims = _masked(aims * teacher.scale if there else aims.mul_(teacher.scale), *masks)
         grad = _shares(logits, aims, row_lse[:, at, None], grad_rows[at, None])
         grad += _shares(logits, aims, col_lse[:, None], grad_cols[None])
         if need_x:

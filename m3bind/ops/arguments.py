@@ -93,7 +93,9 @@ def gradient_wanted(*tensors: Tensor) -> bool:
     """By reverse mode, at any level of torch.func."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return torch.is_grad_enabled() and any(
+    if not torch.is_grad_enabled():
+        return False
+    return torch._C._any_requires_grad(*tensors) or any(
         at_level.requires_grad for t in tensors for at_level in _levels(t)
     )
 

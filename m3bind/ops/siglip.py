@@ -155,8 +155,8 @@ def _total_bwd(
     return (
         (grad_x * grad).to(x.dtype),
         (grad_y * grad).to(y.dtype),
-        (grad_scale * grad).to(grad_scale.dtype),
-        (grad_bias * grad).to(grad_bias.dtype),
+        grad_scale * grad,
+        grad_bias * grad,
     )
 
 
