@@ -43,7 +43,7 @@ def m3bind(rank: int, scheme: str = "auto") -> Callable[..., Tensor]:
 
 CONTESTANTS: dict[str, tuple[Callable[[int], Callable[..., Tensor]], str]] = {
     "m3bind": (m3bind, 'scheme "auto"'),
-    "m3bind circulate": (partial(m3bind, scheme="circulate"), 'scheme "circulate"'),
+    "m3bind gather": (partial(m3bind, scheme="gather"), 'scheme "gather"'),
     "open_clip": (open_clip, "local_loss, gather_with_grad"),
 }
 

@@ -82,10 +82,8 @@ class OverRanks:
         )
         self.wire = x.dtype
         self.anchor = x.new_zeros((), dtype=torch.float32).requires_grad_(self.grad_wanted)
-        self.scheme = schemes.chosen(
-            scheme, x.element_size(), x.shape[1], self.rows, self.cols,
-            min(rank.memory for rank in agreed),
-        )  # fmt: skip
+        memory = min(rank.memory for rank in agreed)
+        self.scheme = schemes.chosen(scheme, x, self.rows, self.cols, memory)
 
     def scalar(self, value: Tensor, reduce: bool) -> Tensor:
         """A scale or bias, whose gradient may be wanted whole on each rank."""

@@ -16,9 +16,10 @@ from m3bind.distributed.exchange import Channel, Gathered, Transfer
 from m3bind.dtypes import accumulation_dtype
 
 SCHEMES = ("auto", "gather", "circulate")
-# From this many columns a rank, a block's matrix products take longer than its transfer: 2*b*b*D
-# operations at 700e12 a second against 2*b*D bytes at 50e9 a second.
-HIDDEN_COLUMNS = 1 << 14
+# From this many columns a rank, a block's matrix products take longer than its transfer: on a GPU
+# 2*b*b*D operations at 700e12 a second against 2*b*D bytes at 50e9 a second; on CPUs as measured
+# (docs/scaling.md).
+HIDDEN_COLUMNS_CPU, HIDDEN_COLUMNS = 1 << 10, 1 << 14
 NO_LIMIT = 1 << 50
 GATHERED_SHARE = 16  # of the device's memory, what gathered features may take
 
@@ -196,12 +197,13 @@ class Circulate:
         return grad_x, grad_y, total
 
 
-def chosen(scheme: str, element_size: int, features: int, rows: Layout, cols: Layout,
-           memory: int) -> str:  # fmt: skip
-    """The scheme itself, of "auto" the one that the batch suggests; `memory` in MiB."""
+def chosen(scheme: str, x: Tensor, rows: Layout, cols: Layout, memory: int) -> str:
+    """The scheme itself, of "auto" the one that the batch suggests, of features like `x`; `memory`
+    in MiB."""
     if scheme != "auto":
         return scheme
-    gathered = (rows.total + cols.total) * features * element_size
+    gathered = (rows.total + cols.total) * x.shape[1] * x.element_size()
     too_large = gathered > memory * 2**20 / GATHERED_SHARE
-    hidden = cols.total >= HIDDEN_COLUMNS * len(cols.counts)
+    enough = HIDDEN_COLUMNS_CPU if x.device.type == "cpu" else HIDDEN_COLUMNS
+    hidden = cols.total >= enough * len(cols.counts)
     return "circulate" if too_large or hidden else "gather"

@@ -226,18 +226,21 @@ def test_two_runs_agree_bit_for_bit(pools, loss, scheme):
 
 
 @pytest.mark.parametrize(
-    ("columns", "features", "mebibytes", "scheme"),
+    ("device", "columns", "features", "mebibytes", "scheme"),
     (
-        (4096, 512, 80 << 10, "gather"),
-        (16384, 512, 80 << 10, "circulate"),  # its products take longer than its transfer
-        (8192, 4096, 4 << 10, "circulate"),  # 2 * 8 * 8192 * 4096 * 2 bytes are 1 GiB
+        ("meta", 4096, 512, 80 << 10, "gather"),
+        ("meta", 16384, 512, 80 << 10, "circulate"),  # its products take longer than its transfer
+        ("meta", 8192, 4096, 4 << 10, "circulate"),  # 2 * 8 * 8192 * 4096 * 2 bytes are 1 GiB
+        ("cpu", 512, 512, 80 << 10, "gather"),
+        ("cpu", 1024, 512, 80 << 10, "circulate"),
     ),
 )
-def test_automatic_scheme(columns, features, mebibytes, scheme):
+def test_automatic_scheme(device, columns, features, mebibytes, scheme):
+    """Any device that is no CPU counts as a GPU."""
     spread_out = schemes.Layout(counts=[columns] * 8, rank=0)
-    found = schemes.chosen("auto", 2, features, spread_out, spread_out, mebibytes)
-    assert found == scheme
-    assert schemes.chosen("gather", 2, features, spread_out, spread_out, 1) == "gather"
+    x = torch.empty(0, features, dtype=torch.bfloat16, device=device)
+    assert schemes.chosen("auto", x, spread_out, spread_out, mebibytes) == scheme
+    assert schemes.chosen("gather", x, spread_out, spread_out, 1) == "gather"
 
 
 @pytest.mark.parametrize("loss", LOSSES)
