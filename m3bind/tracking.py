@@ -17,8 +17,8 @@ class Tracker:
     """Append records to ``out/metrics.jsonl`` and to TensorBoard's ``out/tensorboard``.
 
     ``step`` is the last step that is kept of an earlier run, ``validated`` its last validation:
-    lines after them, and events after the step, are dropped, so that a resumed log reads as if
-    nothing had happened. 0 begins anew. Raises M3BindError where they cannot be written.
+    what was written after them is dropped, so that a resumed log reads as if nothing had happened.
+    0 begins anew. Raises M3BindError where they cannot be written.
     """
 
     def __init__(self, out: Path, step: int = 0, validated: int | None = None) -> None:
@@ -45,7 +45,12 @@ class Tracker:
         if not step and folder.is_dir():
             for events in folder.glob("events.out.tfevents.*"):
                 events.unlink()
-        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+        # Events are dropped by their step alone: the last step's, whose validation may be among
+        # them, are written again.
+        self._board = SummaryWriter(str(folder), purge_step=step)
+        for line in self.history:
+            if line["step"] >= step:
+                self._show(line)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line; numbers, also nested ones, become TensorBoard scalars."""
@@ -56,8 +61,12 @@ class Tracker:
             self._file.flush()
         except OSError as error:
             raise unwritable(self.path, error) from None
-        for name, value in _scalars(values):
-            self._board.add_scalar(name, value, step)
+        self._show(line)
+
+    def _show(self, line: Mapping[str, Any]) -> None:
+        """In TensorBoard."""
+        for name, value in _scalars({k: v for k, v in line.items() if k != "step"}):
+            self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         """Flush both; the tracker is not used afterwards."""

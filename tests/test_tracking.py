@@ -60,6 +60,9 @@ def test_a_validation_that_is_done_again_is_logged_once(tmp_path) -> None:
         (2, "step", "validation"),
     ]  # fmt: skip
     assert lines[-1]["validation"]["score"] == 0.6
+    found = scalars(tmp_path / "tensorboard")
+    assert found["loss"] == [(1, 1), (2, 2)]
+    assert found["validation/score"] == [(1, 0.5), (2, pytest.approx(0.6))]
 
 
 def test_a_log_that_cannot_be_written_says_so(tmp_path) -> None:
