@@ -47,6 +47,8 @@ def test_a_demand_is_judged_by_the_ratio_of_two_rows(table, kept):
     assert table.judged(rows, demand)[1:] == ("1.25x (20 / 16 ms)", "≤ 1.3x", "yes")
     rows[-1]["min_ms"] = 15.0
     assert table.judged(rows, demand)[3] == "no"
+    rows[-1]["min_ms"] = 15.36  # rounded to three digits it would be what is demanded
+    assert table.judged(rows, demand)[1:] == ("1.3021x (20 / 15.4 ms)", "≤ 1.3x", "no")
 
 
 def test_what_was_not_measured_is_said_and_not_met(table, kept):
