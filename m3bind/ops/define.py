@@ -132,7 +132,7 @@ def _register(
         primals, moves = _unpacked(inputs)
         if all(move is None for move in moves):
             return recorded(inputs)
-        _refuse_compiled_duals(inputs)
+        _Compiled.note(inputs)
         # The backward pass gets the tangents, for which it has no rule, and refuses them.
         output = recorded(primals, inputs)
         return _dual(output, tangents(primals, moves, output))
@@ -142,22 +142,22 @@ def _register(
 
 def _may_move() -> bool:
     """Whether inputs may have tangents. A compiled function sets no level that forward_ad knows,
-    which shows only while it is traced, by a mode."""
+    which shows while it is traced, by a mode, and is remembered."""
     return (
         forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
+        or _Compiled.duals
     )
 
 
-def _refuse_compiled_duals(inputs: tuple[Any, ...]) -> None:
-    """A compiled graph would run without their tangents."""
-    fake = any(isinstance(t, torch._subclasses.FakeTensor) for t in inputs)
-    if fake and not torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "m3bind: torch.compile does not see the tangents of torch.autograd.forward_ad; call "
-            "torch.func.jvp in the compiled function, or leave dual tensors out of it"
-        )
+class _Compiled:
+    duals = False  # whether a compiled function was met that makes dual tensors itself
+
+    @classmethod
+    def note(cls, inputs: tuple[Any, ...]) -> None:
+        """These have tangents."""
+        cls.duals |= any(isinstance(t, torch._subclasses.FakeTensor) for t in inputs)
 
 
 def _unpacked(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Moves]:
