@@ -17,8 +17,9 @@ class Tracker:
     """Append records to ``out/metrics.jsonl`` and to TensorBoard's ``out/tensorboard``.
 
     ``step`` is the last step that is kept of an earlier run, ``validated`` its last validation:
-    what was written after them is dropped, so that a resumed log reads as if nothing had happened.
-    0 begins anew. Raises M3BindError where they cannot be written.
+    lines after them are dropped, and events from the step on, of which the kept ones are written
+    again: a resumed log reads as if nothing had happened. 0 begins anew. Raises M3BindError where
+    they cannot be written.
     """
 
     def __init__(self, out: Path, step: int = 0, validated: int | None = None) -> None:

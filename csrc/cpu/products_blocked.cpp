@@ -63,7 +63,7 @@ class BlockedProducts : public Products {
 
   void take(const Tile& tile) override {
     if (turned_grad_y_) add_turned(tile);
-    if (grad_y_) write(tile);
+    if (grad_y_) add_rows(tile);
   }
 
   void add_to_x(std::span<const Tile> tiles) override {
@@ -97,15 +97,15 @@ class BlockedProducts : public Products {
     });
   }
 
-  // All of it, from a tile of all rows: these are so few that turning them costs less than turning
-  // x and the gradient.
-  void write(const Tile& tile) {
+  // The rows are so few that turning the tile costs less than turning x and the gradient.
+  void add_rows(const Tile& tile) {
     Space<float> turned(tile.cols * tile.rows);
     turn(tile.data, tile.cols, tile.rows, tile.cols, turned.data(), tile.rows);
     float* out = static_cast<float*>(grad_y_->mutable_data_ptr()) + tile.col * features_;
     over_parts(0, tile.rows, kDepth, [&](int64_t i, int64_t depth) {
-      m3bind_brgemm_float(tile.cols, features_, depth, tile.rows, features_, features_, i > 0,
-                          turned.data() + i, x_ + i * features_, out, false);
+      m3bind_brgemm_float(tile.cols, features_, depth, tile.rows, features_, features_,
+                          tile.row + i > 0, turned.data() + i, x_ + (tile.row + i) * features_, out,
+                          false);
     });
   }
 
@@ -135,8 +135,8 @@ class BlockedProducts : public Products {
   Space<float> y_turned_;  // [features, columns of the strip], strip after strip; or none
   Space<float> x_turned_;  // [features, kTileRows], of the rows at hand
   std::optional<Tensor> grad_x_;
-  std::optional<TurnedRows> turned_grad_y_;  // unless all rows are in one tile, ...
-  std::optional<Tensor> grad_y_;             // or
+  std::optional<TurnedRows> turned_grad_y_;  // of many rows, ...
+  std::optional<Tensor> grad_y_;             // or of few
 };
 
 }  // namespace

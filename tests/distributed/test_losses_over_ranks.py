@@ -228,10 +228,10 @@ def test_two_runs_agree_bit_for_bit(pools, loss, scheme):
 @pytest.mark.parametrize(
     ("device", "columns", "features", "mebibytes", "scheme"),
     (
-        ("meta", 4096, 512, 80 << 10, "gather"),
+        ("meta", 16383, 512, 80 << 10, "gather"),
         ("meta", 16384, 512, 80 << 10, "circulate"),  # its products take longer than its transfer
         ("meta", 8192, 4096, 4 << 10, "circulate"),  # 2 * 8 * 8192 * 4096 * 2 bytes are 1 GiB
-        ("cpu", 512, 512, 80 << 10, "gather"),
+        ("cpu", 1023, 512, 80 << 10, "gather"),
         ("cpu", 1024, 512, 80 << 10, "circulate"),
     ),
 )

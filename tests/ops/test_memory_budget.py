@@ -7,7 +7,7 @@ import torch
 from clip_oracle import errors, needs_native, run, truth, unit_pairs
 
 from m3bind.losses import ClipLoss
-from m3bind.ops import clip_loss
+from m3bind.ops import clip_loss, similarity_distill
 
 FAST = ("chunked", pytest.param("cpp", marks=needs_native))
 N, D = 1100, 24  # panels of 1024 (chunked) or twice 512 rows (cpp), and of 76
@@ -185,3 +185,29 @@ def test_module_and_messages():
     assert kept.shape == (64 * 2**20 // (5000 * 4) // 64 * 64, 5000)  # 64 MiB, whole blocks
     with pytest.raises(ValueError, match="memory_budget=-1; pass a number of at least 0"):
         clip_loss(x, y, 1.0, memory_budget=-1)
+
+
+@pytest.mark.parametrize("n", (300, 512))
+@pytest.mark.parametrize("backend", FAST)
+def test_few_rows_of_which_some_are_kept(backend, n):
+    """All of them fit into one tile, and the kept ones cut it."""
+    generator = torch.Generator().manual_seed(n)
+    x, y, t = (torch.randn(n, 24, generator=generator) for _ in range(3))
+
+    def gradients(loss, *leaves):
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        return torch.autograd.grad(loss(*leaves), leaves)
+
+    for rows in (1, 100, n - 1):
+        budget = 1.001 * mib(rows, n)
+        for loss in (
+            lambda x, y, **how: clip_loss(x, y, 0.5, **how),
+            lambda x, y, **how: clip_loss(x, y, 0.5, label_smoothing=0.1, **how),
+            lambda x, y, **how: similarity_distill(
+                x, y, 0.5, t.to(x.dtype), t.to(x.dtype), 0.3, **how
+            ),
+        ):
+            got = gradients(partial(loss, backend=backend, memory_budget=budget), x, y)
+            truth = gradients(partial(loss, backend="reference"), x.double(), y.double())
+            for found, want in zip(got, truth, strict=True):
+                assert (found - want).norm() <= 2e-6 * want.norm()
