@@ -74,8 +74,8 @@ def judged(
             return demand.what, part["problem"], demanded, "-" if bound is None else "no"
     values = [part[demand.value] for part in parts]
     value = values[0] / values[1] if demand.over else values[0]
-    side = bound is not None and number(value) == number(bound)  # more digits tell which
-    measured = f"{f'{value:.5g}' if side else number(value)}{demand.unit}"
+    close = bound is not None and number(value) == number(bound)  # more digits tell the side
+    measured = f"{f'{value:.5g}' if close else number(value)}{demand.unit}"
     if demand.over:
         measured += f" ({number(values[0])} / {number(values[1])} {UNITS[demand.value]}".rstrip()
         measured += ")"

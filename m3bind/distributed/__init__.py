@@ -21,11 +21,10 @@ Arguments of all three
     group: a ProcessGroup, a DeviceMesh of one dimension, or None, the default group. Features that
         are DTensors placed (Shard(0),) on a mesh of one dimension bring their own; they get their
         gradient once and not W times, since DTensor adds up where DDP averages.
-    scheme: "gather", "circulate", or "auto": circulate where a rank holds, on average, so many
-        columns that a block's matrix products take longer than its transfer, as there are fewer of
-        them: 16384 (at 700 TFLOP/s and 50 GB/s), on CPUs 1024 (measured: docs/scaling.md); or where
-        the gathered features would take more than a sixteenth of the smallest device's memory; else
-        gather.
+    scheme: "gather", "circulate", or "auto": circulate, which has fewer matrix products, where they
+        hide its transfers: from 16384 columns a rank, on average (at 700 TFLOP/s and 50 GB/s), on
+        CPUs from 1024 (measured with D = 512 on up to 4 ranks: docs/scaling.md); and where gathered
+        features would take more than a sixteenth of the smallest device's memory. Else gather.
     sizes: "exchange" finds sizes, and what does not fit together, by one small collective a call:
         every rank then raises the same ValueError, and none waits for another. "static" leaves it
         out: the caller vouches for equal sizes and arguments on all ranks, and that the same

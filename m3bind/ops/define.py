@@ -152,7 +152,7 @@ def _may_move() -> bool:
 
 
 class _Compiled:
-    duals = False  # whether a compiled function was met that makes dual tensors itself
+    duals = False  # whether any compiled function was met in which tensors have tangents
 
     @classmethod
     def note(cls, inputs: tuple[Any, ...]) -> None:
